@@ -1,0 +1,4407 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["websockets>=13.1"]
+# ///
+"""agenthub: one file through which AI coding agents find each other and talk, durably and live.
+
+    python agenthub.py serve                 # a hub on http://127.0.0.1:8080
+    python agenthub.py send alpha "hi"       # from anywhere else on the machine
+
+Read from top to bottom; a section uses only sections above it, and a test holds it to that.
+
+    Constants   limits and defaults, each with its reason
+    Errors      every refusal: its code on the wire and its HTTP status
+    Model       agents, messages, the commands to the hub and the events out of it
+    Fields      JSON, and the checks on what callers send
+    Hub         every rule of the house: commands in, events out, no I/O
+    Store       events into SQLite and back
+    HTTP        bytes to requests and responses to bytes, strictly
+    Handlers    what each request does
+    API         who may ask for it: routes, frames, errors, metrics, OpenAPI
+    Readers     who gets an inbox as it fills, and how those behind catch up
+    Connections HTTP and WebSocket lines
+    Server      batches, commits, pushes, timers
+    Client      what both clients can do, and the blocking one
+    AgentClient the asyncio one
+    CLI         the commands
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import itertools
+import json
+import os
+import re
+import sys
+import time
+from array import array
+from bisect import bisect_left, bisect_right
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
+from zlib import crc32
+
+__all__ = ["AgentClient", "Client", "HubError", "main"]
+
+# --- Constants --------------------------------------------------------------------------------------------------------
+
+VERSION = "0.1.0"
+HOST, PORT = "127.0.0.1", 8080  # the seed's address; loopback, because a hub is private until told otherwise
+DEFAULT_URL = f"http://{HOST}:{PORT}"
+
+
+class Limit(NamedTuple):
+    """A bound on what the hub takes: its default (0: none), its unit, and why it is what it is."""
+
+    default: float
+    unit: str
+    why: str
+
+
+# Each row is a `serve` option (--max-message) and a variable (AGENTHUB_MAX_MESSAGE); 0 means no limit.
+LIMITS = {
+    "max_message": Limit(256 * 1024, "bytes", "a message's JSON; a quarter of NATS' 1 MiB: larger things are files"),
+    "max_inbox": Limit(10_000, "messages", "unread per agent, then the sender is told inbox_full; a week of busy work"),
+    "retention": Limit(7 * 86_400, "seconds", "how long a message is kept, read or not; a vacation is a new project"),
+    "max_agents": Limit(10_000, "agents", "registered at a time; a list of them is still one 2 MB answer"),
+    "max_connections": Limit(10_000, "connections", "open at a time, less where the descriptor limit is lower"),
+    "rate_limit": Limit(10, "requests/s", "per agent, or per address where no agent is named: the seed's figure"),
+    "rate_burst": Limit(20, "requests", "how many may come at once before rate_limit counts: two seconds' worth"),
+    "loop_guard": Limit(50, "messages", "in one thread between two agents in 60 s; models thank each other for ever"),
+    "max_head": Limit(16 * 1024, "bytes", "a request's head; nginx takes 8 KiB a line and 32 in all"),
+    "max_header_lines": Limit(100, "lines", "header fields in a request: Apache's figure"),
+    "max_depth": Limit(64, "levels", "nested arrays and objects in JSON; RFC 8259 section 9 lets a reader choose"),
+    "head_timeout": Limit(10, "seconds", "for a whole request to arrive, however it dribbles (slowloris)"),
+    "idle_timeout": Limit(75, "seconds", "an unused connection is kept: nginx's figure"),
+    "max_unsent": Limit(1 << 20, "bytes", "owed to a reader that takes nothing before it is cut off (1013)"),
+}
+
+ACTIVE_SECONDS = 90  # three missed heartbeats of the seed's 30 s
+IDENTICAL_REPEATS = 10  # the same words to the same ear in LOOP_WINDOW are a loop, not a conversation
+LOOP_WINDOW = 60  # seconds; long enough for two slow models to be seen going round
+TOKENS_PER_AGENT = 8  # a refresh adds a token and ends none; the oldest of more than these goes
+MAX_WAIT = 60  # seconds a poll may wait: proxies and clients commonly cut at 60
+MAX_PAGE = 1_000  # messages in one answer
+MAX_SCAN = 10_000  # deliveries a filtered read looks at before it answers with a cursor to go on from
+FRAME_OVERHEAD = 4 * 1024  # a request's other fields beside its message
+CATCH_UP_PAGE = 256  # messages read from the log at a time for a reader that is behind
+SLOW_COMMIT = 0.003  # seconds; the loop waits for quicker commits itself, a slower disk gets a thread
+CHECKPOINT_PAGES = 1_000  # of write-ahead log, SQLite's own figure; a log that starts over does not grow, and an
+# fsync that need not record a new length takes half as long. The checkpoint itself takes 1.5 ms, between two commits.
+PING_SECONDS = 20  # a WebSocket is asked for a sign of life this often, and cut after twice as long
+COMMENT_SECONDS = 15  # an event stream says something this often, so that proxies keep it open
+SWEEP_SECONDS = 15  # presence, expiry; a sweep deletes SWEEP_BATCH messages at a time
+SWEEP_BATCH = 200  # messages deleted in one turn: under 5 ms, so that nobody waits for it
+TICK_SECONDS = 0.5  # how exact deadlines of connections are; one timer for all of them
+PRESENCE_SECONDS = 0.2  # presence changes are gathered this long: a thousand arrivals are one write a reader
+SLOW_SECONDS = 2  # a reader owed more than max_unsent has this long to take something before it is cut off
+MAX_PIPELINE = 256  # requests of one connection that may be unanswered at a time
+READ_AHEAD = 64 * 1024  # bytes taken in from a line that is not being answered yet, or read for one that is behind
+MAX_ANSWER = 4 << 20  # bytes of messages in one answer; what is left comes with the next cursor
+MAX_GATHERED = 20_000  # events that may wait for a stalled disk before senders are not read any more
+STOP_SECONDS = 2  # a clean end takes no longer than this, whatever the clients do
+RETRY_SECONDS = 10  # how long clients go on after a line that broke in mid-call, before they give up
+GC_THRESHOLD = 50_000  # allocations between two looks for cycles: the hub makes few, and looking cost it 8 %
+BACKLOG = 1_024  # connections waiting to be accepted: a whole team reconnects at once after a restart
+DEFAULT_LIMIT = 50  # messages in an answer that names no limit: the seed's figure
+
+Limits = NamedTuple("Limits", [(name, float) for name in LIMITS])  # type: ignore[misc]
+
+
+def make_limits(**given: float) -> Any:
+    """Limits with the defaults of `LIMITS` and what is given instead; 0 becomes infinity, so that code only compares.
+
+    The loop guard is off where rate and inbox are both unlimited and it was not asked for: such a hub is under load
+    on purpose, and a load repeats itself.
+    """
+    if given.get("rate_limit") == 0 and given.get("max_inbox") == 0:
+        given.setdefault("loop_guard", 0)
+    values = {name: given.get(name, row.default) for name, row in LIMITS.items()}
+    return Limits(**{name: value if value > 0 else float("inf") for name, value in values.items()})
+
+
+# --- Errors -----------------------------------------------------------------------------------------------------------
+
+
+class HubError(Exception):
+    """A refusal, the same on both ends: `code` on the wire, `status` in HTTP, one sentence with the fix in it.
+
+    `details` are further fields of the error object, e.g. `candidates` or `retry_after` (seconds).
+    """
+
+    code, status = "internal", 500
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message)
+        self.message, self.details = message, details
+
+    def wire(self) -> dict:
+        """The body every interface answers with."""
+        return {"success": False, "error": {"code": self.code, "message": self.message, **self.details}}
+
+
+class InvalidJson(HubError):
+    """The text is not the JSON (RFC 8259) it should be."""
+
+    code, status = "invalid_json", 400
+
+
+class InvalidRequest(HubError):
+    """A field, a parameter or the request itself is not what was expected."""
+
+    code, status = "invalid_request", 400
+
+
+class Unauthorized(HubError):
+    """No token or key, or a wrong one."""
+
+    code, status = "unauthorized", 401
+
+
+class Forbidden(HubError):
+    """The caller is known and may not do this."""
+
+    code, status = "forbidden", 403
+
+
+class BadOrigin(HubError):
+    """A web page of another site asks for a change."""
+
+    code, status = "bad_origin", 403
+
+
+class BadHost(HubError):
+    """The Host header names a machine the hub is not (DNS rebinding)."""
+
+    code, status = "bad_host", 403
+
+
+class NotFound(HubError):
+    """Nothing is there."""
+
+    code, status = "not_found", 404
+
+
+class UnknownAgent(HubError):
+    """No agent of that id is registered."""
+
+    code, status = "unknown_agent", 404
+
+
+class MethodNotAllowed(HubError):
+    """The path exists, with other methods."""
+
+    code, status = "method_not_allowed", 405
+
+
+class AgentIdTaken(HubError):
+    """Another session holds that agent_id and is active."""
+
+    code, status = "agent_id_taken", 409
+
+
+class AmbiguousRecipient(HubError):
+    """Several agents have that name; `candidates` are their ids."""
+
+    code, status = "ambiguous_recipient", 409
+
+
+class IdReused(HubError):
+    """The message id was used before, for another content."""
+
+    code, status = "id_reused", 409
+
+
+class PayloadTooLarge(HubError):
+    """The body or the message is over its limit."""
+
+    code, status = "payload_too_large", 413
+
+
+class UnsupportedMediaType(HubError):
+    """The Content-Type is not one the route takes."""
+
+    code, status = "unsupported_media_type", 415
+
+
+class RateLimited(HubError):
+    """Too many requests; `retry_after` seconds help."""
+
+    code, status = "rate_limited", 429
+
+
+class LoopSuspected(HubError):
+    """Two agents go round in circles."""
+
+    code, status = "loop_suspected", 429
+
+
+class HeadersTooLarge(HubError):
+    """The request's head is over its limit."""
+
+    code, status = "headers_too_large", 431
+
+
+class NeedsWebsockets(HubError):
+    """The hub runs without the websockets package."""
+
+    code, status = "not_implemented", 501
+
+
+class ShuttingDown(HubError):
+    """The hub is about to end; ask again in a moment."""
+
+    code, status = "shutting_down", 503
+
+
+class InboxFull(HubError):
+    """The recipient has as many unread messages as it may."""
+
+    code, status = "inbox_full", 507
+
+
+class StorageFull(HubError):
+    """The disk did not take the change; nothing was changed."""
+
+    code, status = "storage_full", 507
+
+
+class Unreachable(HubError):
+    """No hub answers at the address (client side only)."""
+
+    code, status = "unreachable", 0
+
+
+class StoreError(Exception):
+    """The store can't be opened; the sentence says why and what to do."""
+
+
+ERRORS: dict[str, type[HubError]] = {kind.code: kind for kind in (HubError, *HubError.__subclasses__())}
+
+
+def error_from_wire(body: Any, status: int = 500) -> HubError:
+    """The exception for an error body, as `HubError.wire` wrote it."""
+    error = body.get("error") if isinstance(body, dict) else None
+    if not isinstance(error, dict):
+        return HubError(f"the answer (HTTP {status}) is not from an agenthub: check the address")
+    details = {key: value for key, value in error.items() if key not in ("code", "message")}
+    return ERRORS.get(error.get("code"), HubError)(str(error.get("message")), **details)
+
+
+# --- Model ------------------------------------------------------------------------------------------------------------
+
+OPERATOR = "operator"  # the person at the dashboard or at curl: always there, never registered
+EVERYONE = "ALL"
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def dump(value: Any) -> str:
+    """Compact JSON text. Raises ValueError for NaN and infinities, which JSON does not have."""
+    return _ENCODER.encode(value)
+
+
+@functools.lru_cache(64)
+def _second(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+
+
+def timestamp(ms: int) -> str:
+    """RFC 3339 in UTC with milliseconds, of milliseconds since 1970."""
+    return f"{_second(ms // 1000)}.{ms % 1000:03d}Z"
+
+
+def made_id(epoch: str, seq: int) -> str:
+    """The message id the hub gives: sortable, only this log's, and the seq can be read out of it, so it needs no index."""
+    return f"{epoch}-{seq:013x}"
+
+
+class Agent(NamedTuple):
+    """A registered agent. `tokens` are SHA-256 digests, `metadata` is JSON text, `registered_at` is in milliseconds."""
+
+    agent_id: str
+    session_id: str
+    name: str
+    capabilities: tuple[str, ...] = ()
+    metadata: str = ""
+    tokens: tuple[bytes, ...] = ()
+    registered_at: int = 0
+
+
+class Message(NamedTuple):
+    """One stored message, however many inboxes it lies in.
+
+    `to` and `payload` are JSON text, times are milliseconds since 1970, `given` says that the sender chose the id, and
+    `digest` is then that of what was asked, to tell a retry from a reuse.
+    """
+
+    seq: int
+    id: str
+    type: str
+    sender: str
+    to: str
+    payload: str
+    sent_at: int
+    reply_to: str = ""
+    thread: str = ""
+    expires_at: int = 0
+    digest: bytes = b""
+
+    def envelope(self, redelivered: bool = False) -> str:
+        """The message as every interface shows it (JSON text); only `to` and `payload` could need escaping."""
+        extra = f',"reply_to":"{self.reply_to}"' if self.reply_to else ""
+        if self.thread:
+            extra += f',"thread":"{self.thread}"'
+        if self.expires_at:
+            extra += f',"expires_at":"{timestamp(self.expires_at)}"'
+        if redelivered:
+            extra += ',"redelivered":true'
+        return (
+            f'{{"id":"{self.id}","seq":{self.seq},"type":"{self.type}","from":"{self.sender}","to":{self.to},'
+            f'"message":{self.payload},"timestamp":"{timestamp(self.sent_at)}"{extra}}}'
+        )
+
+
+class Receipt(NamedTuple):
+    """What became of a send: a line per inbox, and what was pushed, which is known only after the commit."""
+
+    message: Message
+    inboxes: tuple[str, ...]
+    unknown: frozenset[str]
+    full: tuple[str, ...]
+    unread: dict[str, int]
+    close: dict[str, list[str]]
+    duplicate: bool = False
+
+
+class Page(NamedTuple):
+    """Messages out of one inbox, oldest first; `next` is the cursor after them, `more` says that it goes on at once."""
+
+    messages: list[Message]
+    next: int
+    more: bool
+
+
+class Snapshot(NamedTuple):
+    """All that the hub remembers between two runs."""
+
+    epoch: str = ""
+    seq: int = 0
+    agents: tuple[Agent, ...] = ()
+    seen: tuple[tuple[str, int], ...] = ()
+    unread: tuple[tuple[str, int], ...] = ()
+    pings: tuple[tuple[int, str, str], ...] = ()
+
+
+class Registered(NamedTuple):
+    """Event: an agent registered, refreshed its registration, or took an offline one over."""
+
+    agent: Agent
+
+
+class Left(NamedTuple):
+    """Event: an agent left; its inbox stays for its return."""
+
+    agent_id: str
+
+
+class Sent(NamedTuple):
+    """Event: a message was accepted for these inboxes."""
+
+    message: Message
+    inboxes: tuple[str, ...]
+
+
+class Adopted(NamedTuple):
+    """Event: what lay waiting under a name now lies in the inbox of the agent that came with that name."""
+
+    inbox: str
+    agent_id: str
+    seqs: tuple[int, ...]
+
+
+class Acknowledged(NamedTuple):
+    """Event: an inbox's messages from `first` to `last` were received."""
+
+    inbox: str
+    first: int
+    last: int
+    at: int
+
+
+class Expired(NamedTuple):
+    """Event: messages that ran out; `seq` is the newest ever given, which deleting must not make free again."""
+
+    seqs: tuple[int, ...]
+    seq: int
+
+
+class Seen(NamedTuple):
+    """Event: an agent's last sign of life, written down once a sweep rather than at every call."""
+
+    agent_id: str
+    at: int
+
+
+class Presence(NamedTuple):
+    """Event: an agent became active or offline. Told to whoever is connected, never stored."""
+
+    agent_id: str
+    name: str
+    status: str
+
+
+class Register(NamedTuple):
+    """Command: come in, refresh, or take an offline agent over. `token` is the digest of the new token.
+
+    `renews` says that leaving the session out refreshes the one that is there (open mode, or the key was shown).
+    """
+
+    at: int
+    agent_id: str
+    session_id: str | None
+    new_session: str
+    name: str | None
+    capabilities: tuple[str, ...] | None
+    metadata: str | None
+    token: bytes
+    renews: bool
+
+
+class Leave(NamedTuple):
+    """Command: an agent goes for good."""
+
+    at: int
+    agent_id: str
+
+
+class Touch(NamedTuple):
+    """Command: a sign of life."""
+
+    at: int
+    agent_id: str
+
+
+class Connect(NamedTuple):
+    """Command: a reader of the agent's inbox opened."""
+
+    at: int
+    agent_id: str
+
+
+class Disconnect(NamedTuple):
+    """Command: a reader of the agent's inbox closed."""
+
+    at: int
+    agent_id: str
+
+
+class Send(NamedTuple):
+    """Command: a message. `known` is what the log holds under the given id, `thread` what it says of `reply_to`."""
+
+    at: int
+    sender: str
+    to: str | tuple[str, ...]
+    payload: str
+    type: str
+    id: str | None = None
+    reply_to: str = ""
+    thread: str = ""
+    expires_at: int = 0
+    digest: bytes = b""
+    known: tuple[Message, tuple[str, ...]] | None = None
+
+
+class Ack(NamedTuple):
+    """Command: messages were received, those above `above` up to `up_to` and those in `seqs`."""
+
+    at: int
+    agent_id: str
+    up_to: int = 0
+    above: int = 0
+    seqs: tuple[int, ...] = ()
+
+
+class Expire(NamedTuple):
+    """Command: these messages, each with the inboxes it went to, are past their time."""
+
+    at: int
+    messages: tuple[tuple[int, tuple[str, ...]], ...]
+
+
+class Sweep(NamedTuple):
+    """Command: time has passed. Tells who fell silent, writes down signs of life, forgets idle buckets."""
+
+    at: int
+
+
+# --- Fields -----------------------------------------------------------------------------------------------------------
+
+
+def _unique(pairs: list) -> dict:
+    """An object with each key once; RFC 8259 leaves repeats open, and open is where two readers disagree."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return found
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+
+
+def _too_deep(value: Any, levels: float) -> bool:
+    if not isinstance(value, (dict, list)):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return levels < 1 or any(_too_deep(item, levels - 1) for item in inner)
+
+
+def parse_json(data: bytes, max_depth: float) -> Any:
+    """A JSON value (RFC 8259), strictly. Raises InvalidJson, which says what is wrong and roughly where."""
+    try:
+        value = _DECODER.decode(data.decode())
+        if data.count(b"[") + data.count(b"{") > max_depth and _too_deep(value, max_depth):
+            raise ValueError(f"it is nested deeper than {max_depth:.0f} levels")
+        if b"\\u" in data:
+            dump(value).encode()  # a lone surrogate is no character and has no UTF-8
+    except UnicodeEncodeError:
+        raise InvalidJson("this is not valid JSON: an escape names half a surrogate pair") from None
+    except UnicodeDecodeError:
+        raise InvalidJson("this is not valid JSON: it is not UTF-8") from None
+    except RecursionError:
+        raise InvalidJson(f"this is not valid JSON: it is nested deeper than {max_depth:.0f} levels") from None
+    except ValueError as error:
+        reason = str(error) if "digits" not in str(error) else "a number has too many digits"
+        raise InvalidJson(f"this is not valid JSON: {reason}") from None
+    return value
+
+
+class Kind(NamedTuple):
+    """What a field may be: its JSON Schema for OpenAPI, and the check, which returns the value or raises ValueError."""
+
+    schema: dict
+    check: Callable[[Any], Any]
+    numeric: bool = False  # in a query string it is written as a number
+
+
+class Field(NamedTuple):
+    """A field of a request: name, kind, whether it must be there, and a word on it for OpenAPI."""
+
+    name: str
+    kind: str
+    required: bool = False
+    doc: str = ""
+
+
+def _pattern(regex: str, words: str) -> Kind:
+    match = re.compile(regex).fullmatch
+
+    def check(value: Any) -> str:
+        if not isinstance(value, str) or not match(value):
+            raise ValueError(words)
+        return value
+
+    return Kind({"type": "string", "pattern": f"^{regex}$"}, check)
+
+
+def _printable(longest: int) -> Kind:
+    def check(value: Any) -> str:
+        if not isinstance(value, str) or not 0 < len(value) <= longest or not value.isprintable():
+            raise ValueError(f"1 to {longest} printable characters")
+        return value
+
+    return Kind({"type": "string", "minLength": 1, "maxLength": longest}, check)
+
+
+def _number(low: float, high: float, whole: bool = False) -> Kind:
+    kinds = (int,) if whole else (int, float)
+    words = f"a{' whole' if whole else ''} number from {low:g} to {high:g}"
+
+    def check(value: Any) -> float:
+        if type(value) not in kinds or not low <= value <= high:
+            raise ValueError(words)
+        return value
+
+    return Kind({"type": "integer" if whole else "number", "minimum": low, "maximum": high}, check, numeric=True)
+
+
+def _list_of(item: Kind, longest: int, words: str) -> Kind:
+    def check(value: Any) -> tuple:
+        if not isinstance(value, list) or len(value) > longest:
+            raise ValueError(words)
+        try:
+            return tuple(dict.fromkeys(item.check(one) for one in value))
+        except ValueError as error:
+            raise ValueError(f"{words}, each {error}") from None
+
+    return Kind({"type": "array", "items": item.schema, "maxItems": longest}, check)
+
+
+def _choice(*values: str) -> Kind:
+    return _pattern("|".join(values), f"one of {', '.join(values)}")
+
+
+_ID = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+_AGENT_ID = _pattern(_ID, "an agent_id: 1 to 64 of A-Z a-z 0-9 . _ - and a letter or digit first")
+_MESSAGE_ID = _pattern("[A-Za-z0-9._:-]{1,64}", "a message id: 1 to 64 of A-Z a-z 0-9 . _ : -")
+_NAME = _printable(64)
+_GROUP = re.compile(r"#[a-z0-9][a-z0-9._-]{0,63}|@[A-Za-z0-9][A-Za-z0-9._:-]{0,63}").fullmatch
+RECIPIENTS = "an agent_id, a name, ALL, #channel, @capability, or a list of up to 1000 of these"
+
+
+def _new_agent_id(value: Any) -> str:
+    """An agent_id one may register: not the two that everybody knows."""
+    if _AGENT_ID.check(value).upper() == EVERYONE or value == OPERATOR:
+        raise ValueError("another agent_id: ALL and operator are reserved")
+    return value
+
+
+def _one_recipient(value: Any) -> str:
+    try:
+        _NAME.check(value)
+    except ValueError:
+        raise ValueError(RECIPIENTS) from None
+    if value[0] in "#@" and not _GROUP(value):
+        raise ValueError("#channel in lower case or @capability, 1 to 64 of letters, digits . _ - after the sign")
+    return value
+
+
+def _recipient(value: Any) -> str | tuple[str, ...]:
+    """One recipient, or a list of them without repeats."""
+    if isinstance(value, str):
+        return _one_recipient(value)
+    if not isinstance(value, list) or not 0 < len(value) <= 1000:
+        raise ValueError(RECIPIENTS)
+    return tuple(dict.fromkeys(_one_recipient(one) for one in value))
+
+
+def _metadata(value: Any) -> str:
+    """JSON text of an object that stays small: every list of agents carries it."""
+    if not isinstance(value, dict) or len(text := dump(value)) > 16 * 1024:
+        raise ValueError("an object of up to 16 KiB")
+    return text if value else ""
+
+
+def _flag(value: Any) -> bool:
+    """A switch, in a query string too."""
+    word = value.lower() if isinstance(value, str) else value
+    if word not in ("true", "1", "false", "0", True, False):
+        raise ValueError("true or false")
+    return word in ("true", "1", True)
+
+
+KINDS: dict[str, Kind] = {
+    "agent_id": _AGENT_ID,
+    "new_agent_id": Kind(_AGENT_ID.schema, _new_agent_id),
+    "name": _NAME,
+    "session_id": _printable(128),
+    "capability": (_CAPABILITY := _pattern("[A-Za-z0-9][A-Za-z0-9._:-]{0,63}", "1 to 64 of A-Z a-z 0-9 . _ : -")),
+    "capabilities": _list_of(_CAPABILITY, 64, "a list of up to 64 capabilities"),
+    "metadata": Kind({"type": "object"}, _metadata),
+    "recipient": Kind({"oneOf": [_NAME.schema, {"type": "array", "items": _NAME.schema, "minItems": 1}]}, _recipient),
+    "type": _pattern("[a-z][a-z0-9_.-]{0,63}", "a type: 1 to 64 of a-z 0-9 _ . - and a letter first"),
+    "message_id": _MESSAGE_ID,
+    "message_ids": _list_of(_MESSAGE_ID, MAX_PAGE, f"a list of up to {MAX_PAGE} message ids"),
+    "json": Kind({}, lambda value: value),
+    "seq": _number(0, (1 << 63) - 1, whole=True),
+    "limit": _number(1, MAX_PAGE, whole=True),
+    "wait": _number(0, MAX_WAIT),
+    "ttl": _number(0.001, 366 * 86_400),
+    "flag": Kind({"type": "boolean"}, _flag),
+    "status": _choice("active", "offline"),
+    "format": _choice("sse", "json"),
+    "ack_mode": _choice("auto", "explicit"),
+}
+
+
+_TYPE = re.compile("[a-z][a-z0-9_.-]{0,63}").fullmatch
+
+
+def read_fields(fields: tuple[Field, ...], given: dict) -> dict[str, Any]:
+    """The known fields of a request, each checked; None for what is left out. Raises InvalidRequest naming the field."""
+    blank, checks, required = _field_plan(fields)
+    found = blank.copy()
+    for name, value in given.items():
+        if name in checks and value is not None:
+            try:
+                found[name] = checks[name](value)
+            except ValueError as error:
+                raise InvalidRequest(f"`{name}` must be {error}, not {_shown(value)}") from None
+    for name, kind in required:
+        if found[name] is None and (kind != "json" or name not in given):
+            raise InvalidRequest(f"`{name}` is missing: give {_words(kind)}")
+    return found
+
+
+@functools.cache
+def _field_plan(fields: tuple[Field, ...]) -> tuple[dict[str, None], dict[str, Callable], list[tuple[str, str]]]:
+    """What `read_fields` needs of a route's fields, worked out once."""
+    checks = {field.name: KINDS[field.kind].check for field in fields}
+    return dict.fromkeys(checks), checks, [(field.name, field.kind) for field in fields if field.required]
+
+
+def _words(kind: str) -> str:
+    """What a kind expects, in the words of its own refusal."""
+    try:
+        KINDS[kind].check(None)
+    except ValueError as error:
+        return str(error)
+    return "any JSON value"
+
+
+def _shown(value: Any) -> str:
+    """A refused value as ASCII, cut short: it may be long, and it may be meant to upset a terminal."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def derived_id(name: str, session_id: str) -> str:
+    """The agent_id of a registration that names none: `Beta` of session 01TYEi4Mjf2T… is beta-01TYEi4M."""
+    text = re.sub(r"[^a-z0-9._-]", "", name.lower().replace(" ", "-")).lstrip("._-")[:55]
+    tail = re.sub(r"[^A-Za-z0-9._-]", "", session_id[:8])
+    return "-".join(part for part in (text, tail) if part) or "agent"
+
+
+# --- Hub --------------------------------------------------------------------------------------------------------------
+
+
+class Inbox:
+    """What one recipient has not acknowledged, as bare numbers: 8 bytes a message, whatever the message weighs.
+
+    `pushed` is the newest seq written to a live reader: what is unread up to there is redelivered when sent again.
+    """
+
+    __slots__ = ("unread", "pushed")
+
+    def __init__(self) -> None:
+        self.unread: array[int] = array("q")
+        self.pushed = 0
+
+    def take(self, low: int, high: int) -> array[int]:
+        """Remove and return what lies above `low` up to `high`."""
+        start, stop = bisect_right(self.unread, low), bisect_right(self.unread, high)
+        taken = self.unread[start:stop]
+        del self.unread[start:stop]
+        return taken
+
+
+class Hub:
+    """The rules. `apply` takes a command and changes everything it should at once, or raises HubError and nothing.
+
+    What must last is noted in `events`; connections, signs of life and pace are not, and are found again after a
+    restart. No clock, no I/O, no chance in here: the same commands in the same order give the same hub.
+    """
+
+    def __init__(self, limits: Any, snapshot: Snapshot = Snapshot()) -> None:
+        self.limits = limits
+        self.events: list[Any] = []
+        self.connections: dict[str, int] = {}
+        self._active: set[str] = set()
+        self._seen: dict[str, int] = {}
+        self._unwritten: set[str] = set()
+        self._buckets: dict[str, tuple[float, int]] = {}
+        self._paces: dict[tuple, list[int]] = {}
+        self.load(snapshot)
+
+    # state in and out
+
+    def load(self, snapshot: Snapshot) -> None:
+        """Become what the snapshot says. Who is connected and how fast everybody goes is not in it and stays."""
+        self.epoch, self.seq = snapshot.epoch, snapshot.seq
+        self.agents = {agent.agent_id: agent for agent in snapshot.agents}
+        self.inboxes: dict[str, Inbox] = {}
+        self._names: dict[str, set[str]] = {}
+        self._close: dict[str, list[str]] = {}
+        self._fresh: dict[str, tuple] = {}
+        self._settling: dict[str, tuple] = {}
+        self.events.clear()
+        for agent in snapshot.agents:
+            self._names.setdefault(agent.name.casefold(), set()).add(agent.agent_id)
+        for agent_id, at in snapshot.seen:
+            self._seen.setdefault(agent_id, at)
+        waiting: dict[int, int] = {}
+        pings = {seq for seq, _, _ in snapshot.pings}
+        for name, seq in snapshot.unread:
+            self._inbox(name).unread.append(seq)
+            if seq in pings:
+                waiting[seq] = waiting.get(seq, 0) + 1
+        for inbox in self.inboxes.values():
+            inbox.pushed = inbox.unread[0] - 1
+        self._pings = {seq: [id, sender, waiting[seq]] for seq, id, sender in snapshot.pings if seq in waiting}
+        self._active = {name for name in self.agents if name in self._seen}  # the next sweep tells who is not
+
+    def snapshot(self) -> Snapshot:
+        """What a store that wrote every event would load: equal hubs have equal snapshots."""
+        return Snapshot(
+            self.epoch,
+            self.seq,
+            tuple(sorted(self.agents.values())),
+            tuple(sorted((name, at) for name, at in self._seen.items() if name in self.agents)),
+            tuple((name, seq) for name in sorted(self.inboxes) for seq in self.inboxes[name].unread),
+            tuple((seq, id, sender) for seq, (id, sender, _) in sorted(self._pings.items())),
+        )
+
+    def take_events(self) -> list[Any]:
+        """Hand over what happened since the last call. Ids given by senders are kept until the call after the next:
+        by then those of this batch are committed, and whoever asks the log finds them."""
+        events, self.events = self.events, []
+        self._settling, self._fresh = self._fresh, {}
+        return events
+
+    # questions
+
+    def known(self, agent_id: str) -> bool:
+        """Whether that is an agent here, or the operator."""
+        return agent_id in self.agents or agent_id == OPERATOR
+
+    def expect(self, agent_id: str) -> None:
+        """Raise UnknownAgent unless it is known, with what to do about it."""
+        if not self.known(agent_id):
+            close = self.close_to(agent_id)
+            hint = f" (did you mean {' or '.join(close)}?)" if close else ""
+            raise UnknownAgent(
+                f"no agent `{agent_id}` is registered here{hint}: register it with POST /api/v1/agents/register"
+                " or `agenthub register`",
+                **({"did_you_mean": close} if close else {}),
+            )
+
+    def status(self, agent_id: str, at: int) -> str:
+        """`active` while a reader is open or the last sign of life is under ACTIVE_SECONDS old, else `offline`."""
+        alive = agent_id in self.connections or at - self._seen.get(agent_id, 0) < ACTIVE_SECONDS * 1000
+        return "active" if alive else "offline"
+
+    def seen_at(self, agent_id: str) -> int:
+        """The last sign of life, in milliseconds since 1970; 0 for never."""
+        return self._seen.get(agent_id, 0)
+
+    def unread(self, agent_id: str) -> int:
+        """How many messages the inbox holds that nobody acknowledged."""
+        inbox = self.inboxes.get(agent_id)
+        return len(inbox.unread) if inbox else 0
+
+    def unread_after(self, agent_id: str, after: int, up_to: int, limit: int) -> list[int]:
+        """The seqs of up to `limit` unread messages above `after`, up to `up_to`."""
+        inbox = self.inboxes.get(agent_id)
+        if inbox is None:
+            return []
+        start = bisect_right(inbox.unread, after)
+        return inbox.unread[start : min(start + limit, bisect_right(inbox.unread, up_to))].tolist()
+
+    def seq_of(self, message_id: str) -> int:
+        """The seq in an id that this hub made, or may yet make (`made_id`); 0 for any other."""
+        epoch, _, number = message_id.partition("-")
+        made = epoch == self.epoch and len(number) == 13 and re.fullmatch("[0-9a-f]+", number)
+        return int(number, 16) if made else 0
+
+    def fresh(self, message_id: str) -> tuple[Message, tuple[str, ...]] | None:
+        """A message under an id its sender gave, where it may not have reached the log yet."""
+        return self._fresh.get(message_id) or self._settling.get(message_id)
+
+    def close_to(self, wanted: str) -> list[str]:
+        """Up to three ids or names much like `wanted`."""
+        if wanted not in self._close:
+            from difflib import get_close_matches
+
+            if len(self._close) > 1000:
+                self._close.clear()
+            fold = wanted.casefold()
+            exact = [a.agent_id for a in self.agents.values() if a.agent_id.casefold().startswith(fold)]
+            some = [word for a in list(self.agents.values())[:500] for word in (a.agent_id, a.name)]
+            self._close[wanted] = list(dict.fromkeys(exact + get_close_matches(wanted, some)))[:3]
+        return self._close[wanted]
+
+    def pushed(self, receipt: Receipt) -> set[str]:
+        """The inboxes of a receipt whose message was written to a live reader."""
+        seq, inboxes = receipt.message.seq, self.inboxes
+        return {name for name in receipt.inboxes if name in inboxes and seq <= inboxes[name].pushed} - receipt.unknown
+
+    # pace
+
+    def charge(self, who: str, at: int) -> None:
+        """Take one request out of the caller's bucket. Raises RateLimited."""
+        rate, burst = self.limits.rate_limit, self.limits.rate_burst
+        if float("inf") in (rate, burst):
+            return
+        tokens, since = self._buckets.get(who, (burst, at))
+        tokens = min(burst, tokens + (at - since) * rate / 1000)
+        if tokens < 1:
+            seconds = -int(-(1 - tokens) / rate // 1)
+            raise RateLimited(
+                f"more than {rate:g} requests a second: wait {seconds} s and send fewer, larger requests",
+                retry_after=seconds,
+            )
+        self._buckets[who] = (tokens - 1, at)
+
+    def _guard_loop(self, c: Send, to: str, inboxes: tuple[str, ...]) -> list[list[int]]:
+        """The paces this message adds to, or LoopSuspected where one of them is over its limit."""
+        limit, paces = self.limits.loop_guard, []
+        if limit == float("inf"):
+            return paces
+        keys: list[tuple] = [(IDENTICAL_REPEATS, c.sender, to, crc32(c.payload.encode()))]
+        if c.thread:
+            keys += [(limit, c.thread, *sorted((c.sender, name))) for name in inboxes]
+        for key in keys:
+            pace = self._paces.setdefault(key, [])
+            while pace and pace[0] <= c.at - LOOP_WINDOW * 1000:
+                del pace[0]
+            if len(pace) >= key[0]:
+                what = "the same message" if key is keys[0] else "a message of this thread"
+                raise LoopSuspected(
+                    f"{c.sender} has sent {what} to {to} {len(pace)} times in {LOOP_WINDOW} s, which looks like two"
+                    " agents going round in a loop: stop replying now, and tell your user if something is left to do",
+                    retry_after=(pace[0] - c.at) // 1000 + LOOP_WINDOW + 1,
+                )
+            paces.append(pace)
+        return paces
+
+    # rules
+
+    def apply(self, command: Any) -> Any:
+        """Apply one command and return its result. Raises HubError, and has then changed nothing."""
+        return self.RULES[type(command)](self, command)
+
+    def _register(self, c: Register) -> Agent:
+        held = self.agents.get(c.agent_id)
+        session = c.session_id or (held.session_id if held and c.renews else c.new_session)
+        same = held is not None and held.session_id == session
+        if held and not same and self.status(c.agent_id, c.at) == "active":
+            raise AgentIdTaken(
+                f"`{c.agent_id}` is held by another session that is active: choose another agent_id, use that"
+                f" session's session_id, or wait until it has been silent for {ACTIVE_SECONDS} s"
+            )
+        if not held and len(self.agents) >= self.limits.max_agents:
+            raise StorageFull(f"the hub has its {len(self.agents)} agents: let some leave, or raise --max-agents")
+        base = held if held and same else Agent(c.agent_id, session, c.agent_id, registered_at=c.at)
+        agent = base._replace(
+            name=c.name if c.name is not None else base.name,
+            capabilities=c.capabilities if c.capabilities is not None else base.capabilities,
+            metadata=c.metadata if c.metadata is not None else base.metadata,
+            tokens=(*base.tokens, c.token)[-TOKENS_PER_AGENT:],
+        )
+        self._forget_name(held)
+        self.agents[agent.agent_id] = agent
+        self._names.setdefault(agent.name.casefold(), set()).add(agent.agent_id)
+        self.events.append(Registered(agent))
+        self._adopt(agent)
+        self._touch(Touch(c.at, agent.agent_id))
+        return agent
+
+    def _forget_name(self, agent: Agent | None) -> None:
+        self._close.clear()
+        if agent:
+            holders = self._names[agent.name.casefold()]
+            holders.discard(agent.agent_id)
+            if not holders:
+                del self._names[agent.name.casefold()]
+
+    def _adopt(self, agent: Agent) -> None:
+        """Hand an agent what was sent to its name before anybody had it. Two agents of one name: the first gets it."""
+        fold = agent.name.casefold()
+        for name in [n for n in self.inboxes if n.casefold() == fold and not self.known(n)]:
+            inbox, left = self._inbox(agent.agent_id), self.inboxes.pop(name)
+            for seq in set(left.unread) & set(inbox.unread):
+                self._answered(seq)
+            inbox.unread = array("q", sorted({*inbox.unread, *left.unread}))
+            self.events.append(Adopted(name, agent.agent_id, tuple(left.unread)))
+
+    def _leave(self, c: Leave) -> None:
+        if c.agent_id not in self.agents:
+            self.expect(c.agent_id)
+            raise Forbidden(f"{OPERATOR} is always here and can't leave")
+        agent = self.agents.pop(c.agent_id)
+        self._forget_name(agent)
+        self._seen.pop(c.agent_id, None)
+        self._unwritten.discard(c.agent_id)
+        self.events.append(Left(c.agent_id))
+        if c.agent_id in self._active:
+            self._active.discard(c.agent_id)
+            self.events.append(Presence(agent.agent_id, agent.name, "offline"))
+
+    def _touch(self, c: Touch) -> None:
+        self._seen[c.agent_id] = max(c.at, self._seen.get(c.agent_id, 0))
+        self._unwritten.add(c.agent_id)
+        if c.agent_id not in self._active and c.agent_id in self.agents:
+            self._active.add(c.agent_id)
+            self.events.append(Presence(c.agent_id, self.agents[c.agent_id].name, "active"))
+
+    def _connect(self, c: Connect) -> None:
+        self.connections[c.agent_id] = self.connections.get(c.agent_id, 0) + 1
+        self._touch(Touch(c.at, c.agent_id))
+
+    def _disconnect(self, c: Disconnect) -> None:
+        self.connections[c.agent_id] -= 1
+        if not self.connections[c.agent_id]:
+            del self.connections[c.agent_id]
+        if c.agent_id in self.agents:  # it may have left with its line still open
+            self._touch(Touch(c.at, c.agent_id))
+
+    def _send(self, c: Send) -> Receipt:
+        self.expect(c.sender)
+        if c.known:
+            return self._again(c, *c.known)
+        inboxes, to = self._resolve(c)
+        full = self._without_room(inboxes)
+        for pace in self._guard_loop(c, to, inboxes):
+            pace.append(c.at)
+        room = tuple(name for name in inboxes if name not in full) if full else inboxes
+        message = self._deliver(c, to, room)
+        return self._receipt(message, room, full)
+
+    def _again(self, c: Send, message: Message, inboxes: tuple[str, ...]) -> Receipt:
+        """The answer to a retry: what the first one did. The same id for something else is refused."""
+        if message.sender != c.sender or message.digest != c.digest:
+            raise IdReused(f"the id `{message.id}` was used for another message: give every message an id of its own")
+        return self._receipt(message, inboxes, ())._replace(duplicate=True)
+
+    def _receipt(self, message: Message, inboxes: tuple[str, ...], full: tuple[str, ...]) -> Receipt:
+        unread = {name: self.unread(name) for name in (*inboxes, *full)}
+        unknown = frozenset(name for name in inboxes if not self.known(name))
+        return Receipt(message, inboxes, unknown, full, unread, {name: self.close_to(name) for name in unknown})
+
+    def _without_room(self, inboxes: tuple[str, ...]) -> tuple[str, ...]:
+        """Who can take no more. All of several: refused; some: the others get theirs, and the sender is told."""
+        full = tuple(name for name in inboxes if self.unread(name) >= self.limits.max_inbox)
+        if full and len(full) == len(inboxes):
+            raise InboxFull(
+                f"{', '.join(full[:3])} has {self.limits.max_inbox:.0f} unread messages and takes no more: wait until"
+                " some are read, or ask the operator to raise --max-inbox",
+                recipients=list(full),
+            )
+        return full
+
+    def _resolve(self, c: Send) -> tuple[tuple[str, ...], str]:
+        """The inboxes that `to` means, each once, and `to` as the envelope shows it (JSON text)."""
+        if c.to in self.agents:
+            return (c.to,), f'"{c.to}"'  # type: ignore[return-value]
+        asked = (c.to,) if isinstance(c.to, str) else c.to
+        found: dict[str, None] = {}
+        shown = []
+        for one in asked:
+            inboxes, as_text = self._resolve_one(one, c.sender)
+            found.update(dict.fromkeys(inboxes))
+            shown.append(as_text)
+        if len(shown) > 1:
+            return tuple(found), dump(shown)
+        return tuple(found), dump(shown[0])
+
+    def _resolve_one(self, to: str, sender: str) -> tuple[Iterable[str], str]:
+        if to in self.agents or to == OPERATOR:
+            return (to,), to
+        if to.upper() == EVERYONE:
+            return [name for name in self.agents if name != sender], EVERYONE
+        if to[0] in "#@":  # nobody is in a channel yet
+            able = [a.agent_id for a in self.agents.values() if to[0] == "@" and to[1:] in a.capabilities]
+            return [name for name in able if name != sender], to
+        holders = sorted(self._names.get(to.casefold(), ()))
+        if len(holders) > 1:
+            raise AmbiguousRecipient(
+                f"{len(holders)} agents are named `{to}`: send to one of the ids {', '.join(holders[:10])}",
+                candidates=holders,
+            )
+        inbox = holders[0] if holders else to
+        return (inbox,), inbox
+
+    def _deliver(self, c: Send, to: str, inboxes: tuple[str, ...]) -> Message:
+        seq = self.seq = self.seq + 1
+        id = c.id or made_id(self.epoch, seq)
+        message = Message(
+            seq, id, c.type, c.sender, to, c.payload, c.at, c.reply_to, c.thread, c.expires_at, c.digest
+        )
+        for name in inboxes:
+            self._inbox(name).unread.append(seq)
+        if c.type == "ping" and inboxes:
+            self._pings[seq] = [id, c.sender, len(inboxes)]
+        if c.id:
+            self._fresh[c.id] = (message, inboxes)
+        self.events.append(Sent(message, inboxes))
+        return message
+
+    def _inbox(self, name: str) -> Inbox:
+        inbox = self.inboxes.get(name)
+        if inbox is None:
+            inbox = self.inboxes[name] = Inbox()
+        return inbox
+
+    def _ack(self, c: Ack) -> int:
+        """How many messages this newly acknowledged. A ping among them is answered to its sender."""
+        self.expect(c.agent_id)
+        inbox = self._inbox(c.agent_id)
+        taken = [inbox.take(c.above, c.up_to)] if c.up_to else [inbox.take(seq - 1, seq) for seq in c.seqs]
+        for run in filter(None, taken):
+            self.events.append(Acknowledged(c.agent_id, run[0], run[-1], c.at))
+            if self._pings:
+                self._answer_pings(c, run)
+        return sum(map(len, taken))
+
+    def _answer_pings(self, c: Ack, seqs: Iterable[int]) -> None:
+        for seq in [seq for seq in seqs if seq in self._pings]:
+            ping_id, pinger = self._answered(seq)
+            reply = Send(c.at, c.agent_id, pinger, '"pong"', "ack", reply_to=ping_id, thread=ping_id)
+            self._deliver(reply, dump(pinger), (pinger,))
+
+    def _answered(self, seq: int) -> tuple[str, str]:
+        """One inbox less owes an answer to this ping, if it is one."""
+        ping = self._pings.get(seq, ["", "", 2])
+        ping[2] -= 1
+        if not ping[2]:
+            del self._pings[seq]
+        return ping[0], ping[1]
+
+    def _expire(self, c: Expire) -> None:
+        for seq, inboxes in c.messages:
+            for name in inboxes:
+                if name in self.inboxes:
+                    self.inboxes[name].take(seq - 1, seq)
+            self._pings.pop(seq, None)
+        self.events.append(Expired(tuple(seq for seq, _ in c.messages), self.seq))
+
+    def _sweep(self, c: Sweep) -> None:
+        for name in [name for name in self._active if self.status(name, c.at) == "offline"]:
+            self._active.discard(name)
+            self.events.append(Presence(name, self.agents[name].name, "offline"))
+        self.events += [Seen(name, self._seen[name]) for name in sorted(self._unwritten) if name in self.agents]
+        self._unwritten.clear()
+        if self._buckets:
+            full_in = self.limits.rate_burst / self.limits.rate_limit * 1000
+            self._buckets = {who: b for who, b in self._buckets.items() if c.at - b[1] < full_in}
+        self._paces = {key: p for key, p in self._paces.items() if p and c.at - p[-1] < LOOP_WINDOW * 1000}
+        for name in [n for n, inbox in self.inboxes.items() if not inbox.unread and not self.known(n)]:
+            del self.inboxes[name]
+
+    RULES = {
+        Register: _register,
+        Leave: _leave,
+        Touch: _touch,
+        Connect: _connect,
+        Disconnect: _disconnect,
+        Send: _send,
+        Ack: _ack,
+        Expire: _expire,
+        Sweep: _sweep,
+    }
+
+
+# --- Store ------------------------------------------------------------------------------------------------------------
+
+APPLICATION_ID = 0x61676874  # "aght" in SQLite's header: how a file says whose it is
+MIGRATIONS = (  # the n-th brings a file from user_version n to n + 1; what has been released is never edited
+    """
+    CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
+    CREATE TABLE agents (agent_id TEXT PRIMARY KEY, session_id TEXT NOT NULL, name TEXT NOT NULL,
+        capabilities TEXT NOT NULL, metadata TEXT NOT NULL, tokens BLOB NOT NULL, registered_at INTEGER NOT NULL,
+        seen_at INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID;
+    CREATE TABLE messages (seq INTEGER PRIMARY KEY, id TEXT, type TEXT NOT NULL, sender TEXT NOT NULL,
+        recipient TEXT NOT NULL, payload TEXT NOT NULL, sent_at INTEGER NOT NULL, reply_to TEXT NOT NULL,
+        thread TEXT NOT NULL, expires_at INTEGER NOT NULL, digest BLOB NOT NULL, inboxes TEXT NOT NULL);
+    CREATE UNIQUE INDEX message_ids ON messages (id) WHERE id IS NOT NULL;
+    CREATE INDEX message_expiry ON messages (expires_at) WHERE expires_at > 0;
+    CREATE INDEX message_pings ON messages (seq) WHERE type = 'ping';
+    CREATE TABLE deliveries (inbox TEXT, seq INTEGER, acked_at INTEGER, PRIMARY KEY (inbox, seq)) WITHOUT ROWID;
+    """,
+)
+
+
+def _agent_rows(batch: list[Registered]) -> list[tuple]:
+    return [(*a[:3], dump(a.capabilities), a.metadata, b"".join(a.tokens), a.registered_at) for (a,) in batch]
+
+
+def _message_rows(batch: list[Sent]) -> list[tuple]:
+    """An id that the hub made follows from the seq and is not stored."""
+    return [(m.seq, m.id if m.digest else None, *m[2:], dump(inboxes)) for m, inboxes in batch]
+
+
+# What each event does to the tables. An event that is not here is not meant to last.
+WRITES: dict[type, tuple[tuple[str, Callable[[list], list[tuple]]], ...]] = {
+    Registered: (
+        (
+            "INSERT INTO agents (agent_id, session_id, name, capabilities, metadata, tokens, registered_at)"
+            " VALUES (?,?,?,?,?,?,?) ON CONFLICT (agent_id) DO UPDATE SET session_id = excluded.session_id,"
+            " name = excluded.name, capabilities = excluded.capabilities, metadata = excluded.metadata,"
+            " tokens = excluded.tokens, registered_at = excluded.registered_at",
+            _agent_rows,
+        ),
+    ),
+    Left: (("DELETE FROM agents WHERE agent_id = ?", lambda batch: [(e.agent_id,) for e in batch]),),
+    Seen: (("UPDATE agents SET seen_at = ? WHERE agent_id = ?", lambda batch: [(e.at, e.agent_id) for e in batch]),),
+    Sent: (
+        ("INSERT INTO messages VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", _message_rows),
+        ("INSERT INTO deliveries VALUES (?,?,NULL)", lambda batch: [(name, e[0][0]) for e in batch for name in e[1]]),
+    ),
+    Acknowledged: (
+        (
+            "UPDATE deliveries SET acked_at = ? WHERE inbox = ? AND seq BETWEEN ? AND ? AND acked_at IS NULL",
+            lambda batch: [(e.at, e.inbox, e.first, e.last) for e in batch],
+        ),
+    ),
+    Adopted: (
+        ("UPDATE OR REPLACE deliveries SET inbox = ? WHERE inbox = ?", lambda batch: [e[1::-1] for e in batch]),
+        (
+            "UPDATE messages SET inboxes = (SELECT json_group_array(DISTINCT CASE value WHEN ? THEN ? ELSE value END)"
+            " FROM json_each(inboxes)) WHERE seq = ?",
+            lambda batch: [(e.inbox, e.agent_id, seq) for e in batch for seq in e.seqs],
+        ),
+    ),
+    Expired: (
+        (
+            "DELETE FROM deliveries WHERE seq = ?1 AND inbox IN"
+            " (SELECT value FROM messages, json_each(messages.inboxes) WHERE messages.seq = ?1)",
+            lambda batch: [(seq,) for e in batch for seq in e.seqs],
+        ),
+        ("DELETE FROM messages WHERE seq = ?", lambda batch: [(seq,) for e in batch for seq in e.seqs]),
+        ("UPDATE meta SET value = max(value, ?) WHERE key = 'seq'", lambda batch: [(e.seq,) for e in batch]),
+    ),
+}
+
+
+class Store:
+    """The log on disk: SQLite in WAL mode, one connection that writes and one that reads what is committed.
+
+    `write` puts a batch of events into a transaction and `commit` makes it durable (synchronous=FULL: after it
+    returns, a power cut loses nothing of it). Only one process may hold a file; a second is refused.
+    Raises StoreError on opening, and StorageFull where the disk takes no more.
+    """
+
+    def __init__(self, path: str) -> None:
+        import sqlite3
+
+        self.path, self._sqlite = path, sqlite3
+        self._lock: Any = None
+        self.pages = 0  # written to the log since the last checkpoint, about
+        try:
+            if path != ":memory:":
+                self._prepare_file()
+            self._writer = self._connect(path)
+            self._check_owner()
+            self._writer.execute("PRAGMA journal_mode = WAL")
+            self._writer.execute("PRAGMA synchronous = FULL")
+            self._writer.execute("PRAGMA fullfsync = ON")  # macOS: fsync alone does not reach the platter
+            self._writer.execute("PRAGMA wal_autocheckpoint = 0")  # inside a commit it makes the slowest 1 %
+            self._writer.execute(f"PRAGMA journal_size_limit = {64 << 20}")
+            self._migrate()
+            self._reader = self._writer if path == ":memory:" else self._connect(path)
+            self._reader.execute("PRAGMA query_only = ON" if path != ":memory:" else "SELECT 1")
+            self.epoch = self._reader.execute("SELECT value FROM meta WHERE key = 'epoch'").fetchone()[0]
+        except (sqlite3.Error, OSError, TypeError) as error:
+            self.close()
+            raise StoreError(f"can't use {path} as the store: {error}; name another file with --db") from None
+        except StoreError:
+            self.close()
+            raise
+
+    # opening
+
+    def _connect(self, path: str) -> Any:
+        return self._sqlite.connect(path, isolation_level=None, check_same_thread=False, timeout=1)
+
+    def _prepare_file(self) -> None:
+        """Make folder and file for this user only, take the lock, and look at what is there before SQLite does."""
+        folder = os.path.dirname(os.path.abspath(self.path))
+        if not os.path.isdir(folder):
+            os.makedirs(folder, mode=0o700)
+        self._take_lock()
+        if not os.path.exists(self.path) and os.path.exists(self.path + "-wal"):
+            raise StoreError(
+                f"{self.path} is gone, but its write-ahead log is there with messages in it: put the file back,"
+                f" or remove {self.path}-wal to start empty"
+            )
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        os.chmod(self.path, 0o600)
+        with open(self.path, "rb") as file:
+            head = file.read(16)
+        if head and head != b"SQLite format 3\0":
+            raise StoreError(f"{self.path} is not an agenthub store: name another file with --db")
+
+    def _take_lock(self) -> None:
+        """One hub a file: flock ends with the process, however it ends, so a lock left behind holds nobody up."""
+        try:
+            import fcntl
+        except ImportError:  # Windows: SQLite's own locks are then all there is
+            return
+        self._lock = open(os.open(self.path + "-lock", os.O_RDWR | os.O_CREAT, 0o600), "r+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            pid = self._lock.read().strip() or "unknown"
+            raise StoreError(
+                f"{self.path} is in use by another hub (process {pid}): stop that one, or name another file with --db"
+            ) from None
+        self._lock.truncate(0)
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+
+    def _check_owner(self) -> None:
+        owner = self._writer.execute("PRAGMA application_id").fetchone()[0]
+        version = self._writer.execute("PRAGMA user_version").fetchone()[0]
+        empty = not self._writer.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
+        if owner != APPLICATION_ID and not (empty and owner == 0):
+            raise StoreError(f"{self.path} is a database of another program: name another file with --db")
+        if version > len(MIGRATIONS):
+            raise StoreError(
+                f"{self.path} was written by a newer agenthub (store version {version}, this one knows"
+                f" {len(MIGRATIONS)}): use that agenthub, or name another file with --db"
+            )
+
+    def _migrate(self) -> None:
+        import secrets
+
+        version = self._writer.execute("PRAGMA user_version").fetchone()[0]
+        for number in range(version, len(MIGRATIONS)):
+            self._writer.execute("BEGIN IMMEDIATE")
+            for statement in MIGRATIONS[number].split(";")[:-1]:
+                self._writer.execute(statement)
+            if number == 0:
+                row = [("epoch", secrets.token_hex(4)), ("seq", 0)]
+                self._writer.executemany("INSERT INTO meta VALUES (?,?)", row)
+                self._writer.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            self._writer.execute(f"PRAGMA user_version = {number + 1}")
+            self._writer.execute("COMMIT")
+
+    def close(self) -> None:
+        """Checkpoint, close, and let go of the file."""
+        for connection in (getattr(self, "_reader", None), getattr(self, "_writer", None)):
+            if connection:
+                connection.close()
+        if self._lock:
+            self._lock.close()
+
+    # the writing half
+
+    def write(self, events: list[Any]) -> None:
+        """Begin a transaction with all that the events change; `commit` or `undo` must follow."""
+        try:
+            self._writer.execute("BEGIN IMMEDIATE")
+            for kind, run in itertools.groupby(events, type):
+                batch = list(run)
+                for statement, rows in WRITES.get(kind, ()):
+                    self._writer.executemany(statement, rows(batch))
+        except self._sqlite.Error as error:
+            raise self._full(error) from error
+        self.pages += 3 + len(events) // 16 + sum(len(e.message.payload) for e in events if type(e) is Sent) // 4096
+
+    def commit(self) -> None:
+        """Make the batch durable. This is the one call that waits for the disk; it may run on another thread."""
+        try:
+            self._writer.execute("COMMIT")
+        except self._sqlite.Error as error:
+            raise self._full(error) from error
+
+    def undo(self) -> None:
+        """Take back a batch that could not be written."""
+        if self._writer.in_transaction:
+            self._writer.execute("ROLLBACK")
+
+    def probe(self) -> None:
+        """Raise StorageFull unless a small change can be made durable now."""
+        try:
+            self._writer.execute("INSERT OR REPLACE INTO meta VALUES ('probe', zeroblob(16384))")
+            self._writer.execute("DELETE FROM meta WHERE key = 'probe'")
+        except self._sqlite.Error as error:
+            raise self._full(error) from error
+
+    def checkpoint(self) -> None:
+        """Move the write-ahead log into the file, as far as no reader stands in the way."""
+        self.pages = 0
+        try:
+            self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        except self._sqlite.Error as error:
+            raise self._full(error) from error
+
+    def _full(self, error: Exception) -> StorageFull:
+        return StorageFull(f"the hub's disk refused the change ({error}): nothing was stored, free some space and retry")
+
+    # the reading half: what is committed, and nothing else
+
+    def load(self) -> Snapshot:
+        """Everything the hub keeps in memory."""
+        rows = self._reader.execute
+        agents, seen = [], []
+        for *head, capabilities, metadata, tokens, at, seen_at in rows("SELECT * FROM agents ORDER BY agent_id"):
+            digests = tuple(tokens[i : i + 32] for i in range(0, len(tokens), 32))
+            agents.append(Agent(*head, tuple(json.loads(capabilities)), metadata, digests, at))
+            seen.append((head[0], seen_at))
+        pings = rows("SELECT seq, id, sender FROM messages WHERE type = 'ping' ORDER BY seq").fetchall()
+        unread = rows("SELECT inbox, seq FROM deliveries WHERE acked_at IS NULL ORDER BY inbox, seq").fetchall()
+        waiting = {seq for _, seq in unread} if pings else set()
+        top = rows("SELECT max((SELECT value FROM meta WHERE key = 'seq'), ifnull(max(seq), 0)) FROM messages")
+        return Snapshot(
+            self.epoch,
+            top.fetchone()[0],
+            tuple(agents),
+            tuple(pair for pair in seen if pair[1]),
+            tuple(unread),
+            tuple((seq, id or made_id(self.epoch, seq), who) for seq, id, who in pings if seq in waiting),
+        )
+
+    def _message(self, row: tuple) -> Message:
+        return Message(row[0], row[1] or made_id(self.epoch, row[0]), *row[2:11])
+
+    def messages(
+        self, seqs: Iterable[int], now: int, type: str = "", sender: str = "", thread: str = "", most: int = MAX_ANSWER
+    ) -> tuple[list[Message], bool]:
+        """Those of the messages that are not past their time and match, in the order of `seqs`, and whether there are
+        more than go into `most` bytes (one goes in any case)."""
+        rows = self._reader.execute(
+            "SELECT m.* FROM json_each(?) AS wanted CROSS JOIN messages AS m ON m.seq = wanted.value"
+            " WHERE (m.expires_at = 0 OR m.expires_at > ?) AND (? = '' OR m.type = ?) AND (? = '' OR m.sender = ?)"
+            " AND (? = '' OR m.thread = ?) ORDER BY wanted.key",
+            (dump(seqs), now, type, type, sender, sender, thread, thread),
+        )
+        found: list[Message] = []
+        for row in rows:
+            if most < 0:
+                return found, True
+            found.append(self._message(row))
+            most -= len(found[-1].payload)
+        return found, False
+
+    def inbox(self, name: str, after: int, up_to: int, limit: int) -> list[int]:
+        """The seqs of up to `limit` messages above `after`, up to `up_to`, acknowledged or not, oldest first."""
+        query = "SELECT seq FROM deliveries WHERE inbox = ? AND seq > ? AND seq <= ? ORDER BY seq LIMIT ?"
+        return [seq for (seq,) in self._reader.execute(query, (name, after, up_to, limit))]
+
+    def inbox_before(self, name: str, before: int, limit: int) -> list[int]:
+        """The seqs of up to `limit` messages below `before`, acknowledged or not, newest first."""
+        query = "SELECT seq FROM deliveries WHERE inbox = ? AND seq < ? ORDER BY seq DESC LIMIT ?"
+        return [seq for (seq,) in self._reader.execute(query, (name, before, limit))]
+
+    def first_seq(self, default: int) -> int:
+        """The oldest seq that is still kept."""
+        return self._reader.execute("SELECT ifnull(min(seq), ?) FROM messages", (default,)).fetchone()[0]
+
+    def find(self, message_id: str, seq: int = 0) -> tuple[Message, tuple[str, ...]] | None:
+        """A message by its seq, or by the id its sender gave, and the inboxes it went to."""
+        where, key = ("seq", seq) if seq else ("id", message_id)
+        row = self._reader.execute(f"SELECT * FROM messages WHERE {where} = ?", (key,)).fetchone()
+        return (self._message(row), tuple(json.loads(row[11]))) if row else None
+
+    def expired(self, now: int, sent_before: int, limit: int) -> list[tuple[int, tuple[str, ...]]]:
+        """Up to `limit` messages that are past their own time, or were sent before `sent_before`, with inboxes."""
+        rows = self._reader.execute(
+            "SELECT seq, inboxes FROM messages WHERE expires_at > 0 AND expires_at <= ? LIMIT ?", (now, limit)
+        ).fetchall()
+        oldest = self._reader.execute("SELECT seq, inboxes, sent_at FROM messages ORDER BY seq LIMIT ?", (limit,))
+        rows += [(seq, inboxes) for seq, inboxes, at in oldest if at < sent_before]
+        return [(seq, tuple(json.loads(inboxes))) for seq, inboxes in dict(rows).items()]
+
+
+# --- HTTP -------------------------------------------------------------------------------------------------------------
+
+REASONS = {
+    100: "Continue", 200: "OK", 202: "Accepted", 204: "No Content", 400: "Bad Request", 401: "Unauthorized",
+    403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 409: "Conflict", 413: "Content Too Large",
+    415: "Unsupported Media Type", 429: "Too Many Requests", 431: "Request Header Fields Too Large",
+    500: "Internal Server Error", 501: "Not Implemented", 503: "Service Unavailable", 507: "Insufficient Storage",
+}  # fmt: skip
+
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) HTTP/1\.([01])").fullmatch
+_STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([0-9]{3})(?: .*)?").fullmatch
+_HEADER_LINE = re.compile(rb"(" + _TOKEN + rb"):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)").fullmatch
+_CHUNK_LINE = re.compile(rb"([0-9a-fA-F]{1,16})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?").fullmatch
+
+
+class Head(NamedTuple):
+    """The head of a request: `headers` in lower case, repeats joined by a comma (RFC 9110 5.3); `length` -1: chunked.
+
+    `host` is without its port, `media` the media type without parameters, both in lower case.
+    """
+
+    method: str
+    target: str
+    path: str
+    query: str
+    headers: dict[str, str]
+    host: str
+    media: str
+    length: int
+    keep: bool
+
+
+class Request(NamedTuple):
+    """A whole request."""
+
+    head: Head
+    body: bytes
+
+
+class Response(NamedTuple):
+    """An answer. `body` is bytes, JSON text, another JSON value, or a function giving one when the answer leaves.
+
+    `settled` says that it shows nothing that is still on its way to the disk, so that it need not wait for it.
+    """
+
+    body: Any = b""
+    status: int = 200
+    headers: tuple[tuple[str, str], ...] = ()
+    settled: bool = False
+    content_type: str = "application/json"
+
+    def encode(self, date: str, keep: bool = True, head_only: bool = False) -> bytes:
+        """The bytes on the wire. Raises HubError where the body's function does."""
+        body = self.body() if callable(self.body) else self.body
+        if not isinstance(body, bytes):
+            body = (body if isinstance(body, str) else dump(body)).encode()
+        head = _response_head(self.status, self.content_type, self.headers, date, keep)
+        length = f"Content-Length: {len(body)}\r\n\r\n" if self.status != 204 else "\r\n"
+        return head + length.encode() + (b"" if head_only else body)
+
+
+@functools.lru_cache(64)
+def _response_head(status: int, kind: str, headers: tuple, date: str, keep: bool) -> bytes:
+    """All of an answer's head but its length: it changes once a second."""
+    lines = [f"HTTP/1.1 {status} {REASONS[status]}", f"Content-Type: {kind}", f"Date: {date}"]
+    lines += ["X-Content-Type-Options: nosniff", "Cache-Control: no-store", *(f"{n}: {v}" for n, v in headers)]
+    lines += [] if keep else ["Connection: close"]
+    return "\r\n".join([*lines, ""]).encode("latin-1", "replace")
+
+
+def error_response(error: HubError) -> Response:
+    """The answer that tells an error."""
+    headers: tuple[tuple[str, str], ...] = ()
+    if "retry_after" in error.details:
+        headers = (("Retry-After", str(error.details["retry_after"])),)
+    if isinstance(error, MethodNotAllowed):
+        headers = (("Allow", error.details["allow"]),)
+    if isinstance(error, Unauthorized):
+        headers = (("WWW-Authenticate", 'Bearer realm="agenthub"'),)
+    return Response(error.wire(), error.status or 500, headers)
+
+
+def parse_headers(lines: list[bytes]) -> dict[str, str]:
+    """Header fields by lower-case name (RFC 9112 5). Raises InvalidRequest, e.g. for folding and bare CR."""
+    headers: dict[str, str] = {}
+    for line in lines:
+        match = _HEADER_LINE(line)
+        if not match:
+            raise InvalidRequest("a header line is malformed: write `Name: value`, without folding or control characters")
+        name, value = match[1].decode().lower(), match[2].decode("latin-1").rstrip(" \t")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return headers
+
+
+def body_length(headers: dict[str, str]) -> int:
+    """How long the body is, -1 for chunked (RFC 9112 6.3). Raises InvalidRequest where two readers could disagree."""
+    coding, length = headers.get("transfer-encoding"), headers.get("content-length")
+    if coding is not None:
+        if length is not None:
+            raise InvalidRequest("Content-Length beside Transfer-Encoding is how requests are smuggled: send one of them")
+        if coding.lower() != "chunked":
+            raise InvalidRequest("this Transfer-Encoding is not known here: use chunked, or Content-Length")
+        return -1
+    if length is None:
+        return 0
+    if not length.isascii() or not length.isdigit() or len(length) > 18:
+        raise InvalidRequest("Content-Length must be one decimal number")
+    return int(length)
+
+
+@functools.lru_cache(256)
+def parse_head(head: bytes) -> Head:
+    """The head of a request without its last empty line (RFC 9112 3). Cached: a client's heads repeat to the byte."""
+    first, *rest = head.split(b"\r\n")
+    match = _REQUEST_LINE(first)
+    if not match:
+        raise InvalidRequest("the request line is malformed: write `METHOD /path HTTP/1.1`")
+    headers = parse_headers(rest)
+    if match[3] == b"1" and "host" not in headers:
+        raise InvalidRequest("an HTTP/1.1 request needs a Host header")
+    if "," in headers.get("host", ""):
+        raise InvalidRequest("a request has one Host header")
+    target = match[2].decode()
+    if not target.startswith("/"):  # the absolute form of a proxy's client, or a bare * for OPTIONS
+        target = "/" + target.split("/", 3)[-1] if target.startswith(("http://", "https://")) else target
+    path, _, query = target.partition("?")
+    words = {word.strip().lower() for word in headers.get("connection", "").split(",")}
+    keep = "close" not in words and (match[3] == b"1" or "keep-alive" in words)
+    host = re.sub(r":\d*$", "", headers.get("host", "").lower())
+    media = headers.get("content-type", "").partition(";")[0].strip().lower()
+    return Head(match[1].decode(), target, path, query, headers, host, media, body_length(headers), keep)
+
+
+class Body:
+    """What is left to read of a body, of a known length or in chunks (RFC 9112 7.1), out of a growing buffer."""
+
+    def __init__(self, length: int, limit: float = float("inf")) -> None:
+        self.left, self.chunked, self.limit = max(length, 0), length < 0, limit
+        self.done = length == 0
+        self.seen = length if length > 0 else 0
+        self._in_data = not self.chunked
+        if self.seen > limit:
+            raise self._too_large()
+
+    def read(self, buffer: bytearray) -> bytes:
+        """Take what has arrived out of the buffer. Raises InvalidRequest or PayloadTooLarge."""
+        found = bytearray()
+        while not self.done:
+            if not self._in_data:
+                if not self._next_line(buffer):
+                    break
+            elif self.left:
+                piece = buffer[: self.left]
+                if not piece:
+                    break
+                del buffer[: len(piece)]
+                self.left -= len(piece)
+                found += piece
+            elif not self._end_of_data(buffer):
+                break
+        return bytes(found)
+
+    def _end_of_data(self, buffer: bytearray) -> bool:
+        if not self.chunked:
+            self.done = True
+        elif len(buffer) < 2:
+            return False
+        elif buffer[:2] != b"\r\n":
+            raise InvalidRequest("a chunk is longer than its size says")
+        else:
+            del buffer[:2]
+            self._in_data = False
+        return True
+
+    def _next_line(self, buffer: bytearray) -> bool:
+        """A chunk's size; after the last chunk, whose `left` is -1, a trailer line, which is passed over."""
+        end = buffer.find(b"\r\n")
+        if end < 0 or end > 1024:
+            if len(buffer) > 1024:
+                raise InvalidRequest("a chunk's size line is longer than 1024 bytes")
+            return False
+        line = bytes(buffer[:end])
+        del buffer[: end + 2]
+        if self.left < 0:
+            self.seen += end + 2
+            self.done = not line
+        else:
+            match = _CHUNK_LINE(line)
+            if not match:
+                raise InvalidRequest("a chunk's size must be a hexadecimal number")
+            size = int(match[1], 16)
+            self.seen += size
+            self.left, self._in_data = size or -1, size > 0
+        if self.seen > self.limit:
+            raise self._too_large()
+        return True
+
+    def _too_large(self) -> PayloadTooLarge:
+        return PayloadTooLarge(f"the body is over {self.limit:.0f} bytes: put large things in a file and send its path")
+
+
+class RequestReader:
+    """Requests out of bytes, however they are cut. `feed` takes bytes, `next` gives a Request, or None for "more".
+
+    After `next` has raised, the connection can't be read on: answer the error and close.
+    """
+
+    def __init__(self, limits: Any) -> None:
+        self.limits, self.buffer = limits, bytearray()
+        self._head: Head | None = None
+        self._body: Body | None = None
+        self._pieces: list[bytes] = []
+        self._scanned = 0
+        self._continued = False
+        self.last_head = b""
+
+    @property
+    def started(self) -> bool:
+        """Whether a request has begun to arrive and is not whole yet."""
+        return self._head is not None or bool(self.buffer)
+
+    @property
+    def wants_continue(self) -> bool:
+        """Whether the client waits for `100 Continue` before its body (RFC 9110 10.1.1); true once a request."""
+        asked = self._head is not None and self._head.headers.get("expect", "").lower() == "100-continue"
+        if not asked or self._continued:
+            return False
+        self._continued = True
+        return not self._pieces and not self.buffer
+
+    def feed(self, data: bytes) -> None:
+        """Take in what arrived."""
+        self.buffer += data
+
+    def next(self) -> Request | None:
+        """The next whole request. Raises InvalidRequest, HeadersTooLarge or PayloadTooLarge."""
+        if self._head is None:
+            head = self._next_head() if self.buffer else None
+            if head is None:
+                return None
+            if 0 <= head.length <= min(len(self.buffer), self.limits.max_message):  # all there, as most are
+                body = bytes(self.buffer[: head.length])
+                del self.buffer[: head.length]
+                return Request(head, body)
+            self._body = Body(head.length, self.limits.max_message + FRAME_OVERHEAD)
+            self._head, self._pieces, self._continued = head, [], False
+        assert self._body is not None
+        piece = self._body.read(self.buffer)
+        if piece:
+            self._pieces.append(piece)
+        if not self._body.done:
+            return None
+        request = Request(self._head, b"".join(self._pieces))
+        self._head = self._body = None
+        return request
+
+    def _next_head(self) -> Head | None:
+        while self.buffer.startswith(b"\r\n"):  # RFC 9112 2.2: empty lines before a request are passed over
+            del self.buffer[:2]
+        end = self.buffer.find(b"\r\n\r\n", max(0, self._scanned - 3))
+        if (len(self.buffer) if end < 0 else end) > self.limits.max_head:
+            raise HeadersTooLarge(f"the request's head is over {self.limits.max_head:.0f} bytes: send fewer, shorter headers")
+        if end < 0:
+            if b"\n\n" in self.buffer[max(0, self._scanned - 1) :]:
+                raise InvalidRequest("a line of the request's head ends without a carriage return")
+            self._scanned = len(self.buffer)
+            return None
+        head = bytes(self.buffer[:end])
+        self.last_head = head + b"\r\n\r\n"
+        if head.count(b"\r\n") > self.limits.max_header_lines:
+            raise HeadersTooLarge(f"the request has over {self.limits.max_header_lines:.0f} header lines: send fewer")
+        del self.buffer[: end + 4]
+        self._scanned = 0
+        return parse_head(head)
+
+
+class ResponseReader:
+    """A client's half: the head of one answer, then its body as it arrives."""
+
+    def __init__(self) -> None:
+        self.buffer = bytearray()
+        self.status, self.headers = 0, {}  # type: int, dict[str, str]
+        self._body: Body | None = None
+
+    def feed(self, data: bytes) -> bytes:
+        """Take bytes in and give what they hold of the body. Raises InvalidRequest where this is not HTTP."""
+        self.buffer += data
+        while self._body is None and (end := self.buffer.find(b"\r\n\r\n")) >= 0:
+            first, *rest = bytes(self.buffer[:end]).split(b"\r\n")
+            del self.buffer[: end + 4]
+            match = _STATUS_LINE(first)
+            if not match:
+                raise InvalidRequest("the answer is not HTTP: check the address")
+            self.status, self.headers = int(match[1]), parse_headers(rest)
+            if self.status >= 200:
+                self._body = Body(body_length(self.headers))
+        return self._body.read(self.buffer) if self._body else b""
+
+    @property
+    def done(self) -> bool:
+        """Whether the answer is whole."""
+        return self._body is not None and self._body.done
+
+    @property
+    def keep(self) -> bool:
+        """Whether the connection can be used again."""
+        return "close" not in self.headers.get("connection", "").lower()
+
+
+def unquote(text: str) -> str:
+    """Percent-decoding as UTF-8 (RFC 3986 2.1). Raises InvalidRequest for what is not."""
+    if "%" not in text:
+        return text
+    try:
+        if re.search("%(?![0-9A-Fa-f]{2})", text):
+            raise ValueError
+        raw = re.sub(rb"%(..)", lambda found: bytes([int(found[1], 16)]), text.encode())
+        return raw.decode()
+    except ValueError:
+        raise InvalidRequest("the address holds a percent sign that starts no UTF-8 character") from None
+
+
+def quote(text: str) -> str:
+    """Percent-encoding for one segment of a path or one value of a query (RFC 3986 2.3)."""
+    return re.sub(rb"[^A-Za-z0-9._~-]", lambda found: b"%%%02X" % found[0][0], text.encode()).decode()
+
+
+def parse_query(query: str) -> dict[str, str]:
+    """Parameters by name; of repeats the last, as most forms mean it."""
+    pairs = (pair.partition("=") for pair in query.split("&") if pair)
+    return {unquote(name.replace("+", " ")): unquote(value.replace("+", " ")) for name, _, value in pairs}
+
+
+# --- Handlers ---------------------------------------------------------------------------------------------------------
+
+
+class Wait(NamedTuple):
+    """An answer that is not there yet: `attempt(final)` is asked again whenever the inbox gets something, and finally."""
+
+    agent_id: str
+    seconds: float
+    attempt: Callable[[bool], Response | None]
+
+
+class Stream(NamedTuple):
+    """An answer without end: an inbox as server-sent events (`sse`) or a JSON object a line (`json`)."""
+
+    agent_id: str
+    after: int | None
+    format: str
+
+
+class Upgrade(NamedTuple):
+    """The connection becomes a WebSocket of this agent."""
+
+    agent_id: str
+    after: int | None
+    explicit: bool
+    epoch: str
+
+
+class Settings(NamedTuple):
+    """How this hub is run, as far as its answers depend on it. An empty key is open mode."""
+
+    limits: Any
+    key: str = ""
+    allow_hosts: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+    store: str = "memory"
+    websockets: bool = True
+
+
+class Call(NamedTuple):
+    """A request that is known, checked and allowed: `agent_id` acts (empty: nobody in particular), at that time."""
+
+    head: Head
+    body: bytes
+    params: dict[str, Any]
+    agent_id: str
+    at: int
+
+
+class Histogram:
+    """How long things took, in the buckets of a Prometheus histogram (seconds)."""
+
+    BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+    def __init__(self) -> None:
+        self.counts, self.total = [0] * (len(self.BOUNDS) + 1), 0.0
+
+    def observe(self, seconds: float) -> None:
+        """Count one more."""
+        self.counts[bisect_left(self.BOUNDS, seconds)] += 1
+        self.total += seconds
+
+
+class Metrics:
+    """What the hub counts beside its state."""
+
+    def __init__(self) -> None:
+        self.answers: dict[int, int] = {}
+        self.frames = self.messages = self.deliveries = self.pushes = self.acknowledged = self.expired = 0
+        self.commits = self.failed_commits = self.slow_readers = 0
+        self.request_seconds, self.commit_seconds = Histogram(), Histogram()
+
+    def count(self, events: Iterable[Any]) -> None:
+        """Count what a committed batch did."""
+        for event in events:
+            if type(event) is Sent:
+                self.messages += 1
+                self.deliveries += len(event.inboxes)
+            elif type(event) is Expired:
+                self.expired += len(event.seqs)
+
+
+class Handlers:
+    """What each request does, once it is known who asks: commands to the hub, answers out of it and the log.
+
+    Knows no socket and never waits; `log` is the reading half of a store, `committed` the newest seq that is durable
+    (nothing above it is shown), `mint` makes the random part of tokens and sessions.
+    """
+
+    def __init__(self, hub: Hub, log: Any, settings: Settings, mint: Callable[[], str] | None = None) -> None:
+        import hashlib
+        import hmac
+        import secrets
+
+        self.hub, self.log, self.settings = hub, log, settings
+        self.metrics, self.committed, self.started_at = Metrics(), hub.seq, 0
+        self._mint = mint or (lambda: secrets.token_urlsafe(32))
+        self._sha256 = lambda text: hashlib.sha256(text.encode()).digest()
+        self._digest = lambda text: hashlib.blake2b(text.encode(), digest_size=16).digest()
+        self._same = hmac.compare_digest
+
+    # agents
+
+    def register(self, call: Call) -> Response:
+        """POST /api/v1/agents/register."""
+        given = call.params
+        session = given["session_id"]
+        fresh = self._mint()
+        agent_id = given["agent_id"]
+        if agent_id is None:
+            if given["name"] is None:
+                raise InvalidRequest("`agent_id` is missing: give one, or a name to make it from")
+            agent_id = KINDS["new_agent_id"].check(derived_id(given["name"], session or fresh))
+        token = f"{agent_id}.{self._mint()}"
+        agent = self.hub.apply(
+            Register(
+                call.at, agent_id, session, fresh, given["name"], given["capabilities"], given["metadata"],
+                self._sha256(token), not self.settings.key,
+            )
+        )  # fmt: skip
+        peers = [
+            {"agent_id": peer.agent_id, "name": peer.name, "status": self.hub.status(peer.agent_id, call.at)}
+            for peer in self.hub.agents.values()
+            if peer.agent_id != agent.agent_id
+        ]
+        body = {"success": True, "agent_id": agent.agent_id, "session_id": agent.session_id, "name": agent.name}
+        body |= {"websocket_url": f"/ws/{agent.agent_id}", "token": token, "peers": peers}
+        return Response(body | {"unread": self.hub.unread(agent.agent_id)})
+
+    def agents(self, call: Call) -> Response:
+        """GET /api/v1/agents."""
+        want = call.params
+        found = [
+            self._shown_agent(agent, call.at)
+            for agent in self.hub.agents.values()
+            if want["capability"] in (None, *agent.capabilities)
+            and want["status"] in (None, self.hub.status(agent.agent_id, call.at))
+        ]
+        return Response({"agents": found, "total": len(found)})
+
+    def agent(self, call: Call) -> Response:
+        """GET /api/v1/agents/{agent_id}."""
+        self.hub.expect(call.params["agent_id"])
+        agent = self.hub.agents.get(call.params["agent_id"], Agent(OPERATOR, "", "Operator"))
+        return Response(self._shown_agent(agent, call.at))
+
+    def _shown_agent(self, agent: Agent, at: int) -> dict:
+        name = agent.agent_id
+        shown = {
+            "agent_id": name,
+            "session_id": agent.session_id,
+            "name": agent.name,
+            "status": self.hub.status(name, at),
+            "capabilities": agent.capabilities,
+            "last_heartbeat": timestamp(self.hub.seen_at(name)),
+            "registered_at": timestamp(agent.registered_at),
+            "connected": name in self.hub.connections,
+            "unread": self.hub.unread(name),
+        }
+        return shown | ({"metadata": json.loads(agent.metadata)} if agent.metadata else {})
+
+    def leave(self, call: Call) -> Response:
+        """DELETE /api/v1/agents/{agent_id}."""
+        self.hub.apply(Leave(call.at, call.agent_id))
+        return Response({"success": True, "agent_id": call.agent_id, "unread": self.hub.unread(call.agent_id)})
+
+    def heartbeat(self, call: Call) -> Response:
+        """POST /api/v1/agents/{agent_id}/heartbeat. The sign of life was noted when the call was admitted."""
+        self.hub.expect(call.agent_id)
+        at = timestamp(self.hub.seen_at(call.agent_id))
+        return Response(
+            {"success": True, "last_heartbeat": at, "unread": self.hub.unread(call.agent_id)}, settled=True
+        )
+
+    # messages
+
+    def send(self, call: Call) -> Response:
+        """POST /api/v1/messages."""
+        if call.params["id"] is None and "idempotency-key" in call.head.headers:
+            key = {"Idempotency-Key": call.head.headers["idempotency-key"]}
+            call.params["id"] = read_fields((Field("Idempotency-Key", "message_id"),), key)["Idempotency-Key"]
+        return self._send(call.agent_id, call.params, call.at)
+
+    def send_to(self, call: Call) -> Response:
+        """POST /to/{recipient}: the body is the message, JSON if it says so, else text."""
+        if call.head.media == "application/json":
+            message = parse_json(call.body, self.settings.limits.max_depth)
+        else:
+            try:
+                message = call.body.decode()
+            except UnicodeDecodeError:
+                raise InvalidRequest("the body must be text in UTF-8, or JSON with that Content-Type") from None
+        return self._send(call.agent_id, {**call.params, "to": call.params["recipient"], "message": message}, call.at)
+
+    def _send(self, sender: str, given: dict[str, Any], at: int) -> Response:
+        """A message from a route or a frame. What was pushed is known, and told, only when the answer leaves."""
+        message = given["message"]
+        payload = self._payload(message)
+        inner = message.get("type") if isinstance(message, dict) else None
+        kind = given.get("type") or (inner if isinstance(inner, str) and _TYPE(inner) else "")
+        if kind == "heartbeat":
+            self.hub.expect(sender)
+            return Response({"success": True, "last_heartbeat": timestamp(self.hub.seen_at(sender))}, settled=True)
+        to, id, reply_to = given["to"], given.get("id"), given.get("reply_to") or ""
+        kind = kind or ("broadcast" if isinstance(to, str) and to.upper() == EVERYONE else "message")
+        expires_at = at + max(1, int(given["ttl"] * 1000)) if given.get("ttl") else 0
+        asked = dump([to, kind, payload, reply_to, given.get("ttl")]) if id else ""
+        receipt = self.hub.apply(
+            Send(
+                at, sender, to, payload, kind, id, reply_to, self._thread(reply_to), expires_at,
+                self._digest(asked) if id else b"", self._find_given(id) if id else None,
+            )
+        )  # fmt: skip
+        return Response(lambda: self._receipt(receipt))
+
+    def _payload(self, message: Any) -> str:
+        try:
+            payload = dump(message)
+            size = len(payload) if payload.isascii() else len(payload.encode())
+        except ValueError as error:
+            raise InvalidJson(f"the message is not valid JSON: {error}") from None
+        if size > self.settings.limits.max_message:
+            raise PayloadTooLarge(
+                f"the message has {size} bytes, over the {self.settings.limits.max_message:.0f} of --max-message:"
+                " put it in a file and send the path"
+            )
+        return payload
+
+    def _find(self, message_id: str) -> tuple[Message, tuple[str, ...]] | None:
+        seq = self.hub.seq_of(message_id)
+        return self.log.find("", seq) if seq else self.hub.fresh(message_id) or self.log.find(message_id)
+
+    def _find_given(self, message_id: str) -> tuple[Message, tuple[str, ...]] | None:
+        """What is stored under an id that a sender gives, which must not look like one the hub has yet to make."""
+        found = self._find(message_id)
+        if not found and self.hub.seq_of(message_id):
+            raise InvalidRequest(f"`id` must not begin with {self.hub.epoch}-, which this hub's own ids begin with")
+        return found
+
+    def _thread(self, reply_to: str) -> str:
+        parent = self._find(reply_to) if reply_to else None
+        return (parent[0].thread or parent[0].id) if parent else reply_to
+
+    def _receipt(self, receipt: Receipt) -> str:
+        """The receipt as JSON text, written by hand: it is most of what a sender costs."""
+        pushed = self.hub.pushed(receipt)
+        message, lines = receipt.message, []
+        for name in (*receipt.inboxes, *receipt.full):
+            state = "pushed" if name in pushed else "queued"
+            state = "unknown" if name in receipt.unknown else "inbox_full" if name in receipt.full else state
+            close = f',"did_you_mean":{dump(receipt.close[name])}' if receipt.close.get(name) else ""
+            lines.append(
+                f'{{"agent_id":{dump(name)},"state":"{state}","connected":{_BOOL[name in self.hub.connections]},'
+                f'"unread":{receipt.unread[name]}{close}}}'
+            )
+        warning = ""
+        if not lines:
+            warning = f"nobody else is in {json.loads(message.to)} now: the message was kept for no one"
+        elif receipt.full:
+            warning = f"no room in the inbox of {', '.join(receipt.full[:5])}: send it to them again later"
+        extra = f',"warning":{dump(warning)}' if warning else ""
+        extra += ',"duplicate":true' if receipt.duplicate else ""
+        return (
+            f'{{"success":true,"message_id":"{message.id}","seq":{message.seq},'
+            f'"timestamp":"{timestamp(message.sent_at)}","recipients":[{",".join(lines)}],'
+            f'"pushed":{len(pushed)},"queued":{len(receipt.inboxes) - len(pushed)}'
+            f"{extra}}}"
+        )
+
+    def read(self, call: Call) -> Response | Wait:
+        """GET /api/v1/messages. A filtered read looks at MAX_SCAN deliveries at most, and `next` goes on from there."""
+        self.hub.expect(call.agent_id)
+        want = call.params
+
+        def attempt(final: bool) -> Response | None:
+            page = self._page(call.agent_id, want, call.at)
+            if not page.messages and not page.more and not final:
+                return None
+            texts = ",".join(message.envelope() for message in page.messages)
+            text = f'{{"messages":[{texts}],"next":{page.next},"unread":{self.hub.unread(call.agent_id)}}}'
+            return Response(text.encode(), settled=True)
+
+        found = attempt(not want["wait"])
+        return found if found else Wait(call.agent_id, want["wait"], attempt)
+
+    def _page(self, name: str, want: dict[str, Any], at: int) -> Page:
+        filters = (want["type"] or "", want["from"] or "", want["thread"] or "")
+        limit = want["limit"] or DEFAULT_LIMIT
+        step = 1000 if any(filters) else limit
+        newest = want["after"] is None and not want["unread"]
+        cursor = sys.maxsize if newest else want["after"] or 0
+        found: list[Message] = []
+        scanned, end = 0, False
+        while len(found) < limit and scanned < MAX_SCAN and not end:
+            seqs = self._seqs(name, cursor, step, newest, bool(want["unread"]))
+            some, cut = self.log.messages(seqs, at, *filters, most=MAX_ANSWER - sum(len(m.payload) for m in found))
+            found += some
+            end, scanned = cut or len(seqs) < step, scanned + len(seqs)
+            cursor = some[-1].seq if cut else seqs[-1] if seqs else cursor
+        if len(found) >= limit:
+            found, cursor = found[:limit], found[limit - 1].seq
+        more = scanned >= MAX_SCAN and not newest
+        found.sort()
+        return Page(found, (found[-1].seq if found else 0) if newest else cursor, more)
+
+    def _seqs(self, name: str, cursor: int, step: int, newest: bool, unread: bool) -> list[int]:
+        if newest:
+            return self.log.inbox_before(name, min(cursor, self.committed + 1), step)
+        return self.seqs_after(name, cursor, step, unread)
+
+    def seqs_after(self, name: str, after: int, limit: int, unread: bool) -> list[int]:
+        """The seqs of up to `limit` durable messages above `after`: the unread ones, or all."""
+        return (self.hub.unread_after if unread else self.log.inbox)(name, after, self.committed, limit)
+
+    def ack(self, call: Call) -> Response:
+        """POST /api/v1/messages/ack."""
+        count = self._ack(call.agent_id, call.params, call.at)
+        return Response({"success": True, "acknowledged": count, "unread": self.hub.unread(call.agent_id)})
+
+    def _ack(self, agent_id: str, given: dict[str, Any], at: int) -> int:
+        up_to, ids = given["up_to"], given["ids"]
+        if (up_to is None) == (ids is None):
+            raise InvalidRequest("`up_to` or `ids` is needed, one of them: the newest seq you have, or a list of ids")
+        found = [self._find(one) for one in ids or ()]
+        seqs = tuple(sorted(one[0].seq for one in found if one))
+        count = self.hub.apply(Ack(at, agent_id, up_to or 0, 0, seqs))
+        self.metrics.acknowledged += count
+        return count
+
+    # readers that stay
+
+    def stream(self, call: Call) -> Stream:
+        """GET /api/v1/stream. Starts with what is unread, or after a seq."""
+        self.hub.expect(call.agent_id)
+        after = call.params["after"]
+        last = call.head.headers.get("last-event-id", "")
+        if after is None and last:
+            after = read_fields((Field("Last-Event-ID", "seq"),), {"Last-Event-ID": int(last) if last.isdigit() else last})
+            after = after["Last-Event-ID"]
+        return Stream(call.agent_id, after, call.params["format"] or "sse")
+
+    def socket(self, call: Call) -> Upgrade:
+        """GET /ws/{agent_id}. Whoever may not is told before the upgrade."""
+        self.hub.expect(call.agent_id)
+        if call.head.headers.get("upgrade", "").lower() != "websocket":
+            raise InvalidRequest("this address is a WebSocket: open it with a WebSocket client")
+        if not self.settings.websockets:
+            raise NeedsWebsockets("this hub runs without websockets: `pip install websockets` there, or use /api/v1/stream")
+        want = call.params
+        return Upgrade(call.agent_id, want["after"], want["ack"] == "explicit", want["epoch"] or "")
+
+    def welcome(self, upgrade: Upgrade) -> dict:
+        """The first frame of a WebSocket. `recovered` is false where something after the cursor may be gone."""
+        after, hub = upgrade.after, self.hub
+        whole = after is None or (upgrade.epoch in ("", hub.epoch) and self.log.first_seq(hub.seq) - 1 <= after <= hub.seq)
+        body = {"type": "welcome", "agent_id": upgrade.agent_id, "hub": "agenthub", "version": VERSION}
+        return body | {
+            "epoch": hub.epoch, "seq": hub.seq, "recovered": whole, "unread": hub.unread(upgrade.agent_id)
+        }  # fmt: skip
+
+
+_BOOL = {True: "true", False: "false"}
+
+
+@functools.lru_cache(64)
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address can only be this machine."""
+    return host.lower() == "localhost" or host in ("::1", "[::1]") or bool(re.fullmatch(r"127(\.\d{1,3}){3}", host))
+
+
+def log_exception(where: str) -> None:
+    """A bug: its traceback, for whoever runs the hub."""
+    import traceback
+
+    print(f"agenthub: failed at {_shown(where)}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+
+
+# --- API --------------------------------------------------------------------------------------------------------------
+
+
+class Route(NamedTuple):
+    """A row of the API. `actor` names the field that says who acts; `access` who may, where the hub has a key."""
+
+    method: str
+    path: str
+    handler: Callable[[Any, Call], Any]
+    summary: str
+    query: tuple[Field, ...] = ()
+    body: tuple[Field, ...] = ()
+    actor: str = ""
+    access: str = "agent"
+    charged: bool = True
+    raw: bool = False  # the body is the message itself, and who names no sender is the operator
+
+    @property
+    def writes(self) -> bool:
+        """Whether it changes what the store keeps. A heartbeat does not, and goes on while the disk is full."""
+        return self.method != "GET" and self.handler is not Handlers.heartbeat
+
+
+class Frame(NamedTuple):
+    """What a WebSocket frame is answered with: JSON text, an object, or a function giving one; nothing is sent as "".
+
+    `ref` goes into the error frame that is sent instead where the commit fails; `settled` is as in `Response`.
+    """
+
+    body: Any
+    ref: dict
+    settled: bool = False
+
+
+def error_frame(error: HubError, ref: dict) -> Frame:
+    """The frame that tells an error."""
+    return Frame({"type": "error", **ref, "error": error.wire()["error"]}, ref)
+
+
+class API(Handlers):
+    """Who may ask for what: reads, authorizes and charges requests and frames, and turns errors into answers.
+
+    `trouble` is why the hub can't write, if it can't, and `probe` then raises StorageFull, or finds that it can again.
+    """
+
+    trouble = ""
+    probe: Callable[[], None] = staticmethod(lambda: None)
+
+    # the one place where requests come in and errors become answers
+
+    def dispatch(self, head: Head, body: bytes, address: str, at: int) -> Response | Wait | Stream | Upgrade:
+        """Answer one HTTP request. Never raises: a HubError becomes its status, anything else is logged and `internal`."""
+        try:
+            self._check_site(head)
+            methods, given = self._match(head)
+            route = methods.get("GET" if head.method == "HEAD" else head.method)
+            if route is None:
+                return self._options(head, methods)
+            call = self._admit(route, head, body, given, address, at)
+            answer = route.handler(self, call)
+        except HubError as error:
+            answer = error_response(error)
+        except Exception:
+            log_exception(f"{head.method} {head.path}")
+            answer = error_response(HubError("the hub failed at this request; its log says why"))
+        return answer
+
+    def _check_site(self, head: Head) -> None:
+        """Web pages may not reach a hub through a user's browser, under another name or from another site."""
+        host = head.host
+        if host and not self.settings.key and not is_loopback(host) and host not in self.settings.allow_hosts:
+            raise BadHost(f"this hub is not {_shown(host)}: use 127.0.0.1 or localhost, or start it with --allow-host")
+        origin = head.headers.get("origin")
+        if origin is None or origin in self.settings.origins:
+            return
+        own = origin.lower() in (f"http://{head.headers.get('host')}".lower(), f"https://{head.headers.get('host')}".lower())
+        if not own and (head.method not in ("GET", "HEAD", "OPTIONS") or "upgrade" in head.headers):
+            raise BadOrigin(f"pages of {_shown(origin)} may not change anything here: start the hub with --cors-origin")
+
+    def _match(self, head: Head) -> tuple[dict[str, Route], dict[str, str]]:
+        """The routes of a path by method, and the path's parameters."""
+        methods = PATHS.get(head.path)
+        if methods:
+            return methods, {}
+        for pattern, methods in PATTERNS:
+            found = pattern(head.path)
+            if found:
+                return methods, {name: unquote(value) for name, value in found.groupdict().items()}
+        raise NotFound(f"nothing is at {_shown(head.path)}: see /openapi.json for what is here")
+
+    def _options(self, head: Head, methods: dict[str, Route]) -> Response:
+        allow = ", ".join(sorted({*methods, "OPTIONS", *(["HEAD"] if "GET" in methods else [])}))
+        if head.method != "OPTIONS":
+            raise MethodNotAllowed(f"{_shown(head.method)} does nothing here: use {allow}", allow=allow)
+        return Response(status=204, headers=(("Allow", allow),))
+
+    def cors(self, head: Head) -> tuple[tuple[str, str], ...]:
+        """The headers that let a page of an allowed origin read the answer; none for anybody else."""
+        origin = head.headers.get("origin")
+        if origin not in self.settings.origins:
+            return ()
+        return (
+            ("Access-Control-Allow-Origin", origin),
+            ("Access-Control-Allow-Methods", "GET, POST, DELETE"),
+            ("Access-Control-Allow-Headers", "Authorization, Content-Type, Idempotency-Key, Last-Event-ID, X-From"),
+            ("Access-Control-Max-Age", "600"),
+            ("Vary", "Origin"),
+        )
+
+    def _admit(self, route: Route, head: Head, body: bytes, given: dict, address: str, at: int) -> Call:
+        """Read, authorize and charge a request. The order matters: who asks is known only from what is asked."""
+        try:
+            params = self._params(route, head, body, given)
+            actor = self._authorize(route, params.get(route.actor), self._token(head))
+        except HubError:
+            self.hub.charge(address, at)
+            raise
+        if route.charged:
+            self.hub.charge(actor or (params.get("agent_id") if route.method == "POST" else None) or address, at)
+        if self.trouble and route.writes:
+            self.probe()
+        if actor and self.hub.known(actor):
+            self.hub.apply(Touch(at, actor))
+        return Call(head, body, params, actor, at)
+
+    def _params(self, route: Route, head: Head, body: bytes, given: dict) -> dict[str, Any]:
+        if head.query:
+            given = {**parse_query(head.query), **given}
+        if route.raw and "x-from" in head.headers:
+            given.setdefault("from", head.headers["x-from"])
+        params = read_fields(route.query, self._from_text(route.query, given)) if route.query else {}
+        if route.method == "POST" and not route.raw:
+            params.update(read_fields(route.body, self._json_body(head, body)))
+        return params
+
+    def _from_text(self, fields: tuple[Field, ...], given: dict[str, str]) -> dict[str, Any]:
+        """Parameters of a query: the numeric ones as numbers, where they are."""
+        found: dict[str, Any] = dict(given)
+        for name, kind, _, _ in fields:
+            if name in found and KINDS[kind].numeric and re.fullmatch(r"-?\d{1,18}(\.\d{1,6})?", found[name]):
+                found[name] = float(found[name]) if "." in found[name] else int(found[name])
+        return found
+
+    def _json_body(self, head: Head, body: bytes) -> dict:
+        plain = head.media in ("", "application/x-www-form-urlencoded") and "origin" not in head.headers
+        if head.media != "application/json" and (body or head.media) and not plain:
+            raise UnsupportedMediaType("this route takes JSON: send the header `Content-Type: application/json`")
+        value = parse_json(body, self.settings.limits.max_depth) if body else {}
+        if not isinstance(value, dict):
+            raise InvalidRequest("the body must be a JSON object")
+        return value
+
+    # who asks
+
+    def _token(self, head: Head) -> str:
+        if "authorization" not in head.headers and "token=" not in head.query:
+            return ""
+        scheme, _, token = head.headers.get("authorization", "").partition(" ")
+        if scheme and scheme.lower() != "bearer":
+            raise Unauthorized("the Authorization header must read `Bearer TOKEN`")
+        return token.strip() or parse_query(head.query).get("token", "")
+
+    def _authorize(self, route: Route, actor: str | None, token: str) -> str:
+        """Who acts. Raises Unauthorized for a token that is nobody's, Forbidden for one that is somebody else's."""
+        if not token and self.settings.key and route.access != "open":
+            raise Unauthorized(
+                "this hub has a key: send `Authorization: Bearer` with your agent's token, or with the key (AGENTHUB_KEY)"
+            )
+        if not token or self._is_key(token) or route.access == "open":
+            if route.raw and actor is None:
+                return OPERATOR
+            if route.actor and actor is None:
+                raise InvalidRequest(f"`{route.actor}` is missing: say which agent this is")
+            return actor or ""
+        holder = self.holder(token)
+        if holder is None:
+            if not route.actor and not self.settings.key:
+                return ""
+            raise Unauthorized("this token is not valid (any more): register again to get a new one, or leave it out")
+        if route.access == "key" and self.settings.key:
+            raise Forbidden("this needs the hub's key, not an agent's token")
+        if route.actor and actor not in (None, holder):
+            raise Forbidden(f"this token is that of `{holder}`: it can't act as `{actor}`")
+        return holder
+
+    def _is_key(self, token: str) -> bool:
+        return bool(self.settings.key) and self._same(token.encode(), self.settings.key.encode())
+
+    def holder(self, token: str) -> str | None:
+        """Whose token that is. A token begins with the agent's id, so that looking it up needs no table."""
+        agent = self.hub.agents.get(token.rpartition(".")[0])
+        digest = self._sha256(token)
+        return agent.agent_id if agent and any([self._same(digest, one) for one in agent.tokens]) else None
+
+    # frames of a WebSocket
+
+    def frame(self, agent_id: str, data: bytes, at: int) -> Frame:
+        """Answer one frame of a WebSocket. Never raises, like `dispatch`."""
+        self.metrics.frames += 1
+        ref: dict[str, Any] = {}
+        try:
+            frame = parse_json(data, self.settings.limits.max_depth)
+            if not isinstance(frame, dict):
+                raise InvalidRequest("a frame must be a JSON object")
+            ref = {"ref": frame["ref"]} if "ref" in frame else {}
+            handler = API._message_frame if "to" in frame else FRAMES.get(frame.get("type"), API._message_frame)
+            self.hub.expect(agent_id)
+            self.hub.apply(Touch(at, agent_id))
+            if self.trouble and handler is not API._heartbeat_frame:
+                self.probe()
+            return handler(self, agent_id, frame, ref, at)
+        except HubError as error:
+            return error_frame(error, ref)
+        except Exception:
+            log_exception(f"a frame of {agent_id}")
+            return error_frame(HubError("the hub failed at this frame; its log says why"), ref)
+
+    def _message_frame(self, agent_id: str, frame: dict, ref: dict, at: int) -> Frame:
+        if frame.get("from", agent_id) != agent_id:
+            raise Forbidden(f"this connection is that of `{agent_id}`: leave `from` out, or open another one")
+        given = read_fields(SEND_FIELDS, {**frame, "from": agent_id})
+        self.hub.charge(agent_id, at)
+        body = self._send(agent_id, given, at).body
+        if not callable(body):  # a heartbeat that names a recipient
+            return self._heartbeat_frame(agent_id, frame, ref, at)
+        head = dump({"type": "sent", **ref})[:-1]
+        return Frame(lambda: f"{head},{body()[1:]}", ref)
+
+    def _ack_frame(self, agent_id: str, frame: dict, ref: dict, at: int) -> Frame:
+        self._ack(agent_id, read_fields(ACK_FIELDS, frame), at)
+        return Frame("", ref)
+
+    def _heartbeat_frame(self, agent_id: str, frame: dict, ref: dict, at: int) -> Frame:
+        return Frame({"type": "heartbeat", **ref, "timestamp": timestamp(at)}, ref, settled=True)
+
+    # the hub about itself
+
+    def health(self, call: Call) -> Response:
+        """GET /health."""
+        state = {"status": "failing" if self.trouble else "ok", "version": VERSION}
+        if self.trouble:
+            state["reason"] = self.trouble
+        if not self.settings.key or self._is_key(self._token(call.head)):
+            state |= {"uptime": (call.at - self.started_at) // 1000, "agents": len(self.hub.agents)}
+            state |= {"connections": sum(self.hub.connections.values()), "store": self.settings.store}
+        return Response(state, 503 if self.trouble else 200, settled=True)
+
+    def show_metrics(self, call: Call) -> Response:
+        """GET /metrics: Prometheus' text format 0.0.4."""
+        lines = []
+        for name, kind, words, read in METRICS:
+            value = read(self, call.at)
+            lines += [f"# HELP agenthub_{name} {words}", f"# TYPE agenthub_{name} {kind}"]
+            if isinstance(value, dict):
+                lines += [f'agenthub_{name}{{status="{label}"}} {count}' for label, count in sorted(value.items())]
+            elif isinstance(value, Histogram):
+                running = itertools.accumulate(value.counts)
+                bounds = [*map(str, Histogram.BOUNDS), "+Inf"]
+                lines += [f'agenthub_{name}_bucket{{le="{le}"}} {count}' for le, count in zip(bounds, running)]
+                lines += [f"agenthub_{name}_sum {value.total:.6f}", f"agenthub_{name}_count {sum(value.counts)}"]
+            else:
+                lines.append(f"agenthub_{name} {value}")
+        text = "\n".join(lines) + "\n"
+        return Response(text.encode(), settled=True, content_type="text/plain; version=0.0.4; charset=utf-8")
+
+    def openapi(self, call: Call) -> Response:
+        """GET /openapi.json: OpenAPI 3.1, made from ROUTES."""
+        return Response(openapi_document(), settled=True)
+
+    def source(self, call: Call) -> Response:
+        """GET /agenthub.py: this file, which is all a sandbox needs."""
+        with open(__file__, "rb") as file:
+            return Response(file.read(), settled=True, content_type="text/x-python; charset=utf-8")
+
+
+_AGENT = Field("agent_id", "agent_id", doc="who this is; implied by a token")
+SEND_FIELDS = (
+    Field("from", "agent_id", doc="the sender; implied by a token, and on a WebSocket"),
+    Field("to", "recipient", True, RECIPIENTS),
+    Field("message", "json", True, "the payload, any JSON value"),
+    Field("type", "type", doc="default: the payload's own type, else broadcast for ALL, else message"),
+    Field("id", "message_id", doc="an idempotency key: the same id again gives the first answer"),
+    Field("reply_to", "message_id", doc="the id of the message this answers"),
+    Field("ttl", "ttl", doc="seconds after which it is not delivered any more"),
+)
+ACK_FIELDS = (
+    Field("up_to", "seq", doc="everything up to this seq was received"),
+    Field("ids", "message_ids", doc="these were received"),
+)
+_REGISTER_FIELDS = (
+    Field("agent_id", "new_agent_id", doc="default: made from name and session_id"),
+    Field("session_id", "session_id", doc="default: one is made"),
+    Field("name", "name", doc="default: the agent_id"),
+    Field("capabilities", "capabilities", doc="what @capability finds it by"),
+    Field("metadata", "metadata", doc="anything else others should know"),
+)
+_READ_FIELDS = (
+    _AGENT,
+    Field("after", "seq", doc="the cursor: only messages with a higher seq, acknowledged or not"),
+    Field("unread", "flag", doc="only what is not acknowledged"),
+    Field("limit", "limit", doc=f"default {DEFAULT_LIMIT}"),
+    Field("wait", "wait", doc="seconds to wait for something to be there"),
+    Field("type", "type"),
+    Field("from", "agent_id", doc="only of this sender"),
+    Field("thread", "message_id", doc="only of this thread"),
+)
+_STREAM_FIELDS = (_AGENT, Field("after", "seq"), Field("format", "format", doc="sse (default), or json: one a line"))
+_SOCKET_FIELDS = (
+    _AGENT,
+    Field("after", "seq", doc="the cursor to go on from; default: all that is unread"),
+    Field("epoch", "name", doc="the epoch of the welcome the cursor comes from"),
+    Field("ack", "ack_mode", doc="auto (default): on receipt; explicit: when an ack frame says so"),
+)
+_LIST_FIELDS = (Field("status", "status"), Field("capability", "capability"))
+_TO_FIELDS = (Field("recipient", "recipient", True), *(f for f in SEND_FIELDS if f.name not in ("to", "message")))
+
+ROUTES = (
+    Route("POST", "/api/v1/agents/register", Handlers.register, "Register, refresh or take over an agent",
+          body=_REGISTER_FIELDS, access="key"),
+    Route("GET", "/api/v1/agents", Handlers.agents, "List the agents", query=_LIST_FIELDS, access="any"),
+    Route("GET", "/api/v1/agents/{agent_id}", Handlers.agent, "One agent", query=(_AGENT,), access="any"),
+    Route("DELETE", "/api/v1/agents/{agent_id}", Handlers.leave, "Leave the hub", query=(_AGENT,), actor="agent_id"),
+    Route("POST", "/api/v1/agents/{agent_id}/heartbeat", Handlers.heartbeat, "Say that an agent is alive",
+          query=(_AGENT,), actor="agent_id", charged=False),
+    Route("POST", "/api/v1/messages", Handlers.send, "Send a message", body=SEND_FIELDS, actor="from"),
+    Route("POST", "/to/{recipient}", Handlers.send_to, "Send the body as it is", query=_TO_FIELDS, actor="from", raw=True),
+    Route("GET", "/api/v1/messages", Handlers.read, "Read an inbox", query=_READ_FIELDS, actor="agent_id"),
+    Route("POST", "/api/v1/messages/ack", Handlers.ack, "Acknowledge messages", body=(_AGENT, *ACK_FIELDS),
+          actor="agent_id", charged=False),
+    Route("GET", "/api/v1/stream", Handlers.stream, "An inbox as it fills", query=_STREAM_FIELDS, actor="agent_id"),
+    Route("GET", "/ws/{agent_id}", Handlers.socket, "A WebSocket", query=_SOCKET_FIELDS, actor="agent_id"),
+    Route("GET", "/health", API.health, "Whether the hub is well", access="open", charged=False),
+    Route("GET", "/metrics", API.show_metrics, "Figures for Prometheus", access="key", charged=False),
+    Route("GET", "/openapi.json", API.openapi, "This API", access="key", charged=False),
+    Route("GET", "/agenthub.py", API.source, "The program itself", access="open", charged=False),
+)  # fmt: skip
+
+FRAMES = {"heartbeat": API._heartbeat_frame, "ack": API._ack_frame}
+
+METRICS: tuple[tuple[str, str, str, Callable[[API, int], Any]], ...] = (
+    ("info", "gauge", "Always 1; see /health for the version.", lambda api, at: 1),
+    ("start_time_seconds", "gauge", "When the hub started, in seconds since 1970.", lambda api, at: api.started_at / 1000),
+    ("agents", "gauge", "Agents registered, by status.", lambda api, at: _by_status(api.hub, at)),
+    ("connections", "gauge", "Open readers: WebSockets, streams, waiting polls.",
+     lambda api, at: sum(api.hub.connections.values())),
+    ("unread_messages", "gauge", "Messages not acknowledged, over all inboxes.",
+     lambda api, at: sum(map(api.hub.unread, api.hub.inboxes))),
+    ("seq", "gauge", "The newest seq given.", lambda api, at: api.hub.seq),
+    ("store_failing", "gauge", "1 while the store takes no changes.", lambda api, at: int(bool(api.trouble))),
+    ("messages_total", "counter", "Messages stored.", lambda api, at: api.metrics.messages),
+    ("deliveries_total", "counter", "Messages put into inboxes.", lambda api, at: api.metrics.deliveries),
+    ("pushes_total", "counter", "Messages written to live readers.", lambda api, at: api.metrics.pushes),
+    ("acknowledged_total", "counter", "Deliveries acknowledged.", lambda api, at: api.metrics.acknowledged),
+    ("expired_total", "counter", "Messages deleted because their time was over.", lambda api, at: api.metrics.expired),
+    ("http_responses_total", "counter", "HTTP answers, by status.", lambda api, at: api.metrics.answers or {200: 0}),
+    ("websocket_frames_total", "counter", "Frames received on WebSockets.", lambda api, at: api.metrics.frames),
+    ("slow_readers_total", "counter", "Readers cut off because they took nothing.", lambda api, at: api.metrics.slow_readers),
+    ("commits_total", "counter", "Batches made durable.", lambda api, at: api.metrics.commits),
+    ("failed_commits_total", "counter", "Batches the disk refused.", lambda api, at: api.metrics.failed_commits),
+    ("request_duration_seconds", "histogram", "From a request's arrival to its answer.",
+     lambda api, at: api.metrics.request_seconds),
+    ("commit_duration_seconds", "histogram", "From a batch's start until it is durable.",
+     lambda api, at: api.metrics.commit_seconds),
+)  # fmt: skip
+
+
+def _by_status(hub: Hub, at: int) -> dict[str, int]:
+    active = sum(hub.status(name, at) == "active" for name in hub.agents)
+    return {"active": active, "offline": len(hub.agents) - active}
+
+
+def _index_routes() -> tuple[dict[str, dict[str, Route]], list]:
+    """The routes for looking up: plain paths by their text, those with parameters as patterns."""
+    plain: dict[str, dict[str, Route]] = {}
+    patterns: dict[str, dict[str, Route]] = {}
+    for route in ROUTES:
+        (patterns if "{" in route.path else plain).setdefault(route.path, {})[route.method] = route
+    named = [(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", path), methods) for path, methods in patterns.items()]
+    return plain, [(re.compile(path).fullmatch, methods) for path, methods in named]
+
+
+PATHS, PATTERNS = _index_routes()
+
+
+def openapi_document() -> dict:
+    """The API as OpenAPI 3.1."""
+    paths: dict[str, dict] = {}
+    for route in ROUTES:
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
+    error = {"type": "object", "required": ["code", "message"]}
+    error["properties"] = {"code": {"enum": [code for code in ERRORS if code != "unreachable"]}, "message": {"type": "string"}}
+    schema = {"type": "object", "properties": {"success": {"const": False}, "error": error}, "required": ["error"]}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "agenthub", "version": VERSION, "license": {"name": "MIT", "identifier": "MIT"}},
+        "paths": paths,
+        "components": {"schemas": {"Error": schema}, "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}},
+        "security": [{}, {"bearer": []}],
+    }
+
+
+def _operation(route: Route) -> dict:
+    """One route in OpenAPI's words."""
+    in_path = set(re.findall(r"\{(\w+)\}", route.path))
+    params = [
+        {"name": f.name, "in": "path" if f.name in in_path else "query", "required": f.required or f.name in in_path}
+        | {"schema": KINDS[f.kind].schema, "description": f.doc}
+        for f in route.query
+    ]
+    failed = {"description": "Refused", "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
+    operation = {"operationId": route.handler.__name__, "summary": route.summary, "parameters": params}
+    operation["responses"] = {"200": {"description": "Done"}, "default": failed}
+    if route.method == "POST" and route.raw:
+        operation["requestBody"] = {"required": True, "content": {"text/plain": {}, "application/json": {}}}
+    elif route.method == "POST" and route.body:
+        properties = {f.name: {**KINDS[f.kind].schema, "description": f.doc} for f in route.body}
+        schema = {"type": "object", "properties": properties, "required": [f.name for f in route.body if f.required]}
+        if not schema["required"]:
+            del schema["required"]
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    return operation
+
+
+# --- Readers ----------------------------------------------------------------------------------------------------------
+
+
+CONT, TEXT, BINARY, PING, PONG = 0, 1, 2, 9, 10  # RFC 6455 5.2
+
+
+def websocket_frame(data: bytes, opcode: int = TEXT) -> bytes:
+    """One unmasked, unfragmented frame from a server (RFC 6455 5.2)."""
+    size = len(data)
+    if size < 126:
+        return bytes((0x80 | opcode, size)) + data
+    if size < 1 << 16:
+        return bytes((0x80 | opcode, 126)) + size.to_bytes(2, "big") + data
+    return bytes((0x80 | opcode, 127)) + size.to_bytes(8, "big") + data
+
+
+def _event_chunk(message: Message, envelope: str) -> bytes:
+    text = f"id: {message.seq}\nevent: {message.type}\ndata: {envelope}\n\n".encode()
+    return b"%x\r\n%s\r\n" % (len(text), text)
+
+
+def _line_chunk(message: Message, envelope: str) -> bytes:
+    text = envelope.encode() + b"\n"
+    return b"%x\r\n%s\r\n" % (len(text), text)
+
+
+def _socket_frame(message: Message, envelope: str) -> bytes:
+    return websocket_frame(envelope.encode())
+
+
+class Reader:
+    """One open reader of one inbox, a WebSocket or a stream: first what the log has, then each commit's messages.
+
+    Behind: it reads pages from the log, no faster than the peer takes them. Live: `push` hands it what was just
+    committed. A peer that stops taking puts it back behind, so that memory holds one buffer of it and no more.
+    """
+
+    def __init__(self, server: Any, agent_id: str, after: int | None, encode: Callable, transport: Any) -> None:
+        self.server, self.agent_id, self.encode, self.transport = server, agent_id, encode, transport
+        self.all, self.floor, self.cursor = after is not None, after or 0, after or 0
+        self.live = self.paused = self.closed = self._coming = False
+        self.out: list[bytes] = []
+        self.queued = self.owed = 0
+        self.paused_since = 0.0
+        inbox = server.hub.inboxes.get(agent_id)
+        self.redelivered = inbox.pushed if inbox and not self.all else 0
+        server.add_reader(self)
+
+    def push(self, message: Message, frames: dict[Callable, bytes]) -> bool:
+        """Take a message that was just committed. Says whether it goes out with this turn."""
+        if message.seq <= self.cursor:
+            return False
+        frame = frames.get(self.encode)
+        if frame is None:
+            frame = frames[self.encode] = self.encode(message, message.envelope())
+        if not self.live or self.paused or self.queued > self.server.limits.max_unsent:
+            self.owed += len(frame)
+            self.fall_behind()
+            return False
+        self.cursor = message.seq
+        self.write(frame)
+        return True
+
+    def write(self, data: bytes) -> None:
+        """Put bytes on the peer's line with the end of this turn."""
+        self.out.append(data)
+        self.queued += len(data)
+        self.server.dirty[self] = None
+
+    def flush(self) -> None:
+        """Write what this turn brought, in one go."""
+        data = b"".join(self.out)
+        self.out.clear()
+        self.queued = 0
+        self.server.dirty.pop(self, None)
+        if data and not self.closed and not self.transport.is_closing():
+            self.transport.write(data)
+
+    def fall_behind(self, seq: int = sys.maxsize) -> None:
+        """Read on from the log, from before `seq` where something older came in."""
+        self.live, self.cursor = False, min(self.cursor, seq - 1)
+        if not self._coming and not self.paused:
+            self._coming = True
+            self.server.loop.call_soon(self.catch_up)
+
+    def catch_up(self) -> None:
+        """Read one page of what the peer has not got, and go on until there is no more or the peer is full."""
+        self._coming = False
+        if self.live or self.paused or self.closed:
+            return
+        api = self.server.api
+        seqs = api.seqs_after(self.agent_id, self.cursor, CATCH_UP_PAGE, unread=not self.all)
+        messages, cut = api.log.messages(seqs, self.server.clock(), most=READ_AHEAD)
+        for message in messages:
+            self.write(self.encode(message, message.envelope(message.seq <= self.redelivered)))
+        if seqs:
+            self.cursor = messages[-1].seq if cut else seqs[-1]
+            self.server.pushed(self.agent_id, self.cursor, len(messages))
+        self.live = not cut and len(seqs) < CATCH_UP_PAGE
+        self.flush()
+        if not self.live:
+            self.fall_behind()  # others have their turn in between
+
+    def pause(self) -> None:
+        """The peer takes no more for now."""
+        self.paused, self.paused_since = True, self.server.loop.time()
+
+    def resume(self) -> None:
+        """The peer has taken most of what it was sent."""
+        self.paused, self.owed = False, 0
+        if not self.live:
+            self.fall_behind()
+
+    def too_slow(self, now: float) -> bool:
+        """Whether it has been owed too much for too long."""
+        return self.paused and self.owed > self.server.limits.max_unsent and now - self.paused_since > SLOW_SECONDS
+
+    def news(self, frames: bytes) -> None:
+        """Presence: nothing for a stream, which carries mail only."""
+
+    def close(self) -> None:
+        """Take no part any more."""
+        if not self.closed:
+            self.closed = True
+            self.server.remove_reader(self)
+
+
+class SocketReader(Reader):
+    """A WebSocket's reader. Receipt is proven by a pong: all that was sent before its ping has then arrived."""
+
+    def __init__(self, server: Any, upgrade: Upgrade, socket: Any) -> None:
+        super().__init__(server, upgrade.agent_id, upgrade.after, _socket_frame, socket.transport)
+        self._explicit, self._protocol = upgrade.explicit, socket.protocol
+        self._pinged = self._acked = 0
+
+    def flush(self) -> None:
+        """Write, with a ping behind the messages unless one is on its way."""
+        if not self._explicit and not self._pinged and self.cursor > max(self._acked, self.floor):
+            self._pinged = self.cursor
+            self.ping()
+        if self._protocol.state.name != "OPEN":  # after a close frame nothing may follow (RFC 6455 5.5.1)
+            self.out.clear()
+        super().flush()
+
+    def ping(self) -> None:
+        """Ask for a pong that names what was sent."""
+        self.out.append(websocket_frame(b"%d" % self._pinged, PING))
+
+    def pong(self, data: bytes) -> None:
+        """Acknowledge what was sent before that ping; while the disk is full it is asked again."""
+        if not self._pinged or data != b"%d" % self._pinged or self.server.api.trouble:
+            return
+        self._acked, self._pinged = self._pinged, 0
+        at, hub = self.server.clock(), self.server.hub
+        hub.apply(Touch(at, self.agent_id))
+        if hub.known(self.agent_id):
+            self.server.metrics.acknowledged += hub.apply(Ack(at, self.agent_id, self._acked, self.floor))
+        self.server.schedule()
+        if self.cursor > self._acked:
+            self.flush()
+
+    def news(self, frames: bytes) -> None:
+        """Presence, for whoever keeps up."""
+        if self.live and not self.paused:
+            self.write(frames)
+
+
+class Poll:
+    """A waiting `GET /api/v1/messages`: answered by the first message that it wants, or when its time is over."""
+
+    def __init__(self, server: Any, wait: Wait, answer: Callable[[Response], None]) -> None:
+        self.server, self.agent_id, self._wait, self._answer = server, wait.agent_id, wait, answer
+        self._timer = server.loop.call_later(wait.seconds, self.finish)
+        server.add_reader(self)
+
+    def push(self, message: Message | None, frames: dict) -> bool:
+        """Ask again whether there is an answer now."""
+        answer = self._wait.attempt(False)
+        if answer:
+            self.close()
+            self._answer(answer)
+        return answer is not None
+
+    def fall_behind(self, seq: int) -> None:
+        """Something older came into the inbox."""
+        self.push(None, {})
+
+    def news(self, frames: bytes) -> None:
+        """A poll asks for mail only."""
+
+    def finish(self) -> None:
+        """Answer with what there is."""
+        self.close()
+        self._answer(self._wait.attempt(True))  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        """The client went, or has its answer."""
+        self._timer.cancel()
+        self.server.remove_reader(self)
+
+
+# --- Connections ------------------------------------------------------------------------------------------------------
+
+
+class HttpConnection:
+    """One line speaking HTTP/1.1 with keep-alive and pipelining; an asyncio protocol, whether websockets is there or not.
+
+    Answers leave in the order of their requests: each request takes a slot, and slots leave from the front when filled.
+    """
+
+    admitted = False
+
+    def __init__(self, server: Any, upgrade: Callable[[], Any] | None = None) -> None:
+        self.server, self._upgrade = server, upgrade
+        self.reader = RequestReader(server.limits)
+        self.slots: collections.deque[list[bytes]] = collections.deque()
+        self.blocked = self.paused = self.last = self.handed_over = False
+        self.stream: Reader | None = None
+        self.poll: Poll | None = None
+        self.since = server.loop.time()
+        self._said_at = self.since
+
+    # what asyncio calls
+
+    def connection_made(self, transport: Any) -> None:
+        """A new line."""
+        self.transport = transport
+        peer = transport.get_extra_info("peername")
+        self.address = str(peer[0]) if peer else "local"
+        if len(self.server.connections) >= self.server.limits.max_connections:
+            self._refuse(RateLimited("the hub has as many connections as it may: try again later", retry_after=5))
+        self.server.connections.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of requests, cut anywhere."""
+        if self.last:
+            return
+        if not self.reader.started:
+            self.since = self.server.loop.time()
+        self.reader.feed(data)
+        if self.blocked and len(self.reader.buffer) > READ_AHEAD:
+            self.transport.pause_reading()
+        self._pump()
+        self.server.hold_if_gathering(self.transport)
+
+    def pause_writing(self) -> None:
+        """The peer does not take its answers: no more of them for now."""
+        self.paused = True
+        if self.stream:
+            self.stream.pause()
+
+    def resume_writing(self) -> None:
+        """The peer takes again."""
+        self.paused = False
+        if self.stream:
+            self.stream.resume()
+        else:
+            self._pump()
+
+    def eof_received(self) -> bool:
+        """The peer has asked all it will; what it asked is still answered."""
+        self.last = True
+        keep_open = bool(self.slots) or self.poll is not None
+        if self.poll or self.stream:  # nobody is left to read it
+            return False
+        return keep_open
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """The line is gone."""
+        self.last = True
+        self.server.connections.discard(self)
+        for reader in (self.stream, self.poll):
+            if reader:
+                reader.close()
+
+    # requests and answers
+
+    def _pump(self) -> None:
+        """Answer what has arrived whole, as long as nothing stands in the way."""
+        while not (self.last or self.blocked or self.paused or len(self.slots) >= MAX_PIPELINE):
+            try:
+                request = self.reader.next()
+            except HubError as error:
+                self._refuse(error)
+                break
+            if request is None:
+                if self.reader.wants_continue:
+                    self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                break
+            self._answer(request)
+            self.since = self.server.loop.time()
+        self._send_ready()
+
+    def _answer(self, request: Request) -> None:
+        started = time.perf_counter()
+        answer = self.server.process_request(self, request)
+        slot: list[bytes] = []
+        self.slots.append(slot)
+        self.last = not request.head.keep
+        self.HOW[type(answer)](self, request, answer, slot, started)
+        self.server.schedule()
+
+    def _answer_response(self, request: Request, answer: Response, slot: list[bytes], started: float) -> None:
+        if answer.settled:
+            return self._fill(request, answer, slot, started)
+
+        def leave(error: HubError | None) -> None:
+            final = answer
+            if error and request.head.method == "GET":  # it changed nothing, so it can simply be asked again
+                final = self.server.process_request(self, request)
+            elif error:
+                final = error_response(error)
+            self._fill(request, final, slot, started)
+            self._send_ready()
+
+        self.server.when_durable(leave)
+
+    def _fill(self, request: Request, answer: Response, slot: list[bytes], started: float) -> None:
+        head, server = request.head, self.server
+        extra = server.api.cors(head)
+        if extra:
+            answer = answer._replace(headers=answer.headers + extra)
+        slot.append(answer.encode(server._date, head.keep, head.method == "HEAD"))
+        metrics = server.metrics
+        metrics.answers[answer.status] = metrics.answers.get(answer.status, 0) + 1
+        metrics.request_seconds.observe(time.perf_counter() - started)
+
+    def _answer_wait(self, request: Request, wait: Wait, slot: list[bytes], started: float) -> None:
+        self.blocked = True
+
+        def leave(answer: Response) -> None:
+            self.poll, self.blocked = None, False
+            self._fill(request, answer, slot, started)
+            self._send_ready()
+            self.transport.resume_reading()
+            self.server.loop.call_soon(self._pump)
+
+        self.poll = Poll(self.server, wait, leave)
+
+    def _answer_stream(self, request: Request, stream: Stream, slot: list[bytes], started: float) -> None:
+        kind = "text/event-stream" if stream.format == "sse" else "application/x-ndjson"
+        extra = (("Transfer-Encoding", "chunked"), ("X-Accel-Buffering", "no"), *self.server.api.cors(request.head))
+        head = Response(status=200, headers=extra, content_type=kind).encode(self.server._date).decode()
+        slot.append(head.replace("Content-Length: 0\r\n", "").encode())
+        self._send_ready()
+        if request.head.method == "HEAD" or self.slots:
+            self.last = True
+            return
+        self.blocked = True
+        encode = _event_chunk if stream.format == "sse" else _line_chunk
+        self.stream = Reader(self.server, stream.agent_id, stream.after, encode, self.transport)
+        self._comment = b"3\r\n:\n\n\r\n" if stream.format == "sse" else b"1\r\n\n\r\n"
+        self.stream.write(self._comment)
+        self.stream.catch_up()
+
+    def _answer_upgrade(self, request: Request, upgrade: Upgrade, slot: list[bytes], started: float) -> None:
+        """Hand the line over to websockets, which reads the handshake again and goes on from there."""
+        self.slots.pop()
+        if self.slots or self._upgrade is None:
+            return self._refuse(InvalidRequest("open a WebSocket on a connection with no unanswered request"))
+        socket = self._upgrade()
+        self.last = self.handed_over = True
+        self.server.connections.discard(self)
+        socket.admit(self.server, upgrade)
+        self.transport.set_protocol(socket)
+        socket.connection_made(self.transport)
+        socket.data_received(self.reader.last_head + bytes(self.reader.buffer))
+
+    HOW = {Response: _answer_response, Wait: _answer_wait, Stream: _answer_stream, Upgrade: _answer_upgrade}
+
+    def _refuse(self, error: HubError) -> None:
+        """Answer what could not be read, and close: where the next request begins is unknown."""
+        self.slots.append([error_response(error).encode(self.server._date, keep=False)])
+        self.last = True
+        self._send_ready()
+
+    def _send_ready(self) -> None:
+        out = []
+        while self.slots and self.slots[0]:
+            out += self.slots.popleft()
+        if out and not self.transport.is_closing():
+            self.transport.write(b"".join(out))
+        if self.last and not (self.slots or self.stream or self.poll or self.handed_over):
+            self.transport.close()
+
+    # time
+
+    def check(self, now: float) -> None:
+        """Cut a line whose request dribbles in, that is not used, or whose reader does not keep up."""
+        limits = self.server.limits
+        if self.stream:
+            if self.stream.too_slow(now):
+                self.server.metrics.slow_readers += 1
+                self.transport.abort()
+            elif now - self._said_at >= COMMENT_SECONDS and not self.paused:
+                self._said_at = now
+                self.stream.write(self._comment)
+                self.stream.flush()
+        elif not self.blocked and (self.paused or not self.slots):
+            most = limits.head_timeout if self.reader.started or self.last else limits.idle_timeout
+            if now - self.since > most - TICK_SECONDS:
+                self.transport.abort() if self.last else self.transport.close()
+
+    def end(self, code: int) -> None:
+        """The hub stops."""
+        if self.stream and not self.transport.is_closing():
+            self.stream.flush()
+            self.transport.write(b"0\r\n\r\n")
+        self.last = True
+        self.transport.close()
+
+
+class HubSocket:
+    """An agent's WebSocket: what stands before websockets' ServerConnection in `socket_type`, which does the protocol.
+
+    Frames are handled where they arrive, without waking a task for each.
+    """
+
+    admitted = True
+    stream: SocketReader | None = None
+
+    def admit(self, server: Any, upgrade: Upgrade) -> None:
+        """Whose it is; called before the handshake."""
+        self.hub_server, self.upgrade = server, upgrade
+        self._parts: list[bytes] = []
+        self._heard_at = self._pinged_at = server.loop.time()
+        server.connections.add(self)
+
+    def open(self) -> None:
+        """The handshake is done: say welcome, and send what is unread."""
+        if self.stream is None and self.protocol.state.name == "OPEN":
+            welcome = self.hub_server.api.welcome(self.upgrade)
+            self.stream = SocketReader(self.hub_server, self.upgrade, self)
+            self.stream.write(websocket_frame(dump(welcome).encode()))
+            self.stream.catch_up()
+
+    def process_event(self, event: Any) -> None:
+        """One event of the library's protocol; its own queue for data frames is not used."""
+        if self.request is None:
+            return super().process_event(event)
+        self.open()  # a frame may come before the library's task has woken
+        self._heard_at = self.hub_server.loop.time()
+        if event.opcode == PONG and self.stream:
+            self.stream.pong(bytes(event.data))
+        elif event.opcode == BINARY:
+            self._fail(1003, "send JSON as text frames")
+        elif event.opcode in (TEXT, CONT):
+            self._parts.append(bytes(event.data))
+            if event.fin:
+                data, self._parts = b"".join(self._parts), []
+                self._on_text(data)
+
+    def _on_text(self, data: bytes) -> None:
+        server = self.hub_server
+        try:
+            data.decode()  # the library leaves this check to whoever reads the frame
+        except UnicodeDecodeError:
+            return self._fail(1007, "not UTF-8")
+        answer = server.api.frame(self.upgrade.agent_id, data, server.clock())
+        if answer.settled:
+            self._reply(answer, None)
+        else:
+            server.when_durable(functools.partial(self._reply, answer))
+        if self.transport.get_write_buffer_size() > server.limits.max_unsent:
+            self.transport.pause_reading()  # a peer that does not take its answers asks no more
+        server.hold_if_gathering(self.transport)
+
+    def _reply(self, answer: Frame, error: HubError | None) -> None:
+        answer = error_frame(error, answer.ref) if error else answer
+        body = answer.body() if callable(answer.body) else answer.body
+        if body and self.stream:
+            self.stream.write(websocket_frame((body if isinstance(body, str) else dump(body)).encode()))
+            self.hub_server.flush_soon()
+
+    def _fail(self, code: int, reason: str) -> None:
+        self.protocol.fail(code, reason)
+        self.send_data()
+
+    # what asyncio and the tick call
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self.stream:
+            self.stream.pause()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.transport.resume_reading()
+        if self.stream:
+            self.stream.resume()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.hub_server.connections.discard(self)
+        if self.stream:
+            self.stream.close()
+        super().connection_lost(exc)
+
+    def check(self, now: float) -> None:
+        """Ping what has been silent, cut what stays so, and what does not keep up."""
+        if self.stream and self.stream.too_slow(now):
+            self.hub_server.metrics.slow_readers += 1
+            self.end(1013, "too slow: reconnect, and what you missed will come")
+        elif now - self._heard_at > 2 * PING_SECONDS:
+            self.transport.abort()
+        elif self.stream and now - max(self._heard_at, self._pinged_at) > PING_SECONDS:
+            self._pinged_at = now
+            self.stream.ping()
+            self.stream.flush()
+
+    def end(self, code: int, reason: str = "") -> None:
+        """Close with the closing handshake; what does not answer it is cut by the library's timeout."""
+        if self.stream:
+            self.stream.flush()
+            self.stream.close()
+        self._closing = self.hub_server.loop.create_task(self.close(code, reason))
+
+
+def socket_type() -> type:
+    """HubSocket on websockets' connection. Made when it is needed, because the import takes 50 ms."""
+    from websockets.asyncio.server import ServerConnection
+
+    return type("HubServerConnection", (HubSocket, ServerConnection), {})
+
+
+# --- Server -----------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Milliseconds since 1970 that never go back or jump: the wall's at the start, and from then on what has passed."""
+
+    def __init__(self) -> None:
+        source = getattr(time, "CLOCK_BOOTTIME", None)  # goes on counting while a laptop sleeps
+        self.elapsed = time.monotonic if source is None else functools.partial(time.clock_gettime, source)
+        self._offset = time.time() - self.elapsed()
+
+    def __call__(self) -> int:
+        return int((self._offset + self.elapsed()) * 1000)
+
+
+class Disk:
+    """Does what waits for the disk: on the loop while the disk is quick, because waking a thread costs as much as a
+    quick fsync; on a thread of its own while commits take over SLOW_COMMIT on average, or one has just stalled.
+    """
+
+    def __init__(self, loop: Any) -> None:
+        self._loop, self._thread, self._mean = loop, None, 0.0
+
+    def run(self, work: Callable[[], None], done: Callable[[HubError | None], None]) -> None:
+        """Have `work` done, and `done` called on the loop with the HubError it raised, at once or later."""
+        if self._mean < SLOW_COMMIT:
+            return self._finish(done, *self._do(work))
+        if self._thread is None:
+            import queue
+            import threading
+
+            self._jobs = queue.SimpleQueue()
+            self._thread = threading.Thread(target=self._run, name="agenthub-disk", daemon=True)
+            self._thread.start()
+        self._jobs.put((work, done))
+
+    def _do(self, work: Callable[[], None]) -> tuple[HubError | None, float]:
+        started = time.monotonic()
+        try:
+            work()
+        except HubError as error:
+            return error, time.monotonic() - started
+        return None, time.monotonic() - started
+
+    def _finish(self, done: Callable[[HubError | None], None], error: HubError | None, seconds: float) -> None:
+        self._mean += (seconds - self._mean) / 8
+        done(error)
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            work, done = job
+            self._loop.call_soon_threadsafe(self._finish, done, *self._do(work))
+
+    def close(self) -> None:
+        """End the thread when it has done what it was given."""
+        if self._thread:
+            self._jobs.put(None)
+            self._thread.join()
+
+
+class Server:
+    """The hub on the network: turns of the event loop become batches, batches commits, commits replies and pushes.
+
+    The law: nothing leaves before it is durable. Whatever one turn of the loop brought is one transaction; when it is
+    on disk its messages are pushed and its replies written, one write per connection. A lone sender waits for nothing.
+    """
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        import asyncio
+
+        self.loop, self.clock = asyncio.get_running_loop(), Clock()
+        self.store, self.limits = store, settings.limits
+        self.hub = Hub(settings.limits, store.load())
+        self.api = API(self.hub, store, settings)
+        self.api.started_at = self.clock()
+        self.api.probe = self._probe
+        self.metrics = self.api.metrics
+        self.readers: dict[str, dict[Any, None]] = {}
+        self.connections: set[Any] = set()
+        self.dirty: dict[Any, None] = {}
+        self.held: list[Any] = []
+        self.closing = False
+        self._disk = Disk(self.loop)
+        self._waiters: list[Callable[[HubError | None], None]] = []
+        self._batch: list[Callable[[HubError | None], None]] | None = None  # who waits for the commit under way
+        self._scheduled = self._flushing = False
+        self._presence: dict[str, Presence] = {}
+        self._listener: Any = None
+        self._socket_type: Any = None
+        self._swept_at = self.loop.time()
+        self._date = ""
+        self._tick()
+
+    # batches
+
+    def schedule(self) -> None:
+        """See to it that what this turn changed is committed at its end."""
+        if not self._scheduled and (self.hub.events or self._waiters):
+            self._scheduled = True
+            self.loop.call_soon(self._look_again)
+
+    def when_durable(self, leave: Callable[[HubError | None], None]) -> None:
+        """Call `leave(None)` once all that was changed so far is durable, or `leave(error)` if it can't be."""
+        if self.hub.events:
+            self._waiters.append(leave)
+            self.schedule()
+        elif self._batch is not None:
+            self._batch.append(leave)
+        else:
+            leave(None)
+
+    def _look_again(self) -> None:
+        """Where several wait, the sockets are asked once more before the disk is: that costs 10 us, an fsync 150."""
+        if len(self._waiters) > 1:
+            self.loop.call_soon(self._commit)
+        else:
+            self._commit()
+
+    def _commit(self) -> None:
+        self._scheduled = False
+        if self._batch is not None:
+            return  # its end schedules the next
+        events, top = self.hub.take_events(), self.hub.seq
+        waiters, self._waiters = self._waiters, []
+        if not any(type(event) in WRITES for event in events):
+            return self._committed(events, top, waiters)
+        started = time.perf_counter()
+        try:
+            self.store.write(events)
+        except StorageFull as error:
+            return self._failed(error, waiters)
+        self._batch = waiters
+
+        def done(error: HubError | None) -> None:
+            self._batch = None
+            self.metrics.commit_seconds.observe(time.perf_counter() - started)
+            if error:
+                self._failed(error, waiters)
+            else:
+                self.metrics.commits, self.api.trouble = self.metrics.commits + 1, ""
+                self._committed(events, top, waiters)
+
+        self._disk.run(self.store.commit, done)
+
+    def _committed(self, events: list[Any], top: int, waiters: list) -> None:
+        self.api.committed = top
+        self.metrics.count(events)
+        for event in events:
+            tell = self.TELL.get(type(event))
+            if tell:
+                tell(self, event)
+        for leave in waiters:
+            leave(None)
+        self._end_turn()
+
+    def _failed(self, error: HubError, waiters: list) -> None:
+        """Undo a batch that the disk refused: the hub is again what the disk says, and everybody who waited is told.
+        What gathered meanwhile stood on it and goes with it."""
+        self.metrics.failed_commits += 1
+        self.api.trouble = error.message
+        self.store.undo()
+        self.hub.load(self.store.load())
+        waiters, self._waiters = waiters + self._waiters, []
+        for leave in waiters:
+            leave(error)
+        self._end_turn()
+
+    def _end_turn(self) -> None:
+        self.flush()
+        if self.store.pages > CHECKPOINT_PAGES:
+            self._checkpoint()
+        held, self.held = self.held, []
+        for transport in held:
+            transport.resume_reading()
+        self.schedule()
+
+    def _probe(self) -> None:
+        """Raise StorageFull while the disk takes nothing, before anything is changed."""
+        if self._batch is None:
+            self.store.probe()
+        self.api.trouble = ""
+
+    def hold_if_gathering(self, transport: Any) -> None:
+        """Take no more from a line while the disk stalls and a great deal waits for it."""
+        if len(self.hub.events) > MAX_GATHERED and not transport.is_closing():
+            transport.pause_reading()
+            self.held.append(transport)
+
+    def flush(self) -> None:
+        """One write for each reader that got something."""
+        self._flushing = False
+        for reader in list(self.dirty):
+            reader.flush()
+
+    def flush_soon(self) -> None:
+        """Flush when this turn is over, commit or not."""
+        if not self._flushing:
+            self._flushing = True
+            self.loop.call_soon(self.flush)
+
+    # what commits tell
+
+    def _tell_sent(self, event: Sent) -> None:
+        frames: dict[Callable, bytes] = {}
+        for name in event.inboxes:
+            readers = self.readers.get(name)
+            if readers and any([reader.push(event.message, frames) for reader in list(readers)]):
+                self.pushed(name, event.message.seq)
+
+    def _tell_adopted(self, event: Adopted) -> None:
+        for reader in list(self.readers.get(event.agent_id, ())):
+            reader.fall_behind(min(event.seqs, default=sys.maxsize))
+
+    def _tell_presence(self, event: Presence) -> None:
+        if not self._presence:
+            self.loop.call_later(PRESENCE_SECONDS, self._spread_presence)
+        self._presence[event.agent_id] = event
+
+    def _spread_presence(self) -> None:
+        """News, not mail: whoever is connected and keeping up hears it, in one write for all that was gathered."""
+        news, self._presence = self._presence, {}
+        frames = {name: websocket_frame(dump({"type": "presence", **e._asdict()}).encode()) for name, e in news.items()}
+        everything = b"".join(frames.values())
+        for name, readers in self.readers.items():
+            data = everything if name not in frames else b"".join(f for who, f in frames.items() if who != name)
+            for reader in readers:
+                reader.news(data)
+        self.flush()
+
+    TELL = {Sent: _tell_sent, Adopted: _tell_adopted, Presence: _tell_presence}
+
+    # readers
+
+    def pushed(self, agent_id: str, seq: int, count: int = 1) -> None:
+        """Remember what was written to a live reader: receipts tell it, and what is sent again says so."""
+        self.metrics.pushes += count
+        inbox = self.hub.inboxes.get(agent_id)
+        if inbox:
+            inbox.pushed = max(inbox.pushed, seq)
+
+    def add_reader(self, reader: Any) -> None:
+        """Count a reader in: its agent is connected now."""
+        self.hub.apply(Connect(self.clock(), reader.agent_id))
+        self.readers.setdefault(reader.agent_id, {})[reader] = None
+        self.schedule()
+
+    def remove_reader(self, reader: Any) -> None:
+        """Count a reader out, once."""
+        readers = self.readers.get(reader.agent_id, {})
+        if reader in readers:
+            del readers[reader]
+            if not readers:
+                del self.readers[reader.agent_id]
+            self.hub.apply(Disconnect(self.clock(), reader.agent_id))
+            self.schedule()
+
+    # time
+
+    def _tick(self) -> None:
+        """Twice a second: deadlines, slow readers, pings; and every SWEEP_SECONDS what time has brought about."""
+        if self.closing:
+            return
+        self.loop.call_later(TICK_SECONDS, self._tick)
+        now = self.loop.time()
+        self._date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
+        for connection in list(self.connections):
+            connection.check(now)
+        if self._batch is None and not self.hub.events and not self.api.trouble:
+            if now - self._swept_at >= SWEEP_SECONDS:
+                self._swept_at = now
+                self.hub.apply(Sweep(self.clock()))
+            self._expire()
+        self.schedule()
+
+    def _expire(self) -> None:
+        at = self.clock()
+        keep = self.limits.retention * 1000
+        due = self.store.expired(at, 0 if keep == float("inf") else int(at - keep), SWEEP_BATCH)
+        if due:
+            self.hub.apply(Expire(at, tuple(due)))
+            self.schedule()
+
+    def _checkpoint(self) -> None:
+        """Between two commits, as a batch of nobody's: where the disk is slow, the loop does not wait."""
+        self._batch = waiters = []
+
+        def done(error: HubError | None) -> None:
+            self._batch = None
+            for leave in waiters:
+                leave(None)  # what they waited for was durable before; that the file is not tidied harms nobody
+            self._end_turn()
+
+        self._disk.run(self.store.checkpoint, done)
+
+    # the way in
+
+    def process_request(self, connection: Any, request: Any) -> Any:
+        """Answer a request: the hook of that name in websockets, which HttpConnection asks for plain HTTP as well.
+
+        The library asks it once more in its own handshake, when the upgrade has been admitted: None lets it go on.
+        """
+        if connection.admitted:
+            return None
+        if self.closing:
+            return error_response(ShuttingDown("the hub is shutting down: try again in a moment"))
+        return self.api.dispatch(request.head, request.body, connection.address, self.clock())
+
+    async def start(self, host: str, port: int) -> list[tuple]:
+        """Listen, with WebSockets where the package is there. Returns the addresses. Raises OSError."""
+        if not self.api.settings.websockets:
+            self._listener = await self.loop.create_server(lambda: HttpConnection(self), host, port, backlog=BACKLOG)
+            return [sock.getsockname() for sock in self._listener.sockets]
+        from websockets.asyncio.server import serve
+
+        self._socket_type = socket_type()
+        most = self.limits.max_message + FRAME_OVERHEAD
+        self._listener = await serve(
+            self._run_socket, host, port, process_request=self.process_request, server_header=None, compression=None,
+            max_size=None if most == float("inf") else int(most), ping_interval=None, close_timeout=STOP_SECONDS,
+            create_connection=self._connection, backlog=BACKLOG,
+        )  # fmt: skip
+        return [sock.getsockname() for sock in self._listener.sockets]
+
+    def _connection(self, *args: Any, **options: Any) -> Any:
+        """What websockets makes for a new line: plain HTTP, which becomes the library's own connection on upgrade."""
+        return HttpConnection(self, lambda: self._socket_type(*args, **options))
+
+    async def _run_socket(self, socket: Any) -> None:
+        socket.open()
+        await socket.wait_closed()
+
+    async def stop(self, code: int = 1012) -> None:
+        """End cleanly within STOP_SECONDS: what was begun is committed and answered, lines are closed, the log is tidy."""
+        import asyncio
+
+        self.closing = True
+        deadline = self.loop.time() + STOP_SECONDS
+        close = getattr(self._listener, "server", self._listener).close  # stop listening; lines are closed below
+        close()
+        for readers in list(self.readers.values()):
+            for poll in [reader for reader in readers if isinstance(reader, Poll)]:
+                poll.finish()
+        while (self._batch is not None or self.hub.events) and self.loop.time() < deadline:
+            self.schedule()
+            await asyncio.sleep(0.005)
+        for connection in list(self.connections):
+            connection.end(code)
+        while self.connections and self.loop.time() < deadline:
+            await asyncio.sleep(0.005)
+        for connection in list(self.connections):
+            connection.transport.abort()
+        self._disk.close()
+        self.hub.apply(Sweep(self.clock()))
+        try:
+            self.store.write(self.hub.take_events())
+            self.store.commit()
+        except StorageFull:
+            self.store.undo()
+        self.store.checkpoint()
+        self.store.close()
+
+
+# --- Client -----------------------------------------------------------------------------------------------------------
+
+HEARTBEAT_SECONDS = 30  # a third of ACTIVE_SECONDS: two may get lost
+SEEN_IDS = 4_096  # ids a listening client remembers, to hand nothing to its handler twice after a reconnect
+_URL = re.compile(r"(https?)://(\[[0-9A-Fa-f:.]+\]|[^:/?#\[\]]+)(?::(\d{1,5}))?/?").fullmatch
+
+
+def new_message_id() -> str:
+    """An idempotency key: by time first, so that an index takes it at its end, then 40 random bits."""
+    return f"{int(time.time() * 1000):012x}-{os.urandom(5).hex()}"
+
+
+class _Calls:
+    """What both clients can do: the routes, in their order and with their names.
+
+    A method gives what `_run` makes of its plan: the result for `Client`, an awaitable of it for `AgentClient`. A plan
+    yields calls (method, path, body, query) and gets the answers. All raise HubError's kinds, and Unreachable.
+    """
+
+    def __init__(
+        self, server_url: str | None = None, agent_id: str | None = None, session_id: str | None = None,
+        name: str | None = None, capabilities: Iterable[str] | None = None, metadata: dict | None = None,
+        token: str | None = None, key: str | None = None, cacert: str | None = None,
+    ) -> None:  # fmt: skip
+        self.url = (server_url or os.environ.get("AGENTHUB_URL") or DEFAULT_URL).rstrip("/")
+        parts = _URL(self.url)
+        if not parts:
+            raise InvalidRequest(f"{self.url} is not a hub's address: write http://HOST:PORT")
+        self._tls = parts[1] == "https"
+        self._host, self._port = parts[2].strip("[]"), int(parts[3] or (443 if self._tls else 80))
+        self.agent_id, self.session_id, self.name = agent_id, session_id, name
+        self.capabilities, self.metadata = capabilities, metadata
+        self.token = token or os.environ.get("AGENTHUB_TOKEN") or ""
+        self.key = key or os.environ.get("AGENTHUB_KEY") or ""
+        self._cacert = cacert
+        self._seen: dict[str, None] = {}
+        self._closed = False
+
+    _run: Callable[[Iterator], Any]
+
+    # the routes
+
+    def register(self) -> Any:
+        """Come in, with what the client was made with. Returns the hub's answer; id, session and token are kept."""
+        return self._run(self._register())
+
+    def _register(self) -> Iterator:
+        asked = {"agent_id": self.agent_id, "session_id": self.session_id, "name": self.name}
+        asked |= {"capabilities": self.capabilities and list(self.capabilities), "metadata": self.metadata}
+        if not self.agent_id and not self.name:
+            asked["name"] = "agent"
+        answer = yield "POST", "/api/v1/agents/register", _given(asked), {}, self.key
+        self.agent_id, self.session_id, self.token = answer["agent_id"], answer["session_id"], answer["token"]
+        return answer
+
+    def agents(self, status: str | None = None, capability: str | None = None) -> Any:
+        """The agents, each as a dict."""
+        return self._run(self._pick("agents", "GET", "/api/v1/agents", query={"status": status, "capability": capability}))
+
+    def leave(self) -> Any:
+        """Leave the hub. What is unread stays there until it expires."""
+        return self._run(self._pick(None, "DELETE", f"/api/v1/agents/{self._me()}"))
+
+    def heartbeat(self) -> Any:
+        """Say that this agent is alive."""
+        return self._run(self._pick(None, "POST", f"/api/v1/agents/{self._me()}/heartbeat"))
+
+    def send_message(
+        self, to: str | list[str], message: Any, type: str | None = None, id: str | None = None,
+        reply_to: str | None = None, ttl: float | None = None,
+    ) -> Any:  # fmt: skip
+        """Send any JSON value. Returns the receipt. Safe to repeat: every message has an id, made here if none is given."""
+        body = {"from": self._me(), "to": to, "type": type, "id": id or new_message_id(), "reply_to": reply_to, "ttl": ttl}
+        return self._run(self._pick(None, "POST", "/api/v1/messages", _given(body) | {"message": message}))
+
+    def reply(self, envelope: dict, message: Any, type: str = "response") -> Any:
+        """Answer a message one got."""
+        return self.send_message(envelope["from"], message, type, reply_to=envelope["id"])
+
+    def ask(self, to: str | list[str], message: Any, wait: float = 60) -> Any:
+        """Send a request and return the envelope that answers it, acknowledged. Raises TimeoutError after `wait` seconds."""
+        return self._run(self._ask(to, message, wait))
+
+    def _ask(self, to: str | list[str], message: Any, wait: float) -> Iterator:
+        me, id = self._me(), new_message_id()
+        body = {"from": me, "to": to, "type": "request", "id": id, "message": message}
+        receipt = yield "POST", "/api/v1/messages", body, {}, None
+        end, after = time.monotonic() + wait, receipt["seq"]
+        while (left := end - time.monotonic()) > 0:
+            query = {"agent_id": me, "after": after, "thread": id, "wait": min(MAX_WAIT, round(left + 0.001, 3))}
+            page = yield "GET", "/api/v1/messages", None, query, None
+            after = page["next"]
+            for answer in page["messages"]:
+                if answer.get("reply_to") == id:
+                    yield "POST", "/api/v1/messages/ack", {"agent_id": me, "ids": [answer["id"]]}, {}, None
+                    return answer
+        raise TimeoutError(f"{to} has not answered within {wait:g} s")
+
+    def messages(self, after: int | None = None, unread: bool = False, limit: int | None = None, wait: float | None = None,
+                 type: str | None = None, sender: str | None = None, thread: str | None = None) -> Any:  # fmt: skip
+        """Envelopes out of this agent's inbox, oldest first; reading acknowledges nothing."""
+        query = {"agent_id": self._me(), "after": after, "unread": "true" if unread else None, "limit": limit}
+        query |= {"wait": wait, "type": type, "from": sender, "thread": thread}
+        return self._run(self._pick("messages", "GET", "/api/v1/messages", query=query))
+
+    def ack(self, up_to: int | None = None, ids: Iterable[str] | None = None) -> Any:
+        """Acknowledge everything up to a seq, or these ids. Returns how many were new."""
+        body = {"agent_id": self._me(), "up_to": up_to, "ids": None if ids is None else list(ids)}
+        return self._run(self._pick("acknowledged", "POST", "/api/v1/messages/ack", _given(body)))
+
+    def health(self) -> Any:
+        """What the hub says of itself."""
+        return self._run(self._pick(None, "GET", "/health"))
+
+    # what the two share
+
+    def _pick(self, key: str | None, method: str, path: str, body: dict | None = None, query: dict | None = None) -> Iterator:
+        answer = yield method, path, body, query or {}, None
+        return answer[key] if key else answer
+
+    def _me(self) -> str:
+        if not self.agent_id:
+            raise InvalidRequest("this client has no agent_id yet: call register() first, or make it with agent_id=")
+        return self.agent_id
+
+    def _request(self, method: str, path: str, body: dict | None, query: dict, token: str | None = None) -> bytes:
+        """The bytes of a call. The token says who asks; where there is none the key does."""
+        pairs = "&".join(f"{name}={quote(str(value))}" for name, value in query.items() if value is not None)
+        token = (self.token or self.key) if token is None else token
+        text = b"" if body is None else dump(body).encode()
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        lines = [f"{method} {path}{'?' if pairs else ''}{pairs} HTTP/1.1", f"Host: {host}:{self._port}"]
+        lines += [f"Authorization: Bearer {token}"] if token else []
+        if method == "POST":
+            lines += ["Content-Type: application/json", f"Content-Length: {len(text)}"]
+        return "\r\n".join([*lines, "\r\n"]).encode() + text
+
+    def _result(self, reader: ResponseReader, data: bytes) -> Any:
+        """The answer's JSON value, or the hub's error as an exception."""
+        try:
+            body = json.loads(data)
+        except ValueError:
+            body = None
+        if reader.status >= 400 or not isinstance(body, dict):
+            raise error_from_wire(body, reader.status)
+        return body
+
+    def _stream_request(self) -> bytes:
+        return self._request("GET", "/api/v1/stream", None, {"agent_id": self._me(), "format": "json"})
+
+    def _is_new(self, envelope: dict) -> bool:
+        """Whether it was not handed out before: after a reconnect the hub repeats what is not acknowledged."""
+        new = envelope["id"] not in self._seen
+        self._seen[envelope["id"]] = None
+        if len(self._seen) > SEEN_IDS:
+            del self._seen[next(iter(self._seen))]
+        return new
+
+    def _tls_context(self) -> Any:
+        import ssl
+
+        context = ssl.create_default_context()
+        if self._cacert:
+            context.load_verify_locations(self._cacert)
+        return context
+
+    def _unreachable(self, error: BaseException) -> Unreachable:
+        reason = getattr(error, "strerror", None) or str(error) or "no answer"
+        return Unreachable(f"no hub answers at {self.url} ({reason}): start one with `agenthub serve`, or set AGENTHUB_URL")
+
+
+def _given(fields: dict) -> dict:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _pause(tries: int) -> float:
+    """Seconds to wait before the next try: growing up to 5, and never the same for two clients (no stampede)."""
+    return min(5.0, 0.1 * 2**tries) * (0.5 + os.urandom(1)[0] / 255)
+
+
+class Client(_Calls):
+    """A blocking client on the standard library: `Client(agent_id="beta").send_message("alpha", "hi")`.
+
+    It waits where the hub says it is too fast (`on_wait(seconds, reason)` hears of it), and repeats a call whose line
+    broke, for RETRY_SECONDS at most: every call can be repeated. One thread at a time; `close` when done.
+    """
+
+    on_wait: Callable[[float, str], None] = staticmethod(lambda seconds, reason: None)
+    timeout = MAX_WAIT + 15.0  # seconds without a byte: longer than any poll
+
+    _socket: Any = None
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the line; `listen` ends."""
+        self._closed = True
+        self._drop()
+
+    def _drop(self) -> None:
+        if self._socket:
+            self._socket.close()
+            self._socket = None
+
+    def _connect(self) -> Any:
+        import socket
+
+        line = socket.create_connection((self._host, self._port), timeout=self.timeout)
+        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return self._tls_context().wrap_socket(line, server_hostname=self._host) if self._tls else line
+
+    def _run(self, plan: Iterator) -> Any:
+        answer = None
+        while True:
+            try:
+                answer = self._call(self._request(*plan.send(answer)))
+            except StopIteration as end:
+                return end.value
+
+    def _call(self, request: bytes) -> Any:
+        """One call, repeated where that helps. A hub that was never there is reported at once."""
+        end, tries, sent = time.monotonic() + RETRY_SECONDS, 0, False
+        while True:
+            try:
+                self._socket = self._socket or self._connect()
+                sent = True
+                return self._exchange(request)
+            except RateLimited as error:
+                pause = float(error.details.get("retry_after", 1))
+                reason: HubError = error
+            except (ShuttingDown, OSError, EOFError) as error:
+                self._drop()
+                reason = error if isinstance(error, ShuttingDown) else self._unreachable(error)
+                if not sent or isinstance(error, TimeoutError):
+                    raise reason from error
+                pause = _pause(tries)
+            tries += 1
+            if time.monotonic() + pause > end:
+                raise reason
+            self.on_wait(pause, reason.message)
+            time.sleep(pause)
+
+    def _exchange(self, request: bytes) -> Any:
+        self._socket.sendall(request)
+        reader, body = ResponseReader(), b""
+        while not reader.done:
+            data = self._socket.recv(65536)
+            if not data:
+                raise EOFError("the line broke")
+            body += reader.feed(data)
+        if not reader.keep:
+            self._drop()
+        return self._result(reader, body)
+
+    def listen(self) -> Iterator[dict]:
+        """Envelopes as they come, beginning with what is unread, for ever; reconnects by itself.
+
+        An envelope is acknowledged when the next one is asked for, so that what was not worked through comes again.
+        """
+        tries = 0
+        while not self._closed:
+            try:
+                for envelope in self._stream():
+                    tries = 0
+                    if self._is_new(envelope):
+                        yield envelope
+                    self.ack(ids=[envelope["id"]])
+            except (OSError, EOFError, ShuttingDown, Unreachable) as error:
+                if isinstance(error, Unreachable) and not self._seen and not tries:
+                    raise
+                reason = error.message if isinstance(error, HubError) else self._unreachable(error).message
+                pause = _pause(tries)
+                tries += 1
+                self.on_wait(pause, reason)
+                time.sleep(pause)
+
+    def _stream(self) -> Iterator[dict]:
+        """One connection's worth of envelopes."""
+        try:
+            line = self._connect()
+        except OSError as error:
+            raise self._unreachable(error) from error
+        with line:
+            line.settimeout(3 * COMMENT_SECONDS)
+            line.sendall(self._stream_request())
+            reader, rest = ResponseReader(), b""
+            while not reader.done:
+                data = line.recv(65536)
+                if not data:
+                    break
+                rest += reader.feed(data)
+                if reader.status == 200:
+                    *lines, rest = rest.split(b"\n")
+                    yield from (json.loads(text) for text in lines if text)
+            if reader.status != 200 and reader.status:
+                self._result(reader, rest)
+        raise EOFError("the hub closed the stream")
+
+
+# --- AgentClient ------------------------------------------------------------------------------------------------------
+
+
+class AgentClient(_Calls):
+    """An asyncio client: `register`, `send_message`, `listen(handler)`, and the rest of the routes as coroutines.
+
+    Heartbeats by itself from `register` on. `listen` uses a WebSocket where websockets is installed, else the event
+    stream; it reconnects with backoff and jitter, acknowledges when the handler has returned, and hands out nothing twice.
+    """
+
+    _line: Any = None
+    _beat: Any = None
+    _gate: Any = None
+
+    async def __aenter__(self) -> AgentClient:
+        await self.register()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Stop heartbeats, end `listen`, close the line."""
+        self._closed = True
+        for task in (self._beat, getattr(self, "_listening", None)):
+            if task:
+                task.cancel()
+        self._drop()
+
+    def _drop(self) -> None:
+        if self._line:
+            self._line[1].close()
+            self._line = None
+
+    async def _run(self, plan: Iterator) -> Any:
+        answer = None
+        while True:
+            try:
+                answer = await self._call(self._request(*plan.send(answer)))
+            except StopIteration as end:
+                result = end.value
+                break
+        self._start_beating()
+        return result
+
+    def _start_beating(self) -> None:
+        import asyncio
+
+        if self._beat is None and self.token and not self._closed:
+            self._beat = asyncio.ensure_future(self._keep_beating())
+
+    async def _keep_beating(self) -> None:
+        import asyncio
+
+        while True:
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+            try:
+                await self.heartbeat()
+            except HubError:
+                pass  # the next call says it to somebody who can act on it
+
+    async def _call(self, request: bytes) -> Any:
+        """One call, repeated where that helps, as in `Client`."""
+        import asyncio
+
+        self._gate = self._gate or asyncio.Lock()
+        end, tries, sent = time.monotonic() + RETRY_SECONDS, 0, False
+        while True:
+            try:
+                async with self._gate:
+                    self._line = self._line or await self._connect()
+                    sent = True
+                    return await self._exchange(request)
+            except asyncio.CancelledError:
+                self._drop()  # an answer is still to come on it, and it would be taken for the next one's
+                raise
+            except RateLimited as error:
+                pause = float(error.details.get("retry_after", 1))
+                reason: HubError = error
+            except (ShuttingDown, OSError, EOFError) as error:
+                self._drop()
+                reason = error if isinstance(error, ShuttingDown) else self._unreachable(error)
+                if not sent:
+                    raise reason from error
+                pause = _pause(tries)
+            tries += 1
+            if time.monotonic() + pause > end:
+                raise reason
+            await asyncio.sleep(pause)
+
+    async def _connect(self) -> Any:
+        import asyncio
+
+        return await asyncio.open_connection(self._host, self._port, ssl=self._tls_context() if self._tls else None)
+
+    async def _exchange(self, request: bytes) -> Any:
+        incoming, outgoing = self._line
+        outgoing.write(request)
+        reader, body = ResponseReader(), b""
+        while not reader.done:
+            data = await incoming.read(65536)
+            if not data:
+                raise EOFError("the line broke")
+            body += reader.feed(data)
+        if not reader.keep:
+            self._drop()
+        return self._result(reader, body)
+
+    async def listen(self, handler: Callable[[dict], Any]) -> None:
+        """Hand every message to `handler(envelope)`, a function or a coroutine function, until `close`.
+
+        What the handler raises ends `listen`, and the message stays unacknowledged.
+        """
+        import asyncio
+
+        self._listening = asyncio.current_task()
+        read = self._read_socket if _has_websockets() else self._read_stream
+        tries = 0
+        while not self._closed:
+            try:
+                async for envelope, acknowledge in read():
+                    tries = 0
+                    if self._is_new(envelope):
+                        done = handler(envelope)
+                        if hasattr(done, "__await__"):
+                            await done
+                    await acknowledge()
+            except asyncio.CancelledError:
+                if not self._closed:
+                    raise
+            except (UnknownAgent, Unauthorized):  # the hub has lost its file, or this agent was removed
+                if tries > 2:
+                    raise
+                await self.register()
+            except (OSError, EOFError, ShuttingDown, Unreachable):
+                await asyncio.sleep(_pause(tries))
+                tries += 1
+
+    async def _read_socket(self) -> Any:
+        """Envelopes of one WebSocket, each with what acknowledges it."""
+        from websockets.asyncio.client import connect
+        from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+        address = f"ws{self.url[4:]}/ws/{self._me()}?ack=explicit"
+        token = self.token or self.key
+        options: dict[str, Any] = {"additional_headers": {"Authorization": f"Bearer {token}"} if token else {}}
+        options |= {"ssl": self._tls_context()} if self._tls else {}
+        try:
+            async with connect(address, compression=None, max_size=None, **options) as socket:
+                async for text in socket:
+                    envelope = json.loads(text)
+                    if "seq" in envelope and "from" in envelope:
+                        ack = dump({"type": "ack", "ids": [envelope["id"]]})
+                        yield envelope, functools.partial(socket.send, ack)
+        except InvalidStatus as error:
+            raise error_from_wire(json.loads(error.response.body or b"null"), error.response.status_code) from error
+        except ConnectionClosed as error:
+            raise EOFError(str(error)) from error
+        raise EOFError("the hub closed the line")
+
+    async def _read_stream(self) -> Any:
+        """Envelopes of one event stream, each with what acknowledges it."""
+        incoming, outgoing = await self._connect()
+        try:
+            outgoing.write(self._stream_request())
+            reader, rest = ResponseReader(), b""
+            while not reader.done and (data := await incoming.read(65536)):
+                rest += reader.feed(data)
+                if reader.status == 200:
+                    *lines, rest = rest.split(b"\n")
+                    for envelope in (json.loads(text) for text in lines if text):
+                        yield envelope, functools.partial(self.ack, ids=[envelope["id"]])
+            if reader.status != 200 and reader.status:
+                self._result(reader, rest)
+        finally:
+            outgoing.close()
+        raise EOFError("the hub closed the stream")
+
+
+def _has_websockets() -> bool:
+    """Whether a websockets that we can use (13.1 or newer) is installed, without importing it."""
+    from importlib.util import find_spec
+
+    try:
+        return find_spec("websockets.asyncio.server") is not None
+    except ImportError:
+        return False
+
+
+# --- CLI --------------------------------------------------------------------------------------------------------------
+
+
+class TimedOut(HubError):
+    """Nothing came within the time given (exit status 4)."""
+
+    code = "timed_out"
+
+
+class Command(NamedTuple):
+    """A row of the command table: what it does, its arguments, an example."""
+
+    run: Callable[[Any], int]
+    help: str
+    arguments: tuple[tuple[tuple[str, ...], dict], ...]
+    example: str
+
+
+def _arg(*names: str, **options: Any) -> tuple[tuple[str, ...], dict]:
+    return names, options
+
+
+def state_folder(kind: str) -> str:
+    """The user's folder for our data (XDG_DATA_HOME) or state (XDG_STATE_HOME), made where it is not there (0700)."""
+    base = os.environ.get(f"XDG_{kind}_HOME") or os.path.join("~", ".local", "share" if kind == "DATA" else "state")
+    folder = os.path.join(os.path.expanduser(base), "agenthub")
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    return folder
+
+
+class Identity:
+    """Who the CLI is: `--as`, else AGENTHUB_AGENT, else what was saved for this hub and session, else made on first use.
+
+    The state file holds, for each hub, agent_ids by session and tokens by agent_id.
+    """
+
+    def __init__(self, args: Any) -> None:
+        self.session = next(filter(None, map(os.environ.get, SESSION_VARIABLES)), "")
+        self.client = Client(args.url)
+        self.client.on_wait = lambda seconds, reason: _say(f"{reason} (trying again in {seconds:.1f} s)")
+        self.chosen = args.identity or os.environ.get("AGENTHUB_AGENT")
+        saved = self._load().get(self.client.url, {})
+        self.client.agent_id = self.chosen or saved.get("sessions", {}).get(self.session)
+        self.saved_token = saved.get("tokens", {}).get(self.client.agent_id or "", "")
+        self.client.token = self.client.token or self.saved_token
+
+    def act(self, do: Callable[[Client], Any]) -> Any:
+        """Do something as this agent, which is registered first where it is not yet."""
+        client = self.client
+        if not client.agent_id:
+            self.register()
+        try:
+            return do(client)
+        except (UnknownAgent, Unauthorized) as error:
+            if client.agent_id == OPERATOR or (isinstance(error, Unauthorized) and client.token != self.saved_token):
+                raise
+        client.token = ""
+        self.register()
+        return do(client)
+
+    def register(self, name: str | None = None, capabilities: list[str] | None = None) -> dict:
+        """Register, and remember id and token for this hub and session."""
+        client = self.client
+        client.name, client.capabilities = name or client.name, capabilities or None
+        client.session_id = self.session or None
+        if not client.agent_id and not client.name:
+            client.name = os.environ.get("USER") or os.environ.get("USERNAME") or "agent"
+        answer = client.register()
+        state = self._load()
+        hub = state.setdefault(client.url, {})
+        hub.setdefault("tokens", {})[client.agent_id] = client.token
+        if not self.chosen:
+            hub.setdefault("sessions", {})[self.session] = client.agent_id
+        self._save(state)
+        return answer
+
+    def _path(self) -> str:
+        return os.path.join(state_folder("STATE"), "identity.json")
+
+    def _load(self) -> dict:
+        try:
+            with open(self._path(), encoding="utf-8") as file:
+                return json.load(file)
+        except (OSError, ValueError):
+            return {}
+
+    def _save(self, state: dict) -> None:
+        """Whole or not at all, for this user only: a new file takes the old one's place."""
+        path = f"{self._path()}.{os.getpid()}"
+        try:
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+                json.dump(state, file)
+            os.replace(path, self._path())
+        except OSError as error:
+            _say(f"can't keep the identity in {self._path()} ({error.strerror}): set AGENTHUB_AGENT to keep it yourself")
+
+
+SESSION_VARIABLES = ("AGENTHUB_SESSION", "CLAUDE_CODE_SESSION_ID", "CLAUDE_SESSION_ID")
+
+
+def _say(text: str) -> None:
+    print(f"agenthub: {harmless(text)}", file=sys.stderr, flush=True)
+
+
+def harmless(text: str) -> str:
+    """Text for a terminal: what it would obey (escape sequences, overrides of direction) is shown, not sent."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def _show(args: Any, value: dict, text: str) -> None:
+    """One result on stdout: a JSON object a line with --json, else as people read it."""
+    try:
+        print(dump(value) if args.json else harmless(text), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise KeyboardInterrupt from None
+
+
+def _show_message(args: Any, envelope: dict) -> None:
+    message = envelope["message"]
+    text = message if isinstance(message, str) else dump(message)
+    kind = "" if envelope["type"] in ("message", "broadcast") else f" ({envelope['type']})"
+    to = "" if envelope["to"] == "" else f" to {envelope['to'] if isinstance(envelope['to'], str) else ', '.join(envelope['to'])}"
+    _show(args, envelope, f"{envelope['timestamp'][11:19]} {envelope['from']}{to}{kind}: {text}")
+
+
+# the commands
+
+
+def _serve(args: Any) -> int:
+    import asyncio
+
+    try:
+        return asyncio.run(_serve_until_told(args))
+    except KeyboardInterrupt:  # before the signal handler was in place
+        return 0
+
+
+async def _serve_until_told(args: Any) -> int:
+    import asyncio
+    import gc
+    import signal
+
+    given = {name: getattr(args, name) for name in LIMITS if getattr(args, name) is not None}
+    limits = _fit_descriptors(make_limits(**given))
+    path = args.db or os.path.join(state_folder("DATA"), "hub.db")
+    key, made = _key(args)
+    found = _has_websockets()
+    if not found:
+        _say("websockets is not installed: serving all but /ws (pip install websockets)")
+    kept = "memory" if path == ":memory:" else "sqlite"
+    settings = Settings(limits, key, tuple(args.allow_host or ()), tuple(args.cors_origin or ()), kept, found)
+    server = Server(Store(path), settings)
+    gc.freeze()
+    gc.set_threshold(GC_THRESHOLD)
+    try:
+        addresses = await server.start(args.host, args.port)
+    except OSError as error:
+        await server.stop()
+        reason = error.strerror or str(error)
+        raise HubError(f"can't listen on {args.host} port {args.port} ({reason}): choose another with --port") from None
+    told: asyncio.Future[int] = server.loop.create_future()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        server.loop.add_signal_handler(number, lambda: told.set_result(0) if not told.done() else os._exit(1))
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    url = f"http://{'127.0.0.1' if args.host in ('0.0.0.0', '::') else host}:{addresses[0][1]}"
+    where = "" if url == DEFAULT_URL else f"AGENTHUB_URL={url} "
+    secret = f"AGENTHUB_KEY={key} " if made else ""
+    print(f'agenthub {VERSION} at {url}, store {path}; next: {where}{secret}python agenthub.py send alpha "hi"', flush=True)
+    await told
+    await server.stop()
+    return 0
+
+
+def _key(args: Any) -> tuple[str, bool]:
+    """The hub's key, and whether it was made here: a hub that others can reach never runs without one."""
+    key = args.key or os.environ.get("AGENTHUB_KEY") or ""
+    if not key and args.key_file:
+        with open(args.key_file, encoding="utf-8") as file:
+            key = file.read().strip()
+    if key or is_loopback(args.host):
+        return key, False
+    import secrets
+
+    return secrets.token_urlsafe(32), True
+
+
+def _fit_descriptors(limits: Any) -> Any:
+    """No more connections than the system lets a process have, less what the hub itself needs."""
+    try:
+        import resource
+    except ImportError:
+        return limits
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = hard if hard != resource.RLIM_INFINITY else 1 << 20
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    except (ValueError, OSError):
+        pass
+    return limits._replace(max_connections=min(limits.max_connections, max(soft - 32, 8)))
+
+
+def _register_command(args: Any) -> int:
+    identity = Identity(args)
+    if args.id:
+        identity.client.agent_id = args.id
+    answer = identity.register(args.name, args.capability)
+    peers = ", ".join(peer["agent_id"] for peer in answer["peers"] if peer["status"] == "active") or "nobody else"
+    _show(args, answer, f"registered as {answer['agent_id']}; active now: {peers}; unread: {answer['unread']}")
+    return 0
+
+
+def _send(args: Any) -> int:
+    text = sys.stdin.read() if args.text == "-" else args.text
+    message = parse_json(text.encode("utf-8", "surrogateescape"), LIMITS["max_depth"].default) if args.json_message else text
+    to = args.to.split(",") if "," in args.to else args.to
+    id = args.id or new_message_id()
+    receipt = Identity(args).act(
+        lambda client: client.send_message(to, message, args.type, id, args.reply_to, args.ttl)
+    )
+    for line in receipt["recipients"]:
+        if line["state"] == "unknown":
+            close = f" (did you mean {' or '.join(line['did_you_mean'])}?)" if "did_you_mean" in line else ""
+            _say(f"nobody is registered as {line['agent_id']} yet{close}: the message waits for them")
+    if "warning" in receipt:
+        _say(receipt["warning"])
+    states = ", ".join(f"{line['agent_id']} ({line['state']})" for line in receipt["recipients"]) or "nobody"
+    _show(args, receipt, f"sent {receipt['message_id']} to {states}")
+    return 0
+
+
+def _recv(args: Any) -> int:
+    identity = Identity(args)
+    found = identity.act(lambda client: client.messages(unread=True, limit=args.limit, wait=args.wait))
+    for envelope in found:
+        _show_message(args, envelope)
+    if found and not args.peek:
+        identity.act(lambda client: client.ack(ids=[envelope["id"] for envelope in found]))
+    if not found and args.wait:
+        raise TimedOut(f"nothing came within {args.wait:g} s")
+    if not found:
+        _say("nothing unread")
+    return 0
+
+
+def _listen(args: Any) -> int:
+    identity = Identity(args)
+    identity.act(lambda client: client.heartbeat())
+    for envelope in identity.client.listen():
+        _show_message(args, envelope)
+    return 0
+
+
+def _agents(args: Any) -> int:
+    found = Identity(args).client.agents(args.status, args.capability)
+    for agent in found:
+        able = f" [{', '.join(agent['capabilities'])}]" if agent["capabilities"] else ""
+        name = f" ({agent['name']})" if agent["name"] != agent["agent_id"] else ""
+        line = "connected" if agent["connected"] else f"last seen {agent['last_heartbeat'][:19]}Z"
+        _show(args, agent, f"{agent['agent_id']}{name} {agent['status']}, {line}, {agent['unread']} unread{able}")
+    if not found:
+        _say("nobody is registered")
+    return 0
+
+
+def _history(args: Any) -> int:
+    envelopes = Identity(args).act(
+        lambda client: client.messages(args.after, limit=args.limit, type=args.type, sender=args.sender, thread=args.thread)
+    )
+    for envelope in envelopes:
+        _show_message(args, envelope)
+    return 0
+
+
+def _status(args: Any) -> int:
+    identity = Identity(args)
+    health = identity.client.health()
+    known = identity.client.agent_id
+    unread = identity.act(lambda client: client.heartbeat())["unread"] if known else 0
+    state = {"url": identity.client.url, **health, "agent_id": known, "unread": unread}
+    who = f"you are {known}, {unread} unread" if known else "you are not registered yet: any command does that"
+    _show(args, state, f"{identity.client.url} is {health['status']}, agenthub {health['version']},"
+                       f" {health.get('agents', '?')} agents, {health.get('connections', '?')} connected; {who}")  # fmt: skip
+    return 0
+
+
+def _serve_arguments() -> tuple:
+    """`serve`'s own options, and one for each limit."""
+    own = (
+        _arg("--host", default=os.environ.get("AGENTHUB_HOST", HOST), help=f"default {HOST}; any other makes a key"),
+        _arg("--port", type=int, default=_env("AGENTHUB_PORT", int, _env("PORT", int, PORT)), help=f"default {PORT}"),
+        _arg("--db", default=os.environ.get("AGENTHUB_DB"), help="store file, or :memory:; default in the data folder"),
+        _arg("--key", help="key mode with this key; AGENTHUB_KEY is not seen by other users' ps"),
+        _arg("--key-file", help="a file with the key"),
+        _arg("--allow-host", action="append", metavar="NAME", help="a further name of this hub"),
+        _arg("--cors-origin", action="append", metavar="ORIGIN", help="a web page's origin that may use this hub"),
+    )
+    limits = (
+        _arg(f"--{name.replace('_', '-')}", type=_amount, metavar="N", default=_env(f"AGENTHUB_{name.upper()}", _amount),
+             help=f"{row.unit}, default {row.default:g}: {row.why}")
+        for name, row in LIMITS.items()
+    )  # fmt: skip
+    return (*own, *limits)
+
+
+def _amount(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise ValueError
+    return value
+
+
+def _env(name: str, kind: Callable[[str], Any], default: Any = None) -> Any:
+    text = os.environ.get(name)
+    try:
+        return kind(text) if text else default
+    except ValueError:
+        raise InvalidRequest(f"{name} is {_shown(text)}, which is not a number") from None
+
+
+_TYPE_ARG = _arg("--type", help="the message's type, e.g. request")
+_COMMANDS: dict[str, tuple] = {
+    "serve": (_serve, "run a hub", _serve_arguments, "agenthub serve --port 8080"),
+    "register": (_register_command, "register, or register again", (
+        _arg("id", nargs="?", help="the agent_id; default: made from name and session"),
+        _arg("--name", help="what people call it"),
+        _arg("--capability", action="append", help="something it can do; may be repeated"),
+    ), "agenthub register alpha --capability review"),
+    "send": (_send, "send a message", (
+        _arg("to", help="an agent_id, a name, ALL, or several with commas"),
+        _arg("text", help="the message; - reads stdin"),
+        _TYPE_ARG,
+        _arg("--json-message", action="store_true", help="the text is JSON"),
+        _arg("--id", help="idempotency key; default: made"),
+        _arg("--reply-to", metavar="ID", help="the message this answers"),
+        _arg("--ttl", type=float, metavar="S", help="seconds after which it is not delivered any more"),
+    ), 'agenthub send alpha "hi"'),
+    "recv": (_recv, "print what is unread and acknowledge it", (
+        _arg("--wait", type=float, metavar="S", help=f"wait up to S seconds (at most {MAX_WAIT}) for something"),
+        _arg("--peek", action="store_true", help="acknowledge nothing"),
+        _arg("--limit", type=int, metavar="N", help=f"at most N messages, default {DEFAULT_LIMIT}"),
+    ), "agenthub recv --as alpha --wait 30"),
+    "listen": (_listen, "print messages as they come, for ever", (), "agenthub listen --as alpha --json"),
+    "agents": (_agents, "who is here", (
+        _arg("--status", choices=("active", "offline")),
+        _arg("--capability"),
+    ), "agenthub agents --status active"),
+    "history": (_history, "print old messages, read or not", (
+        _arg("--limit", type=int, metavar="N", help=f"default the newest {DEFAULT_LIMIT}"),
+        _arg("--after", type=int, metavar="SEQ", help="the first ones after this seq"),
+        _arg("--with", dest="sender", metavar="AGENT", help="only from this agent"),
+        _arg("--thread", metavar="ID"),
+        _TYPE_ARG,
+    ), "agenthub history --limit 10"),
+    "status": (_status, "the hub, and who you are there", (), "agenthub status"),
+}  # fmt: skip
+COMMANDS = {name: Command(*row) for name, row in _COMMANDS.items()}
+
+
+def _parser(name: str | None) -> Any:
+    """The parser for one command, or for all where none is named: building nine costs 3 ms."""
+    import argparse
+
+    parser = argparse.ArgumentParser("agenthub", description="Agents find each other and talk.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"agenthub {VERSION}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for each, row in COMMANDS.items():
+        if name in (None, each):
+            sub = commands.add_parser(each, help=row.help, description=row.help, epilog=f"example: {row.example}", allow_abbrev=False)
+            for names, options in row.arguments() if callable(row.arguments) else row.arguments:
+                sub.add_argument(*names, **options)
+            if each != "serve":
+                sub.add_argument("--as", dest="identity", metavar="ID", help="who you are; else AGENTHUB_AGENT")
+                sub.add_argument("--url", help=f"the hub; else AGENTHUB_URL, else {DEFAULT_URL}")
+                sub.add_argument("--json", action="store_true", help="one JSON object a line")
+            sub.set_defaults(run=row.run)
+    return parser
+
+
+EXITS = ((Unreachable, 3), (TimedOut, 4), (HubError, 1))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return its exit status: 0 done, 1 refused, 2 usage, 3 no hub, 4 timed out, 130 interrupted."""
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        args = _parser(words[0] if words and words[0] in COMMANDS else None).parse_args(words)
+        return args.run(args)
+    except SystemExit as error:  # argparse has said why
+        return error.code if isinstance(error.code, int) else 2
+    except KeyboardInterrupt:
+        return 130
+    except HubError as error:
+        _say(error.message)
+        return next(status for kind, status in EXITS if isinstance(error, kind))
+    except (StoreError, OSError) as error:
+        _say(str(error))
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
