@@ -273,6 +273,12 @@ class Unreachable(HubError):
     code, status = "unreachable", 0
 
 
+class TimedOut(HubError):
+    """Nothing came within the time given (client side only)."""
+
+    code, status = "timed_out", 0
+
+
 class StoreError(Exception):
     """The store can't be opened; the sentence says why and what to do."""
 
@@ -314,7 +320,7 @@ def timestamp(ms: int) -> str:
 
 
 def made_id(epoch: str, seq: int) -> str:
-    """The message id the hub gives: sortable, only this log's, and the seq can be read out of it, so it needs no index."""
+    """The message id the hub gives: sortable, only this log's, and with the seq in it, so that it needs no index."""
     return f"{epoch}-{seq:013x}"
 
 
@@ -724,7 +730,7 @@ _TYPE = re.compile("[a-z][a-z0-9_.-]{0,63}").fullmatch
 
 
 def read_fields(fields: tuple[Field, ...], given: dict) -> dict[str, Any]:
-    """The known fields of a request, each checked; None for what is left out. Raises InvalidRequest naming the field."""
+    """The known fields of a request, checked; None for what is left out. Raises InvalidRequest, naming the field."""
     blank, checks, required = _field_plan(fields)
     found = blank.copy()
     for name, value in given.items():
@@ -904,16 +910,17 @@ class Hub:
         return self._fresh.get(message_id) or self._settling.get(message_id)
 
     def close_to(self, wanted: str) -> list[str]:
-        """Up to three ids or names much like `wanted`."""
+        """The ids of up to three agents whose id or name is much like `wanted`."""
         if wanted not in self._close:
             from difflib import get_close_matches
 
             if len(self._close) > 1000:
                 self._close.clear()
+            some = list(self.agents.values())[:500]
+            ids = {word.casefold(): a.agent_id for a in some for word in (a.name, a.agent_id)}
             fold = wanted.casefold()
-            exact = [a.agent_id for a in self.agents.values() if a.agent_id.casefold().startswith(fold)]
-            some = [word for a in list(self.agents.values())[:500] for word in (a.agent_id, a.name)]
-            self._close[wanted] = list(dict.fromkeys(exact + get_close_matches(wanted, some)))[:3]
+            found = [word for word in ids if word.startswith(fold)] + get_close_matches(fold, ids)
+            self._close[wanted] = list(dict.fromkeys(ids[word] for word in found))[:3]
         return self._close[wanted]
 
     def pushed(self, receipt: Receipt) -> set[str]:
@@ -1110,9 +1117,7 @@ class Hub:
     def _deliver(self, c: Send, to: str, inboxes: tuple[str, ...]) -> Message:
         seq = self.seq = self.seq + 1
         id = c.id or made_id(self.epoch, seq)
-        message = Message(
-            seq, id, c.type, c.sender, to, c.payload, c.at, c.reply_to, c.thread, c.expires_at, c.digest
-        )
+        message = Message(seq, id, c.type, c.sender, to, c.payload, c.at, c.reply_to, c.thread, c.expires_at, c.digest)
         for name in inboxes:
             self._inbox(name).unread.append(seq)
         if c.type == "ping" and inboxes:
@@ -1413,7 +1418,9 @@ class Store:
             raise self._full(error) from error
 
     def _full(self, error: Exception) -> StorageFull:
-        return StorageFull(f"the hub's disk refused the change ({error}): nothing was stored, free some space and retry")
+        return StorageFull(
+            f"the hub's disk refused the change ({error}): nothing was stored, free some space and retry"
+        )
 
     # the reading half: what is committed, and nothing else
 
@@ -1579,7 +1586,9 @@ def parse_headers(lines: list[bytes]) -> dict[str, str]:
     for line in lines:
         match = _HEADER_LINE(line)
         if not match:
-            raise InvalidRequest("a header line is malformed: write `Name: value`, without folding or control characters")
+            raise InvalidRequest(
+                "a header line is malformed: write `Name: value`, without folding or control characters"
+            )
         name, value = match[1].decode().lower(), match[2].decode("latin-1").rstrip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
@@ -1590,7 +1599,9 @@ def body_length(headers: dict[str, str]) -> int:
     coding, length = headers.get("transfer-encoding"), headers.get("content-length")
     if coding is not None:
         if length is not None:
-            raise InvalidRequest("Content-Length beside Transfer-Encoding is how requests are smuggled: send one of them")
+            raise InvalidRequest(
+                "Content-Length beside Transfer-Encoding is how requests are smuggled: send one of them"
+            )
         if coding.lower() != "chunked":
             raise InvalidRequest("this Transfer-Encoding is not known here: use chunked, or Content-Length")
         return -1
@@ -1752,7 +1763,9 @@ class RequestReader:
             del self.buffer[:2]
         end = self.buffer.find(b"\r\n\r\n", max(0, self._scanned - 3))
         if (len(self.buffer) if end < 0 else end) > self.limits.max_head:
-            raise HeadersTooLarge(f"the request's head is over {self.limits.max_head:.0f} bytes: send fewer, shorter headers")
+            raise HeadersTooLarge(
+                f"the request's head is over {self.limits.max_head:.0f} bytes: send fewer, shorter headers"
+            )
         if end < 0:
             if b"\n\n" in self.buffer[max(0, self._scanned - 1) :]:
                 raise InvalidRequest("a line of the request's head ends without a carriage return")
@@ -1828,7 +1841,7 @@ def parse_query(query: str) -> dict[str, str]:
 
 
 class Wait(NamedTuple):
-    """An answer that is not there yet: `attempt(final)` is asked again whenever the inbox gets something, and finally."""
+    """An answer that is not there yet: `attempt(final)` is asked when the inbox gets something, and at the end."""
 
     agent_id: str
     seconds: float
@@ -1994,9 +2007,7 @@ class Handlers:
         """POST /api/v1/agents/{agent_id}/heartbeat. The sign of life was noted when the call was admitted."""
         self.hub.expect(call.agent_id)
         at = timestamp(self.hub.seen_at(call.agent_id))
-        return Response(
-            {"success": True, "last_heartbeat": at, "unread": self.hub.unread(call.agent_id)}, settled=True
-        )
+        return Response({"success": True, "last_heartbeat": at, "unread": self.hub.unread(call.agent_id)}, settled=True)
 
     # messages
 
@@ -2161,7 +2172,9 @@ class Handlers:
         after = call.params["after"]
         last = call.head.headers.get("last-event-id", "")
         if after is None and last:
-            after = read_fields((Field("Last-Event-ID", "seq"),), {"Last-Event-ID": int(last) if last.isdigit() else last})
+            after = read_fields(
+                (Field("Last-Event-ID", "seq"),), {"Last-Event-ID": int(last) if last.isdigit() else last}
+            )
             after = after["Last-Event-ID"]
         return Stream(call.agent_id, after, call.params["format"] or "sse")
 
@@ -2171,14 +2184,18 @@ class Handlers:
         if call.head.headers.get("upgrade", "").lower() != "websocket":
             raise InvalidRequest("this address is a WebSocket: open it with a WebSocket client")
         if not self.settings.websockets:
-            raise NeedsWebsockets("this hub runs without websockets: `pip install websockets` there, or use /api/v1/stream")
+            raise NeedsWebsockets(
+                "this hub runs without websockets: `pip install websockets` there, or use /api/v1/stream"
+            )
         want = call.params
         return Upgrade(call.agent_id, want["after"], want["ack"] == "explicit", want["epoch"] or "")
 
     def welcome(self, upgrade: Upgrade) -> dict:
         """The first frame of a WebSocket. `recovered` is false where something after the cursor may be gone."""
         after, hub = upgrade.after, self.hub
-        whole = after is None or (upgrade.epoch in ("", hub.epoch) and self.log.first_seq(hub.seq) - 1 <= after <= hub.seq)
+        whole = after is None or (
+            upgrade.epoch in ("", hub.epoch) and self.log.first_seq(hub.seq) - 1 <= after <= hub.seq
+        )
         body = {"type": "welcome", "agent_id": upgrade.agent_id, "hub": "agenthub", "version": VERSION}
         return body | {
             "epoch": hub.epoch, "seq": hub.seq, "recovered": whole, "unread": hub.unread(upgrade.agent_id)
@@ -2252,7 +2269,7 @@ class API(Handlers):
     # the one place where requests come in and errors become answers
 
     def dispatch(self, head: Head, body: bytes, address: str, at: int) -> Response | Wait | Stream | Upgrade:
-        """Answer one HTTP request. Never raises: a HubError becomes its status, anything else is logged and `internal`."""
+        """Answer one HTTP request. Never raises: a HubError becomes its status, all else is logged and `internal`."""
         try:
             self._check_site(head)
             methods, given = self._match(head)
@@ -2276,7 +2293,10 @@ class API(Handlers):
         origin = head.headers.get("origin")
         if origin is None or origin in self.settings.origins:
             return
-        own = origin.lower() in (f"http://{head.headers.get('host')}".lower(), f"https://{head.headers.get('host')}".lower())
+        own = origin.lower() in (
+            f"http://{head.headers.get('host')}".lower(),
+            f"https://{head.headers.get('host')}".lower(),
+        )
         if not own and (head.method not in ("GET", "HEAD", "OPTIONS") or "upgrade" in head.headers):
             raise BadOrigin(f"pages of {_shown(origin)} may not change anything here: start the hub with --cors-origin")
 
@@ -2367,7 +2387,7 @@ class API(Handlers):
         """Who acts. Raises Unauthorized for a token that is nobody's, Forbidden for one that is somebody else's."""
         if not token and self.settings.key and route.access != "open":
             raise Unauthorized(
-                "this hub has a key: send `Authorization: Bearer` with your agent's token, or with the key (AGENTHUB_KEY)"
+                "this hub has a key: send `Authorization: Bearer` with your agent's token or the key (AGENTHUB_KEY)"
             )
         if not token or self._is_key(token) or route.access == "open":
             if route.raw and actor is None:
@@ -2406,7 +2426,8 @@ class API(Handlers):
             if not isinstance(frame, dict):
                 raise InvalidRequest("a frame must be a JSON object")
             ref = {"ref": frame["ref"]} if "ref" in frame else {}
-            handler = API._message_frame if "to" in frame else FRAMES.get(frame.get("type"), API._message_frame)
+            kind = "" if "to" in frame else str(frame.get("type"))
+            handler = FRAMES.get(kind, API._message_frame)
             self.hub.expect(agent_id)
             self.hub.apply(Touch(at, agent_id))
             if self.trouble and handler is not API._heartbeat_frame:
@@ -2526,7 +2547,8 @@ ROUTES = (
     Route("POST", "/api/v1/agents/{agent_id}/heartbeat", Handlers.heartbeat, "Say that an agent is alive",
           query=(_AGENT,), actor="agent_id", charged=False),
     Route("POST", "/api/v1/messages", Handlers.send, "Send a message", body=SEND_FIELDS, actor="from"),
-    Route("POST", "/to/{recipient}", Handlers.send_to, "Send the body as it is", query=_TO_FIELDS, actor="from", raw=True),
+    Route("POST", "/to/{recipient}", Handlers.send_to, "Send the body as it is", query=_TO_FIELDS,
+          actor="from", raw=True),
     Route("GET", "/api/v1/messages", Handlers.read, "Read an inbox", query=_READ_FIELDS, actor="agent_id"),
     Route("POST", "/api/v1/messages/ack", Handlers.ack, "Acknowledge messages", body=(_AGENT, *ACK_FIELDS),
           actor="agent_id", charged=False),
@@ -2542,7 +2564,7 @@ FRAMES = {"heartbeat": API._heartbeat_frame, "ack": API._ack_frame}
 
 METRICS: tuple[tuple[str, str, str, Callable[[API, int], Any]], ...] = (
     ("info", "gauge", "Always 1; see /health for the version.", lambda api, at: 1),
-    ("start_time_seconds", "gauge", "When the hub started, in seconds since 1970.", lambda api, at: api.started_at / 1000),
+    ("start_time_seconds", "gauge", "When the hub started, since 1970.", lambda api, at: api.started_at / 1000),
     ("agents", "gauge", "Agents registered, by status.", lambda api, at: _by_status(api.hub, at)),
     ("connections", "gauge", "Open readers: WebSockets, streams, waiting polls.",
      lambda api, at: sum(api.hub.connections.values())),
@@ -2557,7 +2579,7 @@ METRICS: tuple[tuple[str, str, str, Callable[[API, int], Any]], ...] = (
     ("expired_total", "counter", "Messages deleted because their time was over.", lambda api, at: api.metrics.expired),
     ("http_responses_total", "counter", "HTTP answers, by status.", lambda api, at: api.metrics.answers or {200: 0}),
     ("websocket_frames_total", "counter", "Frames received on WebSockets.", lambda api, at: api.metrics.frames),
-    ("slow_readers_total", "counter", "Readers cut off because they took nothing.", lambda api, at: api.metrics.slow_readers),
+    ("slow_readers_total", "counter", "Readers cut off as too slow.", lambda api, at: api.metrics.slow_readers),
     ("commits_total", "counter", "Batches made durable.", lambda api, at: api.metrics.commits),
     ("failed_commits_total", "counter", "Batches the disk refused.", lambda api, at: api.metrics.failed_commits),
     ("request_duration_seconds", "histogram", "From a request's arrival to its answer.",
@@ -2591,13 +2613,19 @@ def openapi_document() -> dict:
     for route in ROUTES:
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
     error = {"type": "object", "required": ["code", "message"]}
-    error["properties"] = {"code": {"enum": [code for code in ERRORS if code != "unreachable"]}, "message": {"type": "string"}}
+    error["properties"] = {
+        "code": {"enum": [code for code, kind in ERRORS.items() if kind.status]},
+        "message": {"type": "string"},
+    }
     schema = {"type": "object", "properties": {"success": {"const": False}, "error": error}, "required": ["error"]}
     return {
         "openapi": "3.1.0",
         "info": {"title": "agenthub", "version": VERSION, "license": {"name": "MIT", "identifier": "MIT"}},
         "paths": paths,
-        "components": {"schemas": {"Error": schema}, "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}},
+        "components": {
+            "schemas": {"Error": schema},
+            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
+        },
         "security": [{}, {"bearer": []}],
     }
 
@@ -2610,7 +2638,10 @@ def _operation(route: Route) -> dict:
         | {"schema": KINDS[f.kind].schema, "description": f.doc}
         for f in route.query
     ]
-    failed = {"description": "Refused", "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
+    failed = {
+        "description": "Refused",
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+    }
     operation = {"operationId": route.handler.__name__, "summary": route.summary, "parameters": params}
     operation["responses"] = {"200": {"description": "Done"}, "default": failed}
     if route.method == "POST" and route.raw:
@@ -2829,7 +2860,7 @@ class Poll:
 
 
 class HttpConnection:
-    """One line speaking HTTP/1.1 with keep-alive and pipelining; an asyncio protocol, whether websockets is there or not.
+    """One line speaking HTTP/1.1 with keep-alive and pipelining: an asyncio protocol, with websockets or without.
 
     Answers leave in the order of their requests: each request takes a slot, and slots leave from the front when filled.
     """
@@ -3105,17 +3136,20 @@ class HubSocket:
     # what asyncio and the tick call
 
     def pause_writing(self) -> None:
+        """The peer does not take what it is sent."""
         super().pause_writing()
         if self.stream:
             self.stream.pause()
 
     def resume_writing(self) -> None:
+        """The peer takes again."""
         super().resume_writing()
         self.transport.resume_reading()
         if self.stream:
             self.stream.resume()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """The line is gone."""
         self.hub_server.connections.discard(self)
         if self.stream:
             self.stream.close()
@@ -3480,13 +3514,13 @@ class Server:
         await socket.wait_closed()
 
     async def stop(self, code: int = 1012) -> None:
-        """End cleanly within STOP_SECONDS: what was begun is committed and answered, lines are closed, the log is tidy."""
+        """End within STOP_SECONDS: what was begun is committed and answered, lines are closed, the log is tidied."""
         import asyncio
 
         self.closing = True
         deadline = self.loop.time() + STOP_SECONDS
-        close = getattr(self._listener, "server", self._listener).close  # stop listening; lines are closed below
-        close()
+        if self._listener:  # websockets' own close would wait for lines that are closed below
+            getattr(self._listener, "server", self._listener).close()
         for readers in list(self.readers.values()):
             for poll in [reader for reader in readers if isinstance(reader, Poll)]:
                 poll.finish()
@@ -3567,7 +3601,9 @@ class _Calls:
 
     def agents(self, status: str | None = None, capability: str | None = None) -> Any:
         """The agents, each as a dict."""
-        return self._run(self._pick("agents", "GET", "/api/v1/agents", query={"status": status, "capability": capability}))
+        return self._run(
+            self._pick("agents", "GET", "/api/v1/agents", query={"status": status, "capability": capability})
+        )
 
     def leave(self) -> Any:
         """Leave the hub. What is unread stays there until it expires."""
@@ -3581,8 +3617,15 @@ class _Calls:
         self, to: str | list[str], message: Any, type: str | None = None, id: str | None = None,
         reply_to: str | None = None, ttl: float | None = None,
     ) -> Any:  # fmt: skip
-        """Send any JSON value. Returns the receipt. Safe to repeat: every message has an id, made here if none is given."""
-        body = {"from": self._me(), "to": to, "type": type, "id": id or new_message_id(), "reply_to": reply_to, "ttl": ttl}
+        """Send any JSON value and return the receipt. Safe to repeat: a message without an id gets one here."""
+        body = {
+            "from": self._me(),
+            "to": to,
+            "type": type,
+            "id": id or new_message_id(),
+            "reply_to": reply_to,
+            "ttl": ttl,
+        }
         return self._run(self._pick(None, "POST", "/api/v1/messages", _given(body) | {"message": message}))
 
     def reply(self, envelope: dict, message: Any, type: str = "response") -> Any:
@@ -3590,7 +3633,7 @@ class _Calls:
         return self.send_message(envelope["from"], message, type, reply_to=envelope["id"])
 
     def ask(self, to: str | list[str], message: Any, wait: float = 60) -> Any:
-        """Send a request and return the envelope that answers it, acknowledged. Raises TimeoutError after `wait` seconds."""
+        """Send a request and return the envelope that answers it. Raises TimedOut after `wait` seconds."""
         return self._run(self._ask(to, message, wait))
 
     def _ask(self, to: str | list[str], message: Any, wait: float) -> Iterator:
@@ -3606,10 +3649,12 @@ class _Calls:
                 if answer.get("reply_to") == id:
                     yield "POST", "/api/v1/messages/ack", {"agent_id": me, "ids": [answer["id"]]}, {}, None
                     return answer
-        raise TimeoutError(f"{to} has not answered within {wait:g} s")
+        raise TimedOut(f"{to} has not answered within {wait:g} s")
 
-    def messages(self, after: int | None = None, unread: bool = False, limit: int | None = None, wait: float | None = None,
-                 type: str | None = None, sender: str | None = None, thread: str | None = None) -> Any:  # fmt: skip
+    def messages(
+        self, after: int | None = None, unread: bool = False, limit: int | None = None, wait: float | None = None,
+        type: str | None = None, sender: str | None = None, thread: str | None = None,
+    ) -> Any:  # fmt: skip
         """Envelopes out of this agent's inbox, oldest first; reading acknowledges nothing."""
         query = {"agent_id": self._me(), "after": after, "unread": "true" if unread else None, "limit": limit}
         query |= {"wait": wait, "type": type, "from": sender, "thread": thread}
@@ -3626,7 +3671,9 @@ class _Calls:
 
     # what the two share
 
-    def _pick(self, key: str | None, method: str, path: str, body: dict | None = None, query: dict | None = None) -> Iterator:
+    def _pick(
+        self, key: str | None, method: str, path: str, body: dict | None = None, query: dict | None = None
+    ) -> Iterator:
         answer = yield method, path, body, query or {}, None
         return answer[key] if key else answer
 
@@ -3653,7 +3700,7 @@ class _Calls:
             body = json.loads(data)
         except ValueError:
             body = None
-        if reader.status >= 400 or not isinstance(body, dict):
+        if not isinstance(body, dict) or "error" in body:
             raise error_from_wire(body, reader.status)
         return body
 
@@ -3678,7 +3725,9 @@ class _Calls:
 
     def _unreachable(self, error: BaseException) -> Unreachable:
         reason = getattr(error, "strerror", None) or str(error) or "no answer"
-        return Unreachable(f"no hub answers at {self.url} ({reason}): start one with `agenthub serve`, or set AGENTHUB_URL")
+        return Unreachable(
+            f"no hub answers at {self.url} ({reason}): start one with `agenthub serve`, or set AGENTHUB_URL"
+        )
 
 
 def _given(fields: dict) -> dict:
@@ -3820,12 +3869,13 @@ class AgentClient(_Calls):
     """An asyncio client: `register`, `send_message`, `listen(handler)`, and the rest of the routes as coroutines.
 
     Heartbeats by itself from `register` on. `listen` uses a WebSocket where websockets is installed, else the event
-    stream; it reconnects with backoff and jitter, acknowledges when the handler has returned, and hands out nothing twice.
+    stream; it reconnects with backoff and jitter, acknowledges when the handler has returned, hands out nothing twice.
     """
 
     _line: Any = None
     _beat: Any = None
     _gate: Any = None
+    _listening: Any = None
 
     async def __aenter__(self) -> AgentClient:
         await self.register()
@@ -3835,10 +3885,12 @@ class AgentClient(_Calls):
         await self.close()
 
     async def close(self) -> None:
-        """Stop heartbeats, end `listen`, close the line."""
+        """Stop heartbeats, end `listen` (called by its handler: after that message), close the line."""
+        import asyncio
+
         self._closed = True
-        for task in (self._beat, getattr(self, "_listening", None)):
-            if task:
+        for task in (self._beat, self._listening):
+            if task and task is not asyncio.current_task():
                 task.cancel()
         self._drop()
 
@@ -3929,23 +3981,37 @@ class AgentClient(_Calls):
         import asyncio
 
         self._listening = asyncio.current_task()
-        read = self._read_socket if _has_websockets() else self._read_stream
+        try:
+            await self._listen(handler, self._read_socket if _has_websockets() else self._read_stream)
+        except asyncio.CancelledError:
+            if not self._closed:  # else it was `close` that ended us, wherever we were
+                raise
+        finally:
+            self._listening = None
+            if self._closed:
+                self._drop()
+
+    async def _listen(self, handler: Callable[[dict], Any], read: Callable[[], Any]) -> None:
+        import asyncio
+        import contextlib
+
         tries = 0
         while not self._closed:
             try:
-                async for envelope, acknowledge in read():
-                    tries = 0
-                    if self._is_new(envelope):
-                        done = handler(envelope)
-                        if hasattr(done, "__await__"):
-                            await done
-                    await acknowledge()
-            except asyncio.CancelledError:
-                if not self._closed:
-                    raise
+                async with contextlib.aclosing(read()) as envelopes:
+                    async for envelope, acknowledge in envelopes:
+                        tries = 0
+                        if self._is_new(envelope):
+                            done = handler(envelope)
+                            if hasattr(done, "__await__"):
+                                await done
+                        await acknowledge()
+                        if self._closed:
+                            return
             except (UnknownAgent, Unauthorized):  # the hub has lost its file, or this agent was removed
                 if tries > 2:
                     raise
+                tries += 1
                 await self.register()
             except (OSError, EOFError, ShuttingDown, Unreachable):
                 await asyncio.sleep(_pause(tries))
@@ -4005,12 +4071,6 @@ def _has_websockets() -> bool:
 # --- CLI --------------------------------------------------------------------------------------------------------------
 
 
-class TimedOut(HubError):
-    """Nothing came within the time given (exit status 4)."""
-
-    code = "timed_out"
-
-
 class Command(NamedTuple):
     """A row of the command table: what it does, its arguments, an example."""
 
@@ -4033,7 +4093,7 @@ def state_folder(kind: str) -> str:
 
 
 class Identity:
-    """Who the CLI is: `--as`, else AGENTHUB_AGENT, else what was saved for this hub and session, else made on first use.
+    """Who the CLI is: `--as`, else AGENTHUB_AGENT, else what was saved for hub and session, else made on first use.
 
     The state file holds, for each hub, agent_ids by session and tokens by agent_id.
     """
@@ -4096,7 +4156,9 @@ class Identity:
                 json.dump(state, file)
             os.replace(path, self._path())
         except OSError as error:
-            _say(f"can't keep the identity in {self._path()} ({error.strerror}): set AGENTHUB_AGENT to keep it yourself")
+            _say(
+                f"can't keep the identity in {self._path()} ({error.strerror}): set AGENTHUB_AGENT to keep it yourself"
+            )
 
 
 SESSION_VARIABLES = ("AGENTHUB_SESSION", "CLAUDE_CODE_SESSION_ID", "CLAUDE_SESSION_ID")
@@ -4124,14 +4186,18 @@ def _show_message(args: Any, envelope: dict) -> None:
     message = envelope["message"]
     text = message if isinstance(message, str) else dump(message)
     kind = "" if envelope["type"] in ("message", "broadcast") else f" ({envelope['type']})"
-    to = "" if envelope["to"] == "" else f" to {envelope['to'] if isinstance(envelope['to'], str) else ', '.join(envelope['to'])}"
+    to = (
+        ""
+        if envelope["to"] == ""
+        else f" to {envelope['to'] if isinstance(envelope['to'], str) else ', '.join(envelope['to'])}"
+    )
     _show(args, envelope, f"{envelope['timestamp'][11:19]} {envelope['from']}{to}{kind}: {text}")
 
 
 # the commands
 
 
-def _serve(args: Any) -> int:
+def _serve_command(args: Any) -> int:
     import asyncio
 
     try:
@@ -4170,7 +4236,10 @@ async def _serve_until_told(args: Any) -> int:
     url = f"http://{'127.0.0.1' if args.host in ('0.0.0.0', '::') else host}:{addresses[0][1]}"
     where = "" if url == DEFAULT_URL else f"AGENTHUB_URL={url} "
     secret = f"AGENTHUB_KEY={key} " if made else ""
-    print(f'agenthub {VERSION} at {url}, store {path}; next: {where}{secret}python agenthub.py send alpha "hi"', flush=True)
+    print(
+        f'agenthub {VERSION} at {url}, store {path}; next: {where}{secret}python agenthub.py send alpha "hi"',
+        flush=True,
+    )
     await told
     await server.stop()
     return 0
@@ -4215,9 +4284,11 @@ def _register_command(args: Any) -> int:
     return 0
 
 
-def _send(args: Any) -> int:
+def _send_command(args: Any) -> int:
     text = sys.stdin.read() if args.text == "-" else args.text
-    message = parse_json(text.encode("utf-8", "surrogateescape"), LIMITS["max_depth"].default) if args.json_message else text
+    message = (
+        parse_json(text.encode("utf-8", "surrogateescape"), LIMITS["max_depth"].default) if args.json_message else text
+    )
     to = args.to.split(",") if "," in args.to else args.to
     id = args.id or new_message_id()
     receipt = Identity(args).act(
@@ -4234,7 +4305,7 @@ def _send(args: Any) -> int:
     return 0
 
 
-def _recv(args: Any) -> int:
+def _recv_command(args: Any) -> int:
     identity = Identity(args)
     found = identity.act(lambda client: client.messages(unread=True, limit=args.limit, wait=args.wait))
     for envelope in found:
@@ -4248,7 +4319,7 @@ def _recv(args: Any) -> int:
     return 0
 
 
-def _listen(args: Any) -> int:
+def _listen_command(args: Any) -> int:
     identity = Identity(args)
     identity.act(lambda client: client.heartbeat())
     for envelope in identity.client.listen():
@@ -4256,7 +4327,7 @@ def _listen(args: Any) -> int:
     return 0
 
 
-def _agents(args: Any) -> int:
+def _agents_command(args: Any) -> int:
     found = Identity(args).client.agents(args.status, args.capability)
     for agent in found:
         able = f" [{', '.join(agent['capabilities'])}]" if agent["capabilities"] else ""
@@ -4268,24 +4339,26 @@ def _agents(args: Any) -> int:
     return 0
 
 
-def _history(args: Any) -> int:
+def _history_command(args: Any) -> int:
     envelopes = Identity(args).act(
-        lambda client: client.messages(args.after, limit=args.limit, type=args.type, sender=args.sender, thread=args.thread)
+        lambda client: client.messages(
+            args.after, limit=args.limit, type=args.type, sender=args.sender, thread=args.thread
+        )
     )
     for envelope in envelopes:
         _show_message(args, envelope)
     return 0
 
 
-def _status(args: Any) -> int:
+def _status_command(args: Any) -> int:
     identity = Identity(args)
     health = identity.client.health()
     known = identity.client.agent_id
     unread = identity.act(lambda client: client.heartbeat())["unread"] if known else 0
     state = {"url": identity.client.url, **health, "agent_id": known, "unread": unread}
     who = f"you are {known}, {unread} unread" if known else "you are not registered yet: any command does that"
-    _show(args, state, f"{identity.client.url} is {health['status']}, agenthub {health['version']},"
-                       f" {health.get('agents', '?')} agents, {health.get('connections', '?')} connected; {who}")  # fmt: skip
+    here = f"{health.get('agents', '?')} agents, {health.get('connections', '?')} connected"
+    _show(args, state, f"{identity.client.url} is {health['status']}, agenthub {health['version']}, {here}; {who}")
     return 0
 
 
@@ -4301,7 +4374,8 @@ def _serve_arguments() -> tuple:
         _arg("--cors-origin", action="append", metavar="ORIGIN", help="a web page's origin that may use this hub"),
     )
     limits = (
-        _arg(f"--{name.replace('_', '-')}", type=_amount, metavar="N", default=_env(f"AGENTHUB_{name.upper()}", _amount),
+        _arg(f"--{name.replace('_', '-')}", type=_amount, metavar="N",
+             default=_env(f"AGENTHUB_{name.upper()}", _amount),
              help=f"{row.unit}, default {row.default:g}: {row.why}")
         for name, row in LIMITS.items()
     )  # fmt: skip
@@ -4325,13 +4399,13 @@ def _env(name: str, kind: Callable[[str], Any], default: Any = None) -> Any:
 
 _TYPE_ARG = _arg("--type", help="the message's type, e.g. request")
 _COMMANDS: dict[str, tuple] = {
-    "serve": (_serve, "run a hub", _serve_arguments, "agenthub serve --port 8080"),
+    "serve": (_serve_command, "run a hub", _serve_arguments, "agenthub serve --port 8080"),
     "register": (_register_command, "register, or register again", (
         _arg("id", nargs="?", help="the agent_id; default: made from name and session"),
         _arg("--name", help="what people call it"),
         _arg("--capability", action="append", help="something it can do; may be repeated"),
     ), "agenthub register alpha --capability review"),
-    "send": (_send, "send a message", (
+    "send": (_send_command, "send a message", (
         _arg("to", help="an agent_id, a name, ALL, or several with commas"),
         _arg("text", help="the message; - reads stdin"),
         _TYPE_ARG,
@@ -4340,24 +4414,24 @@ _COMMANDS: dict[str, tuple] = {
         _arg("--reply-to", metavar="ID", help="the message this answers"),
         _arg("--ttl", type=float, metavar="S", help="seconds after which it is not delivered any more"),
     ), 'agenthub send alpha "hi"'),
-    "recv": (_recv, "print what is unread and acknowledge it", (
+    "recv": (_recv_command, "print what is unread and acknowledge it", (
         _arg("--wait", type=float, metavar="S", help=f"wait up to S seconds (at most {MAX_WAIT}) for something"),
         _arg("--peek", action="store_true", help="acknowledge nothing"),
         _arg("--limit", type=int, metavar="N", help=f"at most N messages, default {DEFAULT_LIMIT}"),
     ), "agenthub recv --as alpha --wait 30"),
-    "listen": (_listen, "print messages as they come, for ever", (), "agenthub listen --as alpha --json"),
-    "agents": (_agents, "who is here", (
+    "listen": (_listen_command, "print messages as they come, for ever", (), "agenthub listen --as alpha --json"),
+    "agents": (_agents_command, "who is here", (
         _arg("--status", choices=("active", "offline")),
         _arg("--capability"),
     ), "agenthub agents --status active"),
-    "history": (_history, "print old messages, read or not", (
+    "history": (_history_command, "print old messages, read or not", (
         _arg("--limit", type=int, metavar="N", help=f"default the newest {DEFAULT_LIMIT}"),
         _arg("--after", type=int, metavar="SEQ", help="the first ones after this seq"),
         _arg("--with", dest="sender", metavar="AGENT", help="only from this agent"),
         _arg("--thread", metavar="ID"),
         _TYPE_ARG,
     ), "agenthub history --limit 10"),
-    "status": (_status, "the hub, and who you are there", (), "agenthub status"),
+    "status": (_status_command, "the hub, and who you are there", (), "agenthub status"),
 }  # fmt: skip
 COMMANDS = {name: Command(*row) for name, row in _COMMANDS.items()}
 
@@ -4371,7 +4445,9 @@ def _parser(name: str | None) -> Any:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for each, row in COMMANDS.items():
         if name in (None, each):
-            sub = commands.add_parser(each, help=row.help, description=row.help, epilog=f"example: {row.example}", allow_abbrev=False)
+            sub = commands.add_parser(
+                each, help=row.help, description=row.help, epilog=f"example: {row.example}", allow_abbrev=False
+            )
             for names, options in row.arguments() if callable(row.arguments) else row.arguments:
                 sub.add_argument(*names, **options)
             if each != "serve":

@@ -1,0 +1,2096 @@
+"""Tests of agenthub, in the order of its sections: rules without sockets first, then real files, sockets and processes.
+
+python -m pytest -q test_agenthub.py
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import agenthub as ah
+
+FILE = Path(ah.__file__).resolve()
+README = FILE.with_name("README.md").read_text(encoding="utf-8")
+websockets = pytest.importorskip("websockets") if os.environ.get("CI") else None
+
+# --- Helpers ----------------------------------------------------------------------------------------------------------
+
+
+class FakeClock:
+    """The time that commands carry, in milliseconds; it passes when a test says so."""
+
+    def __init__(self) -> None:
+        self.ms = 1_700_000_000_000
+
+    def __call__(self) -> int:
+        return self.ms
+
+    def advance(self, seconds: float) -> None:
+        self.ms += int(seconds * 1000)
+
+
+class World:
+    """A hub, its API and a store, without a network: `call` is a request, and each one is committed before the next."""
+
+    def __init__(self, path: str = ":memory:", key: str = "", **limits: float) -> None:
+        self.clock = FakeClock()
+        self.limits = ah.make_limits(**{"rate_limit": 0, "max_inbox": 5000, **limits})
+        self.store = ah.Store(path)
+        self.hub = ah.Hub(self.limits, self.store.load())
+        self.api = ah.API(self.hub, self.store, ah.Settings(self.limits, key, origins=("https://ok.example",)))
+
+    def commit(self) -> list:
+        events = self.hub.take_events()
+        self.store.write(events)
+        self.store.commit()
+        self.api.committed = self.hub.seq
+        return events
+
+    def apply(self, kind: type, *args: object, **named: object) -> object:
+        return self.hub.apply(kind(self.clock(), *args, **named))
+
+    def register(self, agent_id: str, session: str | None = None, name: str | None = None, *able: str) -> ah.Agent:
+        return self.apply(ah.Register, agent_id, session, "made", name, able, None, b"t" * 32, True)
+
+    def send(self, sender: str, to: object, payload: str = '"hi"', type: str = "message", **more: object) -> ah.Receipt:
+        return self.apply(ah.Send, sender, to, payload, type, **more)
+
+    def raw(self, method: str, target: str, body: bytes = b"", **headers: str) -> object:
+        lines = {"Host": "127.0.0.1:8080", **{name.replace("_", "-"): value for name, value in headers.items()}}
+        if body and "Transfer-Encoding" not in lines:
+            lines["Content-Length"] = str(len(body))
+        head = f"{method} {target} HTTP/1.1\r\n" + "".join(f"{n}: {v}\r\n" for n, v in lines.items()) + "\r\n"
+        reader = ah.RequestReader(self.limits)
+        reader.feed(head.encode() + body)
+        request = reader.next()
+        answer = self.api.dispatch(request.head, request.body, "127.0.0.1", self.clock())
+        self.commit()
+        return answer
+
+    def call(self, method: str, target: str, body: object = None, **headers: str) -> tuple[int, dict]:
+        data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+        if data:
+            headers.setdefault("Content_Type", "application/json")
+        answer = self.raw(method, target, data, **headers)
+        text = answer.encode("now").partition(b"\r\n\r\n")[2]
+        return answer.status, json.loads(text) if text else {}
+
+    def state(self) -> ah.Snapshot:
+        return self.hub.snapshot()
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+@pytest.fixture
+def pair(world: World) -> World:
+    """A world with Alpha and Beta in it."""
+    world.register("alpha-1", "session-a", "Alpha", "detection")
+    world.register("beta-2", "session-b", "Beta", "detection", "analysis")
+    world.commit()
+    return world
+
+
+def refused(kind: type[ah.HubError], world: World, do: object) -> ah.HubError:
+    """Do something that must be refused with that error, and see that nothing changed and no event was noted."""
+    before = world.state()
+    world.hub.take_events()
+    with pytest.raises(kind) as caught:
+        do()
+    assert world.state() == before and not world.hub.take_events()
+    return caught.value
+
+
+def steady_port() -> str:
+    """A free port to start a hub on twice. Not one of those the system deals out: a client that tries again and again
+    to reach such a port while nobody listens there may be given it as its own and connect to itself."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return str(port)
+    raise AssertionError("no free port")
+
+
+def until(ask: object, seconds: float = 20) -> object:
+    """What `ask` returns once it is true. A condition, not a time: the bound is only for a test that fails."""
+    end = time.monotonic() + seconds
+    while not (found := ask()):
+        assert time.monotonic() < end, f"never became true: {ask}"
+        time.sleep(0.005)
+    return found
+
+
+class LiveHub:
+    """A hub in a process of its own, on a port the system chose."""
+
+    def __init__(
+        self, folder: Path, *options: str, db: str = "hub.db", python: str = sys.executable, port: str = "0", **env: str
+    ) -> None:
+        self.folder, self.db = folder, folder / db
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("AGENTHUB", "CLAUDE"))}
+        self.env |= {
+            "XDG_DATA_HOME": str(folder / "data"),
+            "XDG_STATE_HOME": str(folder / "state"),
+            "USER": "tester",
+            **env,
+        }
+        self.errors = open(folder / "errors.txt", "a+")  # noqa: SIM115
+        command = [python, str(FILE), "serve", "--port", port, "--db", str(self.db), *options]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=self.env)
+        self.line = self.process.stdout.readline()
+        found = re.search(r"at (http://\S+:(\d+))", self.line)
+        assert found, (self.line, self.log())
+        self.url, self.port = found[1], int(found[2])
+        self.env["AGENTHUB_URL"] = self.url
+
+    def log(self) -> str:
+        self.errors.flush()
+        return Path(self.errors.name).read_text()
+
+    def stop(self, how: int = signal.SIGTERM) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(how)
+        code = self.process.wait(10)
+        self.process.stdout.close()
+        self.errors.close()
+        return code
+
+    def client(self, agent_id: str | None = None, **more: object) -> ah.Client:
+        client = ah.Client(self.url, agent_id, **more)
+        if agent_id:
+            client.register()
+        return client
+
+    def cli(
+        self, *words: str, python: str = sys.executable, stdin: str | None = None, **env: str
+    ) -> subprocess.CompletedProcess:
+        command = [python, str(FILE), *words]
+        return subprocess.run(command, capture_output=True, text=True, env=self.env | env, timeout=60, input=stdin)
+
+    def socket(self, agent_id: str, query: str = "") -> object:
+        from websockets.sync.client import connect
+
+        return connect(f"ws://127.0.0.1:{self.port}/ws/{agent_id}{query}", max_size=None, compression=None)
+
+    def talk(self, data: bytes, close: bool = True) -> bytes:
+        """Send raw bytes and return all that comes back until the hub closes."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=20) as line:
+            line.sendall(data)
+            if close:
+                line.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: line.recv(65536), b""))
+
+
+@pytest.fixture
+def live(tmp_path: Path) -> object:
+    hubs: list[LiveHub] = []
+
+    def start(*options: str, **more: str) -> LiveHub:
+        hubs.append(LiveHub(tmp_path, *options, **more))
+        return hubs[-1]
+
+    yield start
+    for hub in hubs:
+        hub.stop()
+        assert "Traceback" not in Path(hub.errors.name).read_text(), Path(hub.errors.name).read_text()
+
+
+@pytest.fixture(scope="module")
+def shared_hub(tmp_path_factory: pytest.TempPathFactory) -> object:
+    """One live hub for all tests that do not mind each other."""
+    hub = LiveHub(tmp_path_factory.mktemp("hub"), "--rate-limit", "0", "--loop-guard", "0")
+    yield hub
+    assert hub.stop() == 0
+    assert "Traceback" not in Path(hub.errors.name).read_text()
+
+
+def next_envelope(line: object, timeout: float = 20) -> dict:
+    """The next message on a WebSocket; the hub's own frames have no `seq` together with a `from`."""
+    while True:
+        frame = json.loads(line.recv(timeout))
+        if "seq" in frame and "from" in frame:
+            return frame
+
+
+def next_frame(line: object, kind: str, timeout: float = 20) -> dict:
+    """The next frame of that type."""
+    while True:
+        frame = json.loads(line.recv(timeout))
+        if frame["type"] == kind:
+            return frame
+
+
+# --- Constants --------------------------------------------------------------------------------------------------------
+
+
+def test_zero_means_no_limit_and_the_loop_guard_rests_on_a_hub_that_is_under_load_on_purpose() -> None:
+    assert ah.make_limits().max_inbox == 10_000 and ah.make_limits(max_inbox=0).max_inbox == float("inf")
+    assert ah.make_limits(rate_limit=0).loop_guard == 50
+    assert ah.make_limits(rate_limit=0, max_inbox=0).loop_guard == float("inf")
+    assert ah.make_limits(rate_limit=0, max_inbox=0, loop_guard=3).loop_guard == 3
+
+
+# --- Errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_error_has_its_own_code_and_comes_back_from_the_wire_as_the_same_class() -> None:
+    assert len(ah.ERRORS) == len(ah.HubError.__subclasses__()) + 1
+    for code, kind in ah.ERRORS.items():
+        again = ah.error_from_wire(kind("do this", candidates=["a"]).wire(), kind.status)
+        assert type(again) is kind and again.code == code
+        assert again.message == "do this" and again.details == {"candidates": ["a"]}
+
+
+def test_an_answer_that_is_not_the_hubs_is_told_as_such() -> None:
+    assert "not from an agenthub" in ah.error_from_wire("<html>", 502).message
+
+
+# --- Model ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_envelope_has_the_contracts_fields_in_order_and_the_rest_only_where_they_apply() -> None:
+    message = ah.Message(7, "id-7", "request", "beta", '"alpha"', '{"b":1,"a":[2.50]}', 1_700_000_000_123)
+    assert message.envelope() == (
+        '{"id":"id-7","seq":7,"type":"request","from":"beta","to":"alpha","message":{"b":1,"a":[2.50]},'
+        '"timestamp":"2023-11-14T22:13:20.123Z"}'
+    )
+    full = message._replace(reply_to="x", thread="y", expires_at=1_700_000_001_000)
+    more = json.loads(full.envelope(redelivered=True))
+    assert (more["reply_to"], more["thread"], more["redelivered"]) == ("x", "y", True)
+    assert more["expires_at"] == "2023-11-14T22:13:21.000Z"
+
+
+# --- Fields -----------------------------------------------------------------------------------------------------------
+
+BAD_JSON = {
+    b"{": "Expecting", b"": "Expecting", b"[1,]": "Expecting", b"{'a':1}": "Expecting", b"NaN": "NaN", b"-Infinity": "Infinity",
+    b'{"a":1,"a":2}': "twice", b'"\xff"': "UTF-8", b'"\\ud800"': "surrogate", b"[" * 100_000: "deeper", b"9" * 5000: "digits",
+    b"[" * 65 + b"]" * 65: "deeper", b"1 2": "Extra", b'"\x01"': "control", b"\xef\xbb\xbf{}": "Expecting",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BAD_JSON, ids=lambda text: repr(text[:12]))
+def test_what_is_not_json_is_refused_in_words_that_say_why(text: bytes) -> None:
+    with pytest.raises(ah.InvalidJson, match=BAD_JSON[text]):
+        ah.parse_json(text, 64)
+
+
+@pytest.mark.parametrize(
+    "text", [b"[" * 64 + b"]" * 64, b'"\\u00e9\\ud83d\\ude00"', '"é😀"'.encode(), b"1e2", b'{"a":"[[[["}']
+)
+def test_json_up_to_the_limits_is_taken(text: bytes) -> None:
+    assert ah.parse_json(text, 64) == json.loads(text)
+
+
+BAD_FIELDS = [
+    ("agent_id", ["", "a b", "-a", "a" * 65, 7, None, ["a"], "ä", "a/b", "a\n"]),
+    ("new_agent_id", ["ALL", "all", "operator"]),
+    ("name", ["", "x" * 65, "a\nb", "\x1b[31m", "a\u202eb", 1]),
+    ("recipient", ["", [], [1], "#Build", "@", "#", [""], {}, "x" * 65]),
+    ("type", ["Request", "1a", "", "a" * 65, "a b"]),
+    ("message_id", ["", "a b", "a" * 65, "ä"]),
+    ("seq", [-1, 1.5, True, "1", 2**63]),
+    ("limit", [0, 1001, "5", None]),
+    ("wait", [-1, 61, True, "5"]),
+    ("ttl", [0, -5, "x", 10**12, float("inf")]),
+    ("flag", ["yes", 2, []]),
+    ("capabilities", ["a", [1], ["a b"], ["x"] * 65]),
+    ("metadata", [[], "x", {"a": "x" * 20_000}]),
+]
+
+
+@pytest.mark.parametrize(("kind", "values"), BAD_FIELDS, ids=[kind for kind, _ in BAD_FIELDS])
+def test_a_field_of_the_wrong_kind_is_refused_and_named_with_what_was_expected(kind: str, values: list) -> None:
+    for value in values:
+        with pytest.raises(ah.InvalidRequest, match="^`field` ") as caught:
+            ah.read_fields((ah.Field("field", kind, True),), {"field": value})
+        assert len(caught.value.message) < 300
+
+
+def test_fields_left_out_are_none_unknown_ones_are_ignored_and_missing_ones_named() -> None:
+    fields = (ah.Field("message", "json", True), ah.Field("to", "recipient"))
+    assert ah.read_fields(fields, {"message": None, "other": 1}) == {"message": None, "to": None}
+    with pytest.raises(ah.InvalidRequest, match="`message` is missing"):
+        ah.read_fields(fields, {"to": "x"})
+
+
+@pytest.mark.parametrize(("name", "session", "agent_id"), [
+    ("Beta", "01TYEi4Mjf2Tft2SWjjVtdQ3", "beta-01TYEi4M"), ("Code Reviewer", "abc", "code-reviewer-abc"),
+    ("Ünï", "12345678", "n-12345678"), ("日本", "12345678", "12345678"), ("x" * 64, "12345678", "x" * 55 + "-12345678"),
+])  # fmt: skip
+def test_an_id_is_derived_from_name_and_session(name: str, session: str, agent_id: str) -> None:
+    assert ah.derived_id(name, session) == agent_id == ah.KINDS["new_agent_id"].check(agent_id)
+
+
+# --- Hub --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_message_goes_to_an_id_a_name_in_any_case_everyone_a_capability_or_a_list_each_once(pair: World) -> None:
+    pair.register("gamma-3", None, "Gamma")
+    for to, inboxes, shown in [
+        ("alpha-1", ("alpha-1",), '"alpha-1"'), ("ALPHA", ("alpha-1",), '"alpha-1"'),
+        ("all", ("alpha-1", "gamma-3"), '"ALL"'), ("@analysis", (), '"@analysis"'), ("@detection", ("alpha-1",), '"@detection"'),
+        (("Alpha", "alpha-1", "ALL", "operator"), ("alpha-1", "gamma-3", "operator"), '["alpha-1","alpha-1","ALL","operator"]'),
+    ]:  # fmt: skip
+        receipt = pair.send("beta-2", to)
+        assert (receipt.inboxes, receipt.message.to) == (inboxes, shown)
+
+
+def test_a_name_that_two_have_is_refused_with_the_candidates(pair: World) -> None:
+    pair.register("alpha-9", None, "ALPHA")
+    error = refused(ah.AmbiguousRecipient, pair, lambda: pair.send("beta-2", "alpha"))
+    assert error.details["candidates"] == ["alpha-1", "alpha-9"]
+
+
+def test_what_is_sent_to_nobody_yet_waits_for_the_agent_of_that_id_or_that_name(pair: World) -> None:
+    assert pair.send("beta-2", "gamma").unknown == {"gamma"}
+    pair.send("beta-2", "GAMMA")
+    pair.send("beta-2", ("gamma", "GAMMA"))
+    pair.register("gamma", None, "Gamma")
+    assert pair.hub.unread("gamma") == 3 and pair.hub.unread_after("gamma", 0, 99, 99) == [1, 2, 3]
+    assert "GAMMA" not in pair.hub.inboxes
+
+
+def test_an_unknown_recipient_close_to_a_known_one_is_suggested(pair: World) -> None:
+    assert pair.send("beta-2", "alpa-1").close["alpa-1"] == ["alpha-1"]
+    assert pair.send("beta-2", "bet").close["bet"][0] == "beta-2"
+    assert "did you mean beta-2" in refused(ah.UnknownAgent, pair, lambda: pair.send("beta-3", "alpha-1")).message
+
+
+def test_seqs_only_grow_and_a_broadcast_is_one_message_in_every_inbox_but_its_senders(pair: World) -> None:
+    seqs = [pair.send("beta-2", "ALL").message.seq for _ in range(5)]
+    assert seqs == [1, 2, 3, 4, 5]
+    assert (pair.hub.unread("alpha-1"), pair.hub.unread("beta-2"), pair.hub.unread("operator")) == (5, 0, 0)
+
+
+def test_a_refresh_keeps_what_it_does_not_name_and_its_older_tokens(pair: World) -> None:
+    first = pair.hub.agents["beta-2"]
+    again = pair.apply(ah.Register, "beta-2", None, "new", None, None, None, b"u" * 32, True)
+    assert again == first._replace(tokens=(b"t" * 32, b"u" * 32))
+
+
+def test_another_session_takes_over_only_an_offline_agent_and_gets_its_inbox_and_no_old_token(pair: World) -> None:
+    pair.send("beta-2", "alpha-1")
+    take = lambda: pair.apply(ah.Register, "alpha-1", "other", "new", None, None, None, b"u" * 32, True)  # noqa: E731
+    refused(ah.AgentIdTaken, pair, take)
+    pair.clock.advance(ah.ACTIVE_SECONDS)
+    assert take().tokens == (b"u" * 32,) and pair.hub.unread("alpha-1") == 1
+
+
+def test_an_open_line_keeps_an_agent_active_for_as_long_as_it_is_open(pair: World) -> None:
+    pair.apply(ah.Connect, "alpha-1")
+    pair.clock.advance(1000)
+    pair.apply(ah.Sweep)
+    assert [e for e in pair.commit() if type(e) is ah.Presence] == [ah.Presence("beta-2", "Beta", "offline")]
+    pair.apply(ah.Disconnect, "alpha-1")
+    assert pair.hub.status("alpha-1", pair.clock()) == "active"
+    pair.clock.advance(ah.ACTIVE_SECONDS)
+    assert pair.hub.status("alpha-1", pair.clock()) == "offline"
+    pair.apply(ah.Touch, "beta-2")
+    assert [e.status for e in pair.hub.take_events() if type(e) is ah.Presence] == ["active"]
+
+
+def test_acknowledging_counts_only_what_was_unread_and_a_ping_is_answered_when_acknowledged(pair: World) -> None:
+    for kind in ("message", "ping", "message"):
+        pair.send("beta-2", "alpha-1", type=kind)
+    assert pair.apply(ah.Ack, "alpha-1", up_to=1) == 1 and pair.hub.unread("beta-2") == 0
+    assert pair.apply(ah.Ack, "alpha-1", seqs=(2, 3, 99)) == 2
+    assert pair.apply(ah.Ack, "alpha-1", up_to=3) == 0
+    pair.commit()
+    (answer,), _ = pair.store.messages(pair.hub.unread_after("beta-2", 0, 99, 9), pair.clock())
+    assert (answer.type, answer.sender, answer.reply_to) == ("ack", "alpha-1", ah.made_id(pair.hub.epoch, 2))
+
+
+def test_a_full_inbox_refuses_its_sender_and_a_group_gets_it_where_there_is_room() -> None:
+    world = World(max_inbox=2)
+    for name in ("a", "b", "c"):
+        world.register(name)
+    world.send("a", "b"), world.send("a", "b")
+    refused(ah.InboxFull, world, lambda: world.send("a", "b"))
+    receipt = world.send("a", "ALL")
+    assert (receipt.inboxes, receipt.full) == (("c",), ("b",))
+    world.apply(ah.Ack, "b", up_to=1)
+    assert world.send("a", "b").inboxes == ("b",)
+
+
+def test_the_rate_is_a_bucket_per_caller_that_refills_with_time() -> None:
+    world = World(rate_limit=10, rate_burst=20)
+    for _ in range(20):
+        world.hub.charge("a", world.clock())
+    error = refused(ah.RateLimited, world, lambda: world.hub.charge("a", world.clock()))
+    assert error.details["retry_after"] == 1
+    world.hub.charge("b", world.clock())
+    world.clock.advance(0.1)
+    world.hub.charge("a", world.clock())
+    with pytest.raises(ah.RateLimited):
+        world.hub.charge("a", world.clock())
+    world.clock.advance(60)
+    world.apply(ah.Sweep)
+    assert not world.hub._buckets
+
+
+def test_two_agents_that_thank_each_other_for_ever_are_told_to_stop(pair: World) -> None:
+    for _ in range(10):
+        pair.send("beta-2", "alpha-1", '"thank you"')
+    error = refused(ah.LoopSuspected, pair, lambda: pair.send("beta-2", "alpha-1", '"thank you"'))
+    assert "stop replying" in error.message and 0 < error.details["retry_after"] <= 61
+    pair.clock.advance(61)
+    for number in range(50):
+        who = ("alpha-1", "beta-2")[number % 2], ("beta-2", "alpha-1")[number % 2]
+        pair.send(*who, f'"thanks {number}"', thread="t")
+    refused(ah.LoopSuspected, pair, lambda: pair.send("alpha-1", "beta-2", '"thanks again"', thread="t"))
+
+
+def test_an_honest_busy_pair_is_not_stopped(pair: World) -> None:
+    for number in range(99):
+        pair.send("beta-2", "alpha-1", f'"step {number}"')
+        pair.clock.advance(0.1)
+        pair.send("alpha-1", "beta-2", f'"did {number}"', thread=f"t{number // 20}")
+
+
+def test_a_departed_agents_unread_mail_stays_for_its_return(pair: World) -> None:
+    pair.send("beta-2", "alpha-1")
+    pair.apply(ah.Leave, "alpha-1")
+    assert pair.send("beta-2", "alpha-1").unknown == {"alpha-1"}
+    refused(ah.UnknownAgent, pair, lambda: pair.apply(ah.Leave, "alpha-1"))
+    refused(ah.Forbidden, pair, lambda: pair.apply(ah.Leave, "operator"))
+    pair.apply(ah.Sweep)
+    pair.register("alpha-1", "later")
+    assert pair.hub.unread("alpha-1") == 2
+
+
+def test_the_number_of_agents_is_bounded() -> None:
+    world = World(max_agents=2)
+    world.register("a"), world.register("b"), world.register("a")
+    refused(ah.StorageFull, world, lambda: world.register("c"))
+
+
+class Model:
+    """What the contract promises, as plainly as it can be said: who must still get what."""
+
+    def __init__(self) -> None:
+        self.unread: dict[str, list[int]] = {}
+        self.agents: set[str] = set()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_happens_everything_is_delivered_in_order_until_acknowledged_and_survives_restarts(
+    seed: int, tmp_path: Path
+) -> None:
+    """Random commands beside a model; every few hundred the hub is thrown away and loaded from its file."""
+    chance = random.Random(seed)
+    world, model, names = (
+        World(str(tmp_path / "hub.db"), max_inbox=0, loop_guard=0),
+        Model(),
+        [f"a{n}" for n in range(6)],
+    )
+    for step in range(2500):
+        world.clock.advance(chance.random() * 3)
+        name, other, kind = chance.choice(names), chance.choice(names), chance.randrange(12)
+        with contextlib.suppress(ah.HubError):
+            if kind < 2:
+                world.register(name)
+                model.agents.add(name)
+            elif kind < 7:
+                to = chance.choice([other, "ALL", (other, name)])
+                receipt = world.send(name, to, f"{step}")
+                for inbox in receipt.inboxes:
+                    model.unread.setdefault(inbox, []).append(receipt.message.seq)
+                expected = model.agents - {name} if to == "ALL" else {other} if to == other else {other, name}
+                assert set(receipt.inboxes) == expected
+            elif kind < 9 and model.unread.get(name):
+                up_to = chance.choice(model.unread[name])
+                world.apply(ah.Ack, name, up_to=up_to)
+                model.unread[name] = [seq for seq in model.unread[name] if seq > up_to]
+            elif kind == 9 and model.unread.get(name):
+                some = tuple(sorted(chance.sample(model.unread[name], min(3, len(model.unread[name])))))
+                world.apply(ah.Ack, name, seqs=some)
+                model.unread[name] = [seq for seq in model.unread[name] if seq not in some]
+            elif kind == 10:
+                world.apply(ah.Leave, name)
+                model.agents.discard(name)
+            else:
+                world.apply(ah.Sweep)
+        if chance.random() < 0.2:
+            world.commit()
+        if step % 400 == 399:
+            world.commit()
+            before = world.state()
+            world.store.close()
+            again = World(str(tmp_path / "hub.db"), max_inbox=0, loop_guard=0)
+            again.clock = world.clock
+            assert again.state()._replace(seen=()) == before._replace(seen=()), f"seed {seed} step {step}"
+            world = again
+        for inbox, unread in model.unread.items():
+            assert world.hub.unread_after(inbox, 0, 1 << 60, 1 << 30) == unread, f"seed {seed} step {step}"
+    world.store.close()
+
+
+# --- Store ------------------------------------------------------------------------------------------------------------
+
+
+def test_everything_is_there_again_after_a_restart(tmp_path: Path) -> None:
+    world = World(str(tmp_path / "hub.db"))
+    world.register("a", "s", "Ä name", "x", "y")
+    world.apply(ah.Register, "b", "s", "", None, None, '{"k":"é"}', b"q" * 32, True)
+    world.send("a", "b", '"x"', digest=b"d" * 16, id="mine", expires_at=world.clock() + 9999)
+    world.send("a", "later", '"y"', "ping")
+    world.send("a", ("b", "later"), '"z"')
+    world.apply(ah.Ack, "b", up_to=1)
+    world.apply(ah.Sweep)
+    world.commit()
+    before = world.state()
+    world.store.close()
+    again = World(str(tmp_path / "hub.db"))
+    assert again.state() == before and before.seq == 3
+    message, inboxes = again.store.find("mine")
+    assert (message.id, message.digest, inboxes, again.store.find("", 2)[0].type) == ("mine", b"d" * 16, ("b",), "ping")
+
+
+def test_a_seq_is_never_used_again_even_when_the_newest_message_was_deleted(tmp_path: Path) -> None:
+    world = World(str(tmp_path / "hub.db"))
+    world.register("a")
+    world.send("a", "b", expires_at=world.clock() + 1000)
+    world.commit()
+    world.clock.advance(2)
+    due = world.store.expired(world.clock(), 0, 10)
+    assert due == [(1, ("b",))]
+    world.apply(ah.Expire, tuple(due))
+    world.commit()
+    assert world.hub.unread("b") == 0 and world.store.find("", 1) is None
+    world.store.close()
+    again = World(str(tmp_path / "hub.db"))
+    assert again.send("a", "b").message.seq == 2
+
+
+def test_retention_deletes_the_oldest_and_their_deliveries(tmp_path: Path) -> None:
+    world = World(str(tmp_path / "hub.db"))
+    world.register("a")
+    for _ in range(5):
+        world.send("a", ("b", "c"))
+        world.clock.advance(10)
+    world.commit()
+    due = world.store.expired(world.clock(), world.clock() - 25_000, 10)
+    assert [seq for seq, _ in due] == [1, 2, 3]
+    world.apply(ah.Expire, tuple(due))
+    world.commit()
+    count = sqlite3.connect(tmp_path / "hub.db").execute("SELECT count(*) FROM deliveries").fetchone()[0]
+    assert count == 4 and world.hub.unread("b") == 2
+
+
+def test_mail_for_a_name_moves_to_the_agent_on_disk_too(tmp_path: Path) -> None:
+    world = World(str(tmp_path / "hub.db"))
+    world.register("a")
+    world.send("a", ("Bee", "bee-1"))
+    world.commit()
+    world.register("bee-1", None, "bee")
+    world.apply(ah.Sweep)
+    world.commit()
+    assert world.store.inbox("bee-1", 0, 9, 9) == [1] and world.store.find("", 1)[1] == ("bee-1",)
+    assert world.store.load() == world.state()
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    (b"hello, I am a text file, not a database", "not an agenthub store"),
+    (b"SQLite format 3\0" + b"\xff" * 5000, "can't use"),
+])  # fmt: skip
+def test_a_file_that_is_not_ours_is_refused_and_left_alone(content: bytes, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "hub.db"
+    path.write_bytes(content)
+    with pytest.raises(ah.StoreError, match=words):
+        ah.Store(str(path))
+    assert path.read_bytes() == content
+
+
+def test_another_programs_database_and_one_from_the_future_are_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "other.db"
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("CREATE TABLE t (x)")
+    before = path.read_bytes()
+    with pytest.raises(ah.StoreError, match="another program"):
+        ah.Store(str(path))
+    assert path.read_bytes() == before
+    ah.Store(str(tmp_path / "hub.db")).close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "hub.db")) as future:
+        future.execute("PRAGMA user_version = 99")
+    with pytest.raises(ah.StoreError, match="newer agenthub"):
+        ah.Store(str(tmp_path / "hub.db"))
+
+
+def test_a_log_without_its_file_is_not_thrown_away(tmp_path: Path) -> None:
+    (tmp_path / "hub.db-wal").write_bytes(b"messages")
+    with pytest.raises(ah.StoreError, match="is gone"):
+        ah.Store(str(tmp_path / "hub.db"))
+    assert (tmp_path / "hub.db-wal").read_bytes() == b"messages" and not (tmp_path / "hub.db").exists()
+
+
+def test_the_store_is_for_its_user_only_whatever_the_umask(tmp_path: Path) -> None:
+    old = os.umask(0)
+    try:
+        store = ah.Store(str(tmp_path / "new" / "hub.db"))
+    finally:
+        os.umask(old)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+    for path in (tmp_path / "new").iterdir():
+        assert path.stat().st_mode & 0o777 == 0o600, path
+    store.close()
+
+
+def test_a_commit_that_fails_is_undone_and_the_hub_is_what_the_disk_says(tmp_path: Path) -> None:
+    world = World(str(tmp_path / "hub.db"))
+    world.register("a")
+    world.commit()
+    pages = world.store._writer.execute("PRAGMA page_count").fetchone()[0]
+    world.store._writer.execute(f"PRAGMA max_page_count = {pages + 2}")
+    before = world.state()
+    world.send("a", "b", ah.dump("x" * 100_000))
+    with pytest.raises(ah.StorageFull, match="free some space"):
+        world.commit()
+    world.store.undo()
+    world.hub.load(world.store.load())
+    assert world.state() == before
+    with pytest.raises(ah.StorageFull):
+        world.store.probe()
+    world.store._writer.execute("PRAGMA max_page_count = 100000")
+    world.store.probe()
+    assert world.send("a", "b").message.seq == 1
+    world.commit()
+
+
+def test_reading_an_inbox_costs_the_same_whatever_lies_in_the_others(tmp_path: Path) -> None:
+    """Work, not time: SQLite's own count of virtual machine steps, with a hundred times the messages."""
+    steps = []
+    for others in (10, 1000):
+        world = World(str(tmp_path / f"{others}.db"), max_inbox=0)
+        world.register("a")
+        for number in range(others):
+            world.send("a", f"other-{number % 7}", f"{number}")
+            if number % (others // 10) == 0:
+                world.send("a", "mine", f"{number}")
+        world.commit()
+        count = [0]
+        world.store._reader.set_progress_handler(lambda count=count: count.__setitem__(0, count[0] + 1), 1)
+        assert len(world.store.messages(world.store.inbox("mine", 0, 10**9, 5), world.clock())[0]) == 5
+        assert len(world.store.inbox_before("mine", 10**9, 5)) == 5
+        steps.append(count[0])
+    assert steps[0] == steps[1]
+
+
+# --- HTTP -------------------------------------------------------------------------------------------------------------
+
+POST = b"POST /x?a=1 HTTP/1.1\r\nHost: h:1\r\nContent-Length: 5\r\nX-A:  b \r\nX-A: c\r\n\r\nhello"
+CHUNKED = b"POST /x HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n3;e=1\r\nhel\r\n2\r\nlo\r\n0\r\nTrail: er\r\n\r\n"
+GOOD_REQUESTS = {
+    "length": (POST, b"hello"), "chunked": (CHUNKED, b"hello"), "none": (b"GET / HTTP/1.1\r\nHost: h\r\n\r\n", b""),
+    "empty lines first": (b"\r\n\r\n" + POST, b"hello"), "absolute": (b"GET http://h/x HTTP/1.1\r\nHost: h\r\n\r\n", b""),
+    "old": (b"GET / HTTP/1.0\r\n\r\n", b""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GOOD_REQUESTS)
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+def test_a_request_is_the_same_in_pieces_of_any_size_and_another_may_follow(name: str, size: int) -> None:
+    data, body = GOOD_REQUESTS[name]
+    reader, found = ah.RequestReader(ah.make_limits()), []
+    for start in range(0, len(data + POST), size):
+        reader.feed((data + POST)[start : start + size])
+        while request := reader.next():
+            found.append(request)
+    assert [request.body for request in found] == [body, b"hello"] and not reader.started
+    last = found[1].head
+    assert (last.method, last.path, last.query, last.headers["x-a"], last.host) == ("POST", "/x", "a=1", "b, c", "h")
+    assert found[0].head.keep == (name != "old")
+
+
+HOST = b"Host: h\r\n"
+BAD_REQUESTS = {
+    b"GET /\r\n\r\n": 400, b"GET / HTTP/2.0\r\nHost: h\r\n\r\n": 400, b"G@T / HTTP/1.1\r\nHost: h\r\n\r\n": 400,
+    b"GET  / HTTP/1.1\r\nHost: h\r\n\r\n": 400, b"GET / HTTP/1.1\r\n\r\n": 400, b"GET /\xff HTTP/1.1\r\nHost: h\r\n\r\n": 400,
+    b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n": 400, b"GET / HTTP/1.1\nHost: h\n\n": 400,
+    b"GET / HTTP/1.1\r\n" + HOST + b"A: b\r\n c\r\n\r\n": 400, b"GET / HTTP/1.1\r\n" + HOST + b"A: b\rc\r\n\r\n": 400,
+    b"GET / HTTP/1.1\r\n" + HOST + b"A: b\0c\r\n\r\n": 400, b"GET / HTTP/1.1\r\n" + HOST + b"A : b\r\n\r\n": 400,
+    b"GET / HTTP/1.1\r\n" + HOST + b"A: b\nC: d\r\n\r\n": 400, b"GET / HTTP/1.1\r\n" + HOST + b": b\r\n\r\n": 400,
+    **{b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: " + n + b"\r\n\r\nx": 400 for n in (b"+5", b"-1", b"0x5", b"1, 1", b"", b"1_0", b"9" * 20)},
+    b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: 3\r\nContent-Length: 4\r\n\r\n": 400,
+    b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n": 400,
+    b"POST / HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: gzip, chunked\r\n\r\n": 400,
+    b"POST / HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n": 400,
+    b"POST / HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n": 400,
+    b"POST / HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n1\r\nabc\r\n": 400,
+    b"POST / HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n" + b"0" * 2000: 400,
+    b"POST / HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\nFFFFFFF\r\n": 413,
+    b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: 1073741824\r\n\r\n": 413,
+    b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\n\r\n": 431, b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n": 431,
+    b"GET / HTTP/1.1\r\nA: " + b"b" * 200_000: 431,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("data", BAD_REQUESTS, ids=lambda data: repr(data[-40:]))
+def test_a_malformed_request_is_refused_with_its_status_in_pieces_of_any_size(data: bytes) -> None:
+    for size in (1, 7, 1 << 20) if len(data) < 3000 else (999, 1 << 20):
+        reader = ah.RequestReader(ah.make_limits())
+        with pytest.raises(ah.HubError) as caught:
+            for start in range(0, len(data), size):
+                reader.feed(data[start : start + size])
+                while reader.next():
+                    pass
+        assert caught.value.status == BAD_REQUESTS[data]
+
+
+def test_random_bytes_are_requests_or_refusals_and_nothing_else() -> None:
+    chance, seeds = random.Random(1), [POST, CHUNKED, *BAD_REQUESTS]
+    for _ in range(4000):
+        data = bytearray(chance.choice(seeds)[:400])
+        for _ in range(chance.randrange(1, 5)):
+            at = chance.randrange(len(data))
+            data[at : at + chance.randrange(3)] = chance.randbytes(chance.randrange(3))
+            data = data or bytearray(b"x")
+        reader = ah.RequestReader(ah.make_limits())
+        with contextlib.suppress(ah.HubError):
+            reader.feed(bytes(data))
+            while reader.next():
+                pass
+
+
+def test_an_answer_read_back_is_what_was_written_even_when_a_continue_comes_first() -> None:
+    data = ah.Response({"a": "é"}, 409, (("X-B", "c"),)).encode("now", keep=False)
+    for size in (1, 7, 10_000):
+        reader, body = ah.ResponseReader(), b""
+        whole = b"HTTP/1.1 100 Continue\r\n\r\n" + data
+        for start in range(0, len(whole), size):
+            body += reader.feed(whole[start : start + size])
+        assert (reader.status, reader.done, reader.keep, reader.headers["x-b"]) == (409, True, False, "c")
+        assert body == '{"a":"é"}'.encode()
+
+
+def test_paths_and_queries_are_decoded_as_utf8_and_only_so() -> None:
+    assert ah.parse_query("a=b%20c+d&e=%C3%A9&a=last") == {"a": "last", "e": "é"}
+    assert ah.unquote(ah.quote("#a b/é@")) == "#a b/é@"
+    for bad in ("%", "%zz", "%ff", "%C3"):
+        with pytest.raises(ah.InvalidRequest):
+            ah.unquote(bad)
+
+
+# --- Handlers ---------------------------------------------------------------------------------------------------------
+
+
+def test_registering_gives_the_seeds_answer(world: World) -> None:
+    world.register("alpha-01RXGe86", None, "Alpha")
+    asked = {
+        "agent_id": "beta-01TYEi4M",
+        "session_id": "01TYEi4Mjf2Tft2SWjjVtdQ3",
+        "name": "Beta",
+        "capabilities": ["detection"],
+    }
+    status, answer = world.call("POST", "/api/v1/agents/register", asked)
+    token = answer.pop("token")
+    assert status == 200 and answer == {
+        "success": True, "agent_id": "beta-01TYEi4M", "session_id": asked["session_id"], "name": "Beta",
+        "websocket_url": "/ws/beta-01TYEi4M", "unread": 0,
+        "peers": [{"agent_id": "alpha-01RXGe86", "name": "Alpha", "status": "active"}],
+    }  # fmt: skip
+    assert world.api.holder(token) == "beta-01TYEi4M" and world.api.holder(token + "x") is None
+    assert len(token.partition(".")[2]) >= 43 and token not in repr(world.state())
+    assert (
+        world.call("POST", "/api/v1/agents/register", {"name": "Beta", "session_id": asked["session_id"]})[1][
+            "agent_id"
+        ]
+        == "beta-01TYEi4M"
+    )
+    assert world.call("GET", "/api/v1/agents?status=active&capability=detection")[1]["total"] == 1
+
+
+def test_a_message_is_sent_listed_and_acknowledged(pair: World) -> None:
+    status, receipt = pair.call(
+        "POST", "/api/v1/messages", {"from": "beta-2", "to": "Alpha", "message": {"type": "task_x", "n": 1.5}}
+    )
+    assert status == 200 and receipt == {
+        "success": True, "message_id": f"{pair.hub.epoch}-0000000000001", "seq": 1, "timestamp": "2023-11-14T22:13:20.000Z",
+        "recipients": [{"agent_id": "alpha-1", "state": "queued", "connected": False, "unread": 1}], "pushed": 0, "queued": 1,
+    }  # fmt: skip
+    _, page = pair.call("GET", "/api/v1/messages?agent_id=alpha-1&limit=50")
+    (envelope,) = page["messages"]
+    assert (envelope["type"], envelope["message"], envelope["to"]) == (
+        "task_x",
+        {"type": "task_x", "n": 1.5},
+        "alpha-1",
+    )
+    assert (page["next"], page["unread"]) == (1, 1)
+    assert pair.call("POST", "/api/v1/messages/ack", {"agent_id": "alpha-1", "ids": [envelope["id"], "unknown"]})[1] == {
+        "success": True, "acknowledged": 1, "unread": 0}  # fmt: skip
+    assert pair.call("GET", "/api/v1/messages?agent_id=alpha-1&unread=true")[1] == {
+        "messages": [],
+        "next": 0,
+        "unread": 0,
+    }
+    assert len(pair.call("GET", "/api/v1/messages?agent_id=alpha-1")[1]["messages"]) == 1
+
+
+@pytest.mark.parametrize(("to", "message", "given", "kind"), [
+    ("alpha-1", "x", None, "message"), ("ALL", "x", None, "broadcast"), ("ALL", {"type": "a"}, "b", "b"),
+    ("alpha-1", {"type": "Bad Type"}, None, "message"), ("alpha-1", {"type": 7}, None, "message"),
+])  # fmt: skip
+def test_the_type_is_the_requests_else_the_payloads_else_follows_from_the_recipient(
+    pair: World, to: str, message: object, given: str, kind: str
+) -> None:
+    pair.call("POST", "/api/v1/messages", {"from": "beta-2", "to": to, "message": message, "type": given})
+    assert pair.call("GET", "/api/v1/messages?agent_id=alpha-1")[1]["messages"][0]["type"] == kind
+
+
+def test_a_heartbeat_is_never_stored_and_keeps_its_agent_active(pair: World) -> None:
+    pair.clock.advance(ah.ACTIVE_SECONDS)
+    status, answer = pair.call("POST", "/api/v1/agents/alpha-1/heartbeat")
+    assert (status, answer["unread"]) == (200, 0) and pair.call("GET", "/api/v1/agents/alpha-1")[1][
+        "status"
+    ] == "active"
+    assert (
+        pair.call("POST", "/api/v1/messages", {"from": "beta-2", "to": "ALL", "message": 1, "type": "heartbeat"})[0]
+        == 200
+    )
+    assert pair.hub.seq == 0
+
+
+def test_pages_follow_one_another_by_cursor_and_filters_choose(pair: World) -> None:
+    for number in range(25):
+        pair.call(
+            "POST",
+            "/api/v1/messages",
+            {"from": "beta-2", "to": "alpha-1", "message": number, "type": "odd" if number % 2 else "even"},
+        )
+    got, after = [], 0
+    while page := pair.call("GET", f"/api/v1/messages?agent_id=alpha-1&after={after}&limit=7")[1]:
+        if not page["messages"]:
+            break
+        got, after = got + [m["message"] for m in page["messages"]], page["next"]
+    assert got == list(range(25)) and after == 25
+    newest = pair.call("GET", "/api/v1/messages?agent_id=alpha-1&limit=3")[1]
+    assert [m["message"] for m in newest["messages"]] == [22, 23, 24] and newest["next"] == 25
+    odd = pair.call("GET", "/api/v1/messages?agent_id=alpha-1&type=odd&unread=true&limit=3")[1]
+    assert [m["message"] for m in odd["messages"]] == [1, 3, 5] and odd["next"] == 6
+    assert pair.call("GET", "/api/v1/messages?agent_id=alpha-1&from=alpha-1")[1]["messages"] == []
+
+
+def test_a_filtered_read_looks_at_so_many_deliveries_and_says_where_to_go_on(
+    pair: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ah, "MAX_SCAN", 1000)
+    for number in range(1500):
+        pair.send("beta-2", "alpha-1", f"{number}", "rare" if number == 1400 else "message")
+    pair.commit()
+    first = pair.call("GET", "/api/v1/messages?agent_id=alpha-1&type=rare&after=0&wait=5")[1]
+    assert first["messages"] == [] and first["next"] == 1000
+    then = pair.call("GET", f"/api/v1/messages?agent_id=alpha-1&type=rare&after={first['next']}")[1]
+    assert [m["message"] for m in then["messages"]] == [1400]
+
+
+def test_an_answer_is_bounded_in_bytes_and_the_cursor_goes_on(pair: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ah, "MAX_ANSWER", 2500)
+    for number in range(6):
+        pair.send("beta-2", "alpha-1", ah.dump(str(number) * 1000))
+    pair.commit()
+    page = pair.call("GET", "/api/v1/messages?agent_id=alpha-1&after=0")[1]
+    assert (len(page["messages"]), page["next"]) == (3, 3)
+
+
+def test_the_same_id_again_gets_the_first_answer_and_another_content_is_refused(pair: World) -> None:
+    asked = {"from": "beta-2", "to": "Alpha", "message": {"a": 1}, "id": "my:id-1"}
+    first = pair.call("POST", "/api/v1/messages", asked)[1]
+    for again in (
+        pair.call("POST", "/api/v1/messages", asked),
+        pair.call("POST", "/api/v1/messages", {**asked, "id": None}, Idempotency_Key="my:id-1"),
+    ):
+        assert again == (200, {**first, "duplicate": True})
+    for change in ({"message": {"a": 2}}, {"to": "ALL"}, {"from": "alpha-1"}, {"ttl": 5}):
+        status, answer = pair.call("POST", "/api/v1/messages", asked | change)
+        assert (status, answer["error"]["code"]) == (409, "id_reused")
+    assert pair.hub.seq == 1
+    assert pair.call("POST", "/api/v1/messages", asked | {"id": ah.made_id(pair.hub.epoch, 5)})[0] == 400
+
+
+def test_an_id_is_known_before_its_message_has_reached_the_disk(pair: World) -> None:
+    given = {"to": "alpha-1", "message": 1, "id": "x"}
+    first, second = (pair.api._send("beta-2", given, pair.clock()).body() for _ in range(2))
+    pair.hub.take_events()
+    third = pair.api._send("beta-2", given, pair.clock()).body()
+    assert json.loads(second) == json.loads(third) == {**json.loads(first), "duplicate": True}
+
+
+def test_a_reply_shares_the_thread_of_what_it_answers(pair: World) -> None:
+    first = pair.call(
+        "POST", "/api/v1/messages", {"from": "beta-2", "to": "alpha-1", "message": "?", "type": "request"}
+    )[1]["message_id"]
+    reply = {"from": "alpha-1", "to": "beta-2", "message": "!", "reply_to": first}
+    second = pair.call("POST", "/api/v1/messages", reply)[1]["message_id"]
+    pair.call("POST", "/api/v1/messages", {"from": "beta-2", "to": "alpha-1", "message": "!!", "reply_to": second})
+    page = pair.call("GET", f"/api/v1/messages?agent_id=alpha-1&thread={first}")[1]["messages"]
+    assert [(m["message"], m["reply_to"], m["thread"]) for m in page] == [("!!", second, first)]
+
+
+def test_a_message_past_its_ttl_is_not_shown_any_more(pair: World) -> None:
+    pair.call("POST", "/api/v1/messages", {"from": "beta-2", "to": "alpha-1", "message": 1, "ttl": 2})
+    assert "expires_at" in pair.call("GET", "/api/v1/messages?agent_id=alpha-1")[1]["messages"][0]
+    pair.clock.advance(3)
+    assert pair.call("GET", "/api/v1/messages?agent_id=alpha-1&unread=true")[1]["messages"] == []
+
+
+def test_a_body_posted_to_a_name_is_the_message_from_the_operator_or_whoever_is_named(pair: World) -> None:
+    for headers, target, sender, message in [
+        ({}, "/to/alpha", "operator", "hi é"), ({"X_From": "beta-2"}, "/to/Alpha?type=note", "beta-2", "hi é"),
+        ({"Content_Type": "application/json", "X_From": "x"}, "/to/alpha-1?from=beta-2", "beta-2", {"a": 1}),
+    ]:  # fmt: skip
+        body = json.dumps(message).encode() if isinstance(message, dict) else message.encode()
+        pair.raw("POST", target, body, **headers)
+        last = pair.call("GET", "/api/v1/messages?agent_id=alpha-1&limit=1")[1]["messages"][0]
+        assert (last["from"], last["message"]) == (sender, message)
+    assert pair.raw("POST", "/to/%23nobody", b"x").status == 200
+
+
+def test_a_send_that_reaches_nobody_says_so(pair: World) -> None:
+    pair.call("DELETE", "/api/v1/agents/alpha-1")
+    for to in ("ALL", "#empty", "@none"):
+        answer = pair.call("POST", "/api/v1/messages", {"from": "beta-2", "to": to, "message": 1})[1]
+        assert answer["recipients"] == [] and to in answer["warning"]
+    close = pair.call("POST", "/api/v1/messages", {"from": "beta-2", "to": "beta-3", "message": 1})[1]["recipients"]
+    assert close == [
+        {"agent_id": "beta-3", "state": "unknown", "connected": False, "unread": 1, "did_you_mean": ["beta-2"]}
+    ]
+
+
+REFUSALS = [
+    ("POST", "/api/v1/messages", b"{", 400, "invalid_json"),
+    ("POST", "/api/v1/messages", b"[]", 400, "invalid_request"),
+    ("POST", "/api/v1/messages", {"to": "x", "message": 1}, 400, "invalid_request"),
+    ("POST", "/api/v1/messages", {"from": "beta-2", "message": 1}, 400, "invalid_request"),
+    ("POST", "/api/v1/messages", {"from": "beta-2", "to": "x"}, 400, "invalid_request"),
+    ("POST", "/api/v1/messages", b'{"from":"beta-2","to":"x","message":1e999}', 400, "invalid_json"),
+    ("POST", "/api/v1/messages", {"from": "nobody", "to": "x", "message": 1}, 404, "unknown_agent"),
+    ("POST", "/api/v1/messages", {"from": "beta-2", "to": "x", "message": "x" * 256 * 1024}, 413, "payload_too_large"),
+    ("POST", "/api/v1/messages", {"from": "beta-2", "to": "#UP", "message": 1}, 400, "invalid_request"),
+    ("GET", "/api/v1/messages", None, 400, "invalid_request"),
+    ("GET", "/api/v1/messages?agent_id=alpha-1&limit=0", None, 400, "invalid_request"),
+    ("GET", "/api/v1/messages?agent_id=alpha-1&after=x", None, 400, "invalid_request"),
+    ("GET", "/api/v1/messages?agent_id=alpha-1&wait=61", None, 400, "invalid_request"),
+    ("GET", "/api/v1/messages?agent_id=alpha-1&unread=maybe", None, 400, "invalid_request"),
+    ("GET", "/api/v1/messages?agent_id=nobody", None, 404, "unknown_agent"),
+    ("GET", "/api/v1/messages?agent_id=%ff", None, 400, "invalid_request"),
+    ("POST", "/api/v1/messages/ack", {"agent_id": "alpha-1"}, 400, "invalid_request"),
+    ("POST", "/api/v1/messages/ack", {"agent_id": "alpha-1", "up_to": 1, "ids": []}, 400, "invalid_request"),
+    ("POST", "/api/v1/messages/ack", {"agent_id": "nobody", "up_to": 1}, 404, "unknown_agent"),
+    ("POST", "/api/v1/agents/register", {}, 400, "invalid_request"),
+    ("POST", "/api/v1/agents/register", {"agent_id": "ALL"}, 400, "invalid_request"),
+    ("POST", "/api/v1/agents/register", {"agent_id": "alpha-1", "session_id": "other"}, 409, "agent_id_taken"),
+    ("POST", "/api/v1/agents/nobody/heartbeat", None, 404, "unknown_agent"),
+    ("DELETE", "/api/v1/agents/operator", None, 403, "forbidden"),
+    ("GET", "/api/v1/agents/nobody", None, 404, "unknown_agent"),
+    ("GET", "/api/v1/agents?status=asleep", None, 400, "invalid_request"),
+    ("GET", "/api/v1/stream?agent_id=nobody", None, 404, "unknown_agent"),
+    ("GET", "/api/v1/stream?agent_id=alpha-1&format=xml", None, 400, "invalid_request"),
+    ("GET", "/ws/nobody", None, 404, "unknown_agent"),
+    ("GET", "/ws/alpha-1", None, 400, "invalid_request"),
+    ("GET", "/nothing", None, 404, "not_found"),
+    ("GET", "/api/v1/agents/..%2f..%2fetc", None, 400, "invalid_request"),
+    ("PUT", "/api/v1/messages", {}, 405, "method_not_allowed"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "target", "body", "status", "code"), REFUSALS)
+def test_a_refusal_has_its_status_and_code_one_sentence_and_changes_nothing(
+    pair: World, method: str, target: str, body: object, status: int, code: str
+) -> None:
+    before = pair.state()._replace(seen=())
+    got, answer = pair.call(method, target, body)
+    assert (got, answer["success"], answer["error"]["code"]) == (status, False, code)
+    assert 10 < len(answer["error"]["message"]) < 400 and "\n" not in answer["error"]["message"]
+    assert pair.state()._replace(seen=()) == before
+
+
+# --- API --------------------------------------------------------------------------------------------------------------
+
+
+def test_head_options_and_405_tell_what_a_path_takes(pair: World) -> None:
+    head = pair.raw("HEAD", "/health").encode("now", head_only=True)
+    assert head.endswith(b"\r\n\r\n") and re.search(rb"Content-Length: \d\d", head)
+    assert dict(pair.raw("OPTIONS", "/api/v1/messages").headers)["Allow"] == "GET, HEAD, OPTIONS, POST"
+    answer = pair.raw("PATCH", "/api/v1/agents/alpha-1")
+    assert answer.status == 405 and dict(answer.headers)["Allow"] == "DELETE, GET, HEAD, OPTIONS"
+
+
+@pytest.mark.parametrize(("headers", "status"), [
+    ({"Host": "evil.example"}, 403), ({"Host": "evil.example:8080"}, 403), ({"Host": "localhost:1"}, 200), ({"Host": "[::1]:8080"}, 200),
+    ({"Host": "127.0.0.1.evil.example"}, 403), ({"Origin": "https://evil.example"}, 403), ({"Origin": "null"}, 403),
+    ({"Origin": "http://127.0.0.1:8080"}, 200), ({"Origin": "https://ok.example"}, 200),
+    ({"Content_Type": "text/plain"}, 415), ({"Content_Type": "multipart/form-data"}, 415), ({"Content_Type": "application/json; charset=utf-8"}, 200),
+    ({"Content_Type": "application/x-www-form-urlencoded"}, 200),
+    ({"Content_Type": "application/x-www-form-urlencoded", "Origin": "http://127.0.0.1:8080"}, 415),
+])  # fmt: skip
+def test_pages_of_other_sites_and_other_names_are_kept_out(pair: World, headers: dict, status: int) -> None:
+    got, answer = pair.call("POST", "/api/v1/messages", {"from": "beta-2", "to": "alpha-1", "message": 1}, **headers)
+    assert got == status and pair.hub.seq == (status == 200), answer
+    if "Host" in headers:
+        assert pair.call("GET", "/health", **headers)[0] == status
+
+
+def test_cors_is_for_the_origins_that_were_named_and_never_a_wildcard(world: World) -> None:
+    def headers(origin: str) -> dict:
+        reader = ah.RequestReader(world.limits)
+        reader.feed(f"GET /health HTTP/1.1\r\nHost: localhost\r\nOrigin: {origin}\r\n\r\n".encode())
+        return dict(world.api.cors(reader.next().head))
+
+    assert headers("https://ok.example")["Access-Control-Allow-Origin"] == "https://ok.example"
+    assert headers("https://ok.example")["Vary"] == "Origin" and headers("https://evil.example") == {}
+
+
+def test_in_open_mode_a_token_is_not_needed_but_must_be_that_agents(pair: World) -> None:
+    token = pair.call("POST", "/api/v1/agents/register", {"agent_id": "alpha-1"})[1]["token"]
+    other = pair.call("POST", "/api/v1/agents/register", {"agent_id": "beta-2"})[1]["token"]
+    message = {"from": "alpha-1", "to": "beta-2", "message": 1}
+    for sent, status in ((token, 200), (other, 403), ("alpha-1.wrong", 401), ("", 200)):
+        headers = {"Authorization": f"Bearer {sent}"} if sent else {}
+        assert pair.call("POST", "/api/v1/messages", message, **headers)[0] == status
+    assert (
+        pair.call("POST", "/api/v1/messages", {"to": "beta-2", "message": 1}, Authorization=f"Bearer {token}")[0] == 200
+    )
+    assert pair.call("GET", f"/api/v1/messages?token={token}")[0] == 200
+    pair.call("DELETE", "/api/v1/agents/alpha-1")
+    assert pair.call("GET", "/api/v1/messages?agent_id=alpha-1", Authorization=f"Bearer {token}")[0] == 401
+
+
+def test_in_key_mode_the_key_does_all_a_token_only_what_its_agent_may_and_nobody_else_anything() -> None:
+    world = World(key="the-key")
+    key = {"Authorization": "Bearer the-key"}
+    assert world.call("POST", "/api/v1/agents/register", {"agent_id": "a"})[0] == 401
+    token = {
+        "Authorization": "Bearer " + world.call("POST", "/api/v1/agents/register", {"agent_id": "a"}, **key)[1]["token"]
+    }
+    world.call("POST", "/api/v1/agents/register", {"agent_id": "b"}, **key)
+    for method, target, body, nobody, as_a, with_key in [
+        ("GET", "/api/v1/messages?agent_id=a", None, 401, 200, 200), ("GET", "/api/v1/messages?agent_id=b", None, 401, 403, 200),
+        ("POST", "/api/v1/messages", {"from": "b", "to": "a", "message": 1}, 401, 403, 200),
+        ("POST", "/to/b", {"x": 1}, 401, 200, 200), ("POST", "/to/b?from=operator", {"x": 1}, 401, 403, 200),
+        ("GET", "/api/v1/agents", None, 401, 200, 200), ("GET", "/metrics", None, 401, 403, 200),
+        ("POST", "/api/v1/agents/register", {"agent_id": "c"}, 401, 403, 200), ("GET", "/health", None, 200, 200, 200),
+        ("GET", "/agenthub.py", None, 200, 200, 200),
+    ]:  # fmt: skip
+        data = b"" if body is None else json.dumps(body).encode()
+        kind = {"Content_Type": "application/json"} if data else {}
+        got = [world.raw(method, target, data, **kind, **who).status for who in ({}, token, key)]
+        assert got == [nobody, as_a, with_key], (method, target, got)
+    assert "agents" not in world.call("GET", "/health")[1] and "agents" in world.call("GET", "/health", **key)[1]
+    assert world.call("GET", "/health", Host="any.name")[0] == 200
+    sent = world.call("GET", "/api/v1/messages?agent_id=b", **key)[1]["messages"]
+    assert [m["from"] for m in sent] == ["a", "operator", "operator"]
+    assert (
+        world.call("DELETE", "/api/v1/agents/b", **token)[0] == 403
+        and world.call("DELETE", "/api/v1/agents/b", **key)[0] == 200
+    )
+
+
+def test_a_flood_gets_429_with_retry_after_and_others_are_not_affected() -> None:
+    world = World(rate_limit=10, rate_burst=20)
+    for name in ("a", "b"):
+        world.register(name)
+    codes = [world.call("POST", "/api/v1/messages", {"from": "a", "to": "b", "message": n})[0] for n in range(25)]
+    assert codes == [200] * 20 + [429] * 5
+    answer = world.raw("GET", "/api/v1/messages?agent_id=a")
+    assert answer.status == 429 and dict(answer.headers)["Retry-After"] == "1"
+    assert world.call("POST", "/api/v1/messages", {"from": "b", "to": "a", "message": 1})[0] == 200
+    assert world.call("POST", "/api/v1/agents/a/heartbeat")[0] == world.call("GET", "/health")[0] == 200
+    assert [world.call("GET", "/api/v1/agents")[0] for _ in range(22)][-3:] == [200, 429, 429]
+    frames = [world.api.frame("b", b'{"to":"a","message":%d}' % n, world.clock()).body for n in range(25)]
+    assert sum(isinstance(body, dict) and body["error"]["code"] == "rate_limited" for body in frames) == 6
+
+
+def test_a_bug_is_told_as_internal_without_details(
+    pair: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(pair.api, "_send", lambda *args: 1 / 0)
+    status, answer = pair.call("POST", "/api/v1/messages", {"from": "beta-2", "to": "alpha-1", "message": 1})
+    assert (status, answer["error"]["code"]) == (500, "internal") and "Zero" not in answer["error"]["message"]
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    assert pair.api.frame("beta-2", b'{"to":"a","message":1}', 0).body["error"]["code"] == "internal"
+
+
+@pytest.mark.parametrize(("frame", "code"), [
+    (b"{", "invalid_json"), (b"[]", "invalid_request"), (b"{}", "invalid_request"), (b'{"type":"nothing"}', "invalid_request"),
+    (b'{"to":"alpha-1","message":1,"from":"alpha-1","ref":9}', "forbidden"), (b'{"type":"ack"}', "invalid_request"),
+    (b'{"type":"ack","up_to":-1}', "invalid_request"), (b'{"to":"","message":1}', "invalid_request"), (b'{"type":[1]}', "invalid_request"),
+])  # fmt: skip
+def test_a_bad_frame_gets_an_error_frame_with_its_ref(pair: World, frame: bytes, code: str) -> None:
+    body = pair.api.frame("beta-2", frame, pair.clock()).body
+    assert (body["type"], body["error"]["code"]) == ("error", code) and body.get("ref") == (
+        9 if b"ref" in frame else None
+    )
+
+
+def test_random_json_into_every_route_and_frame_is_answered_and_nothing_is_a_5xx(
+    pair: World, capsys: pytest.CaptureFixture
+) -> None:
+    chance = random.Random(7)
+    scraps = [
+        "alpha-1",
+        "beta-2",
+        "ALL",
+        "",
+        "x" * 300,
+        "#a",
+        "@b",
+        None,
+        True,
+        -1,
+        0,
+        1.5,
+        1e300,
+        2**70,
+        [],
+        {},
+        ["alpha-1"],
+        {"a": [1]},
+        "\u202e",
+        "\0",
+    ]
+    names = sorted({f.name for route in ah.ROUTES for f in (*route.query, *route.body)} | {"junk", "type"})
+    targets = [(r.method, re.sub(r"\{\w+\}", "beta-2", r.path)) for r in ah.ROUTES]
+    for _ in range(3000):
+        body = {chance.choice(names): chance.choice(scraps) for _ in range(chance.randrange(6))}
+        method, path = chance.choice(targets)
+        query = "&".join(f"{n}={ah.quote(str(v))}" for n, v in body.items())
+        answer = pair.raw(
+            method,
+            f"{path}?{query}",
+            json.dumps(body).encode() if method == "POST" else b"",
+            Content_Type="application/json",
+        )
+        assert not isinstance(answer, ah.Response) or answer.status < 500 or answer.status == 507, (method, path, body)
+        pair.api.frame("beta-2", json.dumps(body).encode(), pair.clock())
+        pair.register("beta-2")
+        pair.commit()
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_openapi_document_describes_every_route(world: World) -> None:
+    document = world.call("GET", "/openapi.json")[1]
+    described = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
+    assert described == {(route.method, route.path) for route in ah.ROUTES}
+    pytest.importorskip("openapi_spec_validator").validate(document)
+
+
+def test_the_metrics_are_what_prometheus_expects(pair: World) -> None:
+    pair.send("beta-2", "alpha-1")
+    pair.api.metrics.count(pair.commit())
+    text = pair.raw("GET", "/metrics").encode("now").decode().partition("\r\n\r\n")[2]
+    assert "agenthub_messages_total 1\n" in text and 'agenthub_agents{status="active"} 2\n' in text
+    if shutil.which("promtool"):
+        checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True)
+        assert checked.returncode == 0, checked.stderr + checked.stdout
+
+
+def test_the_hub_serves_its_own_file(world: World) -> None:
+    assert world.raw("GET", "/agenthub.py").body == FILE.read_bytes()
+
+
+# --- Readers ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_websocket_gets_welcome_then_everything_unread_then_what_comes(shared_hub: LiveHub) -> None:
+    pytest.importorskip("websockets")
+    me, other = shared_hub.client("reader-1"), shared_hub.client("writer-1")
+    first = other.send_message("reader-1", {"n": 1})["message_id"]
+    with shared_hub.socket("reader-1") as line:
+        welcome = json.loads(line.recv())
+        assert (welcome["type"], welcome["agent_id"], welcome["unread"], welcome["recovered"]) == (
+            "welcome",
+            "reader-1",
+            1,
+            True,
+        )
+        assert welcome["version"] == ah.VERSION and "seq" in welcome and "from" not in welcome
+        assert next_envelope(line)["id"] == first
+        receipt = other.send_message("reader-1", "two")
+        assert (receipt["recipients"][0]["state"], receipt["recipients"][0]["connected"], receipt["pushed"]) == (
+            "pushed",
+            True,
+            1,
+        )
+        envelope = next_envelope(line)
+        assert envelope["message"] == "two" and "redelivered" not in envelope
+        assert envelope == me.messages(limit=1)[0]
+        until(lambda: me.heartbeat()["unread"] == 0)
+    assert other.send_message("reader-1", "three")["recipients"][0]["state"] == "queued"
+
+
+def test_with_explicit_acknowledgement_a_message_comes_again_until_it_is_acknowledged(shared_hub: LiveHub) -> None:
+    pytest.importorskip("websockets")
+    me, other = shared_hub.client("reader-2"), shared_hub.client("writer-2")
+    for n in range(3):
+        other.send_message("reader-2", n)
+    with shared_hub.socket("reader-2", "?ack=explicit") as line:
+        assert [next_envelope(line)["message"] for _ in range(3)] == [0, 1, 2]
+    assert me.heartbeat()["unread"] == 3
+    with shared_hub.socket("reader-2", "?ack=explicit") as line:
+        again = [next_envelope(line) for _ in range(3)]
+        assert all(envelope["redelivered"] for envelope in again)
+        line.send(json.dumps({"type": "ack", "up_to": again[1]["seq"]}))
+        until(lambda: me.heartbeat()["unread"] == 1)
+    with shared_hub.socket("reader-2", "?ack=explicit") as line:
+        assert next_envelope(line)["message"] == 2
+
+
+def test_a_cursor_resumes_after_a_seq_acknowledged_or_not_and_a_gap_is_told(shared_hub: LiveHub) -> None:
+    pytest.importorskip("websockets")
+    me, other = shared_hub.client("reader-3"), shared_hub.client("writer-3")
+    seqs = [other.send_message("reader-3", n)["seq"] for n in range(5)]
+    me.ack(up_to=seqs[-1])
+    with shared_hub.socket("reader-3", f"?after={seqs[2]}") as line:
+        welcome = json.loads(line.recv())
+        assert welcome["recovered"] and [next_envelope(line)["message"] for _ in range(2)] == [3, 4]
+    with shared_hub.socket("reader-3", f"?after={seqs[2]}&epoch=another") as line:
+        assert json.loads(line.recv())["recovered"] is False
+    with shared_hub.socket("reader-3", f"?after={10**9}") as line:
+        assert json.loads(line.recv())["recovered"] is False
+
+
+def test_nothing_is_lost_or_doubled_between_catching_up_and_live_while_messages_keep_coming(
+    shared_hub: LiveHub,
+) -> None:
+    pytest.importorskip("websockets")
+    shared_hub.client("reader-4")
+    stop, sent = threading.Event(), []
+
+    def pour() -> None:
+        with shared_hub.client("writer-4") as client:
+            while not stop.is_set():
+                sent.append(client.send_message("reader-4", len(sent))["seq"])
+
+    pouring = threading.Thread(target=pour)
+    pouring.start()
+    try:
+        got: list[int] = []
+        for _ in range(25):
+            cursor = f"&after={got[-1]}" if got else ""
+            with shared_hub.socket("reader-4", f"?ack=explicit{cursor}") as line:
+                got += [next_envelope(line)["seq"] for _ in range(20)]
+    finally:
+        stop.set()
+        pouring.join()
+    assert got == sent[: len(got)] and len(got) == 500
+
+
+def test_two_connections_of_one_agent_each_get_every_message(shared_hub: LiveHub) -> None:
+    pytest.importorskip("websockets")
+    shared_hub.client("reader-5")
+    with shared_hub.socket("reader-5") as one, shared_hub.socket("reader-5") as two:
+        for line in (one, two):
+            next_frame(line, "welcome")
+        shared_hub.client("writer-5").send_message("reader-5", "both")
+        assert next_envelope(one) == next_envelope(two)
+
+
+def test_a_stream_gives_events_or_lines_resumes_by_id_and_acknowledges_nothing(shared_hub: LiveHub) -> None:
+    me, other = shared_hub.client("reader-6"), shared_hub.client("writer-6")
+    seqs = [other.send_message("reader-6", f"m{n}", type="note")["seq"] for n in range(3)]
+
+    def read(query: str, extra: str, count: int) -> bytes:
+        with socket.create_connection(("127.0.0.1", shared_hub.port), timeout=20) as line:
+            line.sendall(
+                f"GET /api/v1/stream?agent_id=reader-6{query} HTTP/1.1\r\nHost: localhost\r\n{extra}\r\n".encode()
+            )
+            reader, text = ah.ResponseReader(), b""
+            while text.count(b"message") < count:
+                text += reader.feed(line.recv(65536))
+            assert reader.status == 200
+            return text
+
+    events = read("", f"Last-Event-ID: {seqs[0]}\r\n", 2).decode()
+    found = re.findall(r"id: (\d+)\nevent: (\w+)\ndata: (.+)\n\n", events)
+    assert [(int(seq), kind) for seq, kind, _ in found] == [(seq, "note") for seq in seqs[1:]]
+    lines = [json.loads(line) for line in read("&format=json", "", 3).splitlines() if line.strip()]
+    assert [json.loads(text) for _, _, text in found] == me.messages(after=seqs[0])
+    assert lines == [envelope | {"redelivered": True} for envelope in me.messages(unread=True)]
+    assert me.heartbeat()["unread"] == 3
+
+
+def test_a_long_poll_is_answered_by_the_message_it_waits_for_and_no_other(shared_hub: LiveHub) -> None:
+    me, other = shared_hub.client("reader-7"), shared_hub.client("writer-7")
+    got: list = []
+    waiting = threading.Thread(target=lambda: got.extend(me.messages(unread=True, wait=30, type="wanted")))
+    waiting.start()
+    until(lambda: other._run(other._pick(None, "GET", "/api/v1/agents/reader-7"))["connected"])
+    assert other.send_message("reader-7", 1, type="other")["pushed"] == 0
+    assert other.send_message("reader-7", 2, type="wanted")["pushed"] == 1
+    waiting.join(20)
+    assert [envelope["message"] for envelope in got] == [2]
+    assert me.messages(unread=True, wait=0.01, type="never") == []
+
+
+def test_mail_that_waited_for_a_name_reaches_a_line_that_is_already_open(shared_hub: LiveHub) -> None:
+    pytest.importorskip("websockets")
+    shared_hub.client("reader-8")
+    with shared_hub.socket("reader-8") as line:
+        other = shared_hub.client("writer-8")
+        other.send_message("New Name", "early")
+        other.send_message("reader-8", "late")
+        assert next_envelope(line)["message"] == "late"
+        ah.Client(shared_hub.url, "reader-8", name="New Name").register()
+        assert next_envelope(line)["message"] == "early"
+
+
+def test_a_reader_that_takes_nothing_is_cut_off_costs_little_and_gets_everything_later(live: object) -> None:
+    pytest.importorskip("websockets")
+    hub = live("--rate-limit", "0", "--max-inbox", "0")
+    for name in ("slow", "quick", "writer"):
+        hub.client(name)
+    memory = lambda: int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{hub.process.pid}/status").read_text())[1])  # noqa: E731
+    with (
+        socket.create_connection(("127.0.0.1", hub.port)) as asleep,
+        hub.socket("quick") as quick,
+        hub.socket("writer") as writer,
+    ):
+        asleep.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        asleep.sendall(b"GET /ws/slow HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                       b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n")  # fmt: skip
+        until(
+            lambda: (
+                hub.client().agents(status="active")
+                and hub.client()._run(hub.client()._pick(None, "GET", "/api/v1/agents/slow"))["connected"]
+            )
+        )
+        before = memory() if sys.platform == "linux" else 0
+        for n in range(400):
+            writer.send(json.dumps({"to": ["slow", "quick"], "message": [n, "x" * 40_000]}))
+            assert next_frame(writer, "sent")["success"]
+            assert next_envelope(quick)["message"][0] == n
+        if before:
+            assert memory() - before < 12_000, "KiB more while 16 MB lie unread"
+        until(
+            lambda: (
+                "agenthub_slow_readers_total 1"
+                in hub.talk(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").decode()
+            )
+        )
+    with hub.socket("slow", "?ack=explicit") as line:
+        assert [next_envelope(line)["message"][0] for _ in range(400)] == list(range(400))
+
+
+# --- Connections ------------------------------------------------------------------------------------------------------
+
+
+def test_requests_in_one_go_are_answered_in_order_on_one_line(shared_hub: LiveHub) -> None:
+    shared_hub.client("piper")
+    body = b'{"from":"piper","to":"piper","message":%d}'
+    posts = [
+        b"POST /api/v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body % n) + body % n
+        for n in range(10, 60)
+    ]
+    gets = b"GET /api/v1/messages?agent_id=piper&limit=1 HTTP/1.1\r\nHost: localhost\r\n\r\nGET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    answers = shared_hub.talk(b"".join(posts) + gets).split(b"HTTP/1.1 200 OK\r\n")[1:]
+    seqs = [json.loads(a.partition(b"\r\n\r\n")[2])["seq"] for a in answers[:50]]
+    assert len(answers) == 52 and seqs == list(range(seqs[0], seqs[0] + 50))
+    assert b'"messages"' in answers[50] and b'"status":"ok"' in answers[51] and b"Connection: close" in answers[51]
+
+
+def test_a_body_is_asked_for_read_in_chunks_and_refused_before_it_comes_when_too_large(shared_hub: LiveHub) -> None:
+    shared_hub.client("chunker")
+    with socket.create_connection(("127.0.0.1", shared_hub.port), timeout=20) as line:
+        line.sendall(
+            b"POST /to/chunker HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
+        assert line.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        line.sendall(b"5\r\nhello\r\n6\r\n world\r\n0\r\n\r\n")
+        assert b'"success":true' in line.recv(4096)
+    assert shared_hub.client("chunker").messages(limit=1)[0]["message"] == "hello world"
+    big = shared_hub.talk(
+        b"POST /to/x HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 999999999\r\n\r\n",
+        close=False,
+    )
+    assert big.startswith(b"HTTP/1.1 413 ") and b"Connection: close" in big and b"payload_too_large" in big
+
+
+def test_a_line_that_can_not_be_read_is_answered_and_closed_and_the_next_one_is_served(shared_hub: LiveHub) -> None:
+    for data, status in [
+        (b"BAD\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: h\r\nA: \0\r\n\r\n", 400),
+        (b"GET /" + b"x" * 99_999, 431),
+    ]:
+        answer = shared_hub.talk(data, close=False)
+        assert answer.startswith(f"HTTP/1.1 {status} ".encode()) and b'"success":false' in answer
+    assert b" 200 OK" in shared_hub.talk(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+
+
+def test_half_sent_requests_are_cut_off_however_they_dribble(live: object) -> None:
+    hub = live("--head-timeout", "1")
+    lines = [socket.create_connection(("127.0.0.1", hub.port), timeout=20) for _ in range(50)]
+    stop = threading.Event()
+
+    def dribble() -> None:
+        while not stop.wait(0.1):
+            for line in lines:
+                with contextlib.suppress(OSError):
+                    line.sendall(b"a")
+
+    for line, start in zip(lines, [b"GET /", b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 9999\r\n\r\n"] * 25):
+        line.sendall(start)
+    dribbling = threading.Thread(target=dribble)
+    dribbling.start()
+    try:
+        assert hub.client().health()["status"] == "ok"
+        for line in lines:
+            with contextlib.suppress(ConnectionResetError):
+                assert line.recv(100) == b""
+    finally:
+        stop.set()
+        dribbling.join()
+
+
+def test_a_protocol_violation_closes_a_websocket_and_a_bad_frame_does_not(shared_hub: LiveHub) -> None:
+    pytest.importorskip("websockets")
+    from websockets.exceptions import ConnectionClosed
+
+    shared_hub.client("fuzzer")
+    for data, code in [
+        (b"\x81\x02{}", 1002), (b"\xf1\x80\0\0\0\0", 1002), (b"\x83\x80\0\0\0\0", 1002), (b"\x80\x80\0\0\0\0", 1002),
+        (b"\x09\x80\0\0\0\0", 1002), (b"\x82\x80\0\0\0\0", 1003), (b"\x81\x81\0\0\0\0\xff", 1007),
+        (b"\x81\xff\0\0\1\0\0\0\0\0\0\0\0\0", 1009),
+    ]:  # fmt: skip
+        with shared_hub.socket("fuzzer") as line:
+            next_frame(line, "welcome")
+            line.socket.sendall(data)
+            with pytest.raises(ConnectionClosed):
+                while True:
+                    line.recv(20)
+            assert line.protocol.close_code == code, data
+    with shared_hub.socket("fuzzer") as line:
+        line.send("{")
+        assert next_frame(line, "error")["error"]["code"] == "invalid_json"
+        line.send(iter(['{"type":"hea', 'rtbeat","ref":', "1}"]))
+        assert next_frame(line, "heartbeat")["ref"] == 1
+        assert line.ping().wait(20)
+
+
+def test_a_websocket_is_refused_before_the_upgrade(shared_hub: LiveHub) -> None:
+    start = b"GET /ws/%s HTTP/1.1\r\nHost: localhost\r\n%sUpgrade: websocket\r\nConnection: Upgrade, close\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    shared_hub.client("present")
+    assert shared_hub.talk(start % (b"absent", b"")).startswith(b"HTTP/1.1 404 ")
+    assert shared_hub.talk(start % (b"present", b"Origin: http://evil.example\r\n")).startswith(b"HTTP/1.1 403 ")
+    assert shared_hub.talk(start % (b"present?token=present.wrong", b"")).startswith(b"HTTP/1.1 401 ")
+
+
+# --- Server -----------------------------------------------------------------------------------------------------------
+
+
+def test_frames_of_one_socket_are_answered_each_with_its_ref_and_presence_is_told(shared_hub: LiveHub) -> None:
+    pytest.importorskip("websockets")
+    shared_hub.client("framer")
+    with shared_hub.socket("framer") as line:
+        for n in range(100):
+            line.send(json.dumps({"to": "nobody-yet", "message": n, "ref": n}))
+        sent = [next_frame(line, "sent") for _ in range(100)]
+        assert [frame["ref"] for frame in sent] == list(range(100))
+        assert [frame["seq"] for frame in sent] == list(range(sent[0]["seq"], sent[0]["seq"] + 100))
+        shared_hub.client("newcomer", name="New").leave()
+        frames = [next_frame(line, "presence") for _ in range(1)]
+        while frames[-1]["agent_id"] != "newcomer":
+            frames.append(next_frame(line, "presence"))
+        assert frames[-1]["name"] == "New" and frames[-1]["status"] in ("active", "offline")
+
+
+def test_a_restart_keeps_everything_and_clients_go_on(live: object, tmp_path: Path) -> None:
+    hub = live(port=steady_port())
+    client = hub.client("keeper")
+    first = client.send_message("keeper", "before")
+    assert hub.stop() == 0
+    again = live(port=str(hub.port))
+    assert client.send_message("keeper", "after")["seq"] == first["seq"] + 1
+    assert [m["message"] for m in client.messages(unread=True)] == ["before", "after"]
+    assert again.client().agents()[0]["session_id"] == client.session_id
+
+
+@pytest.mark.parametrize("cycle", range(int(os.environ.get("AGENTHUB_TEST_KILLS", "4"))))
+def test_sigkill_in_mid_load_loses_nothing_acknowledged_and_reuses_no_seq(
+    cycle: int, live: object, tmp_path: Path
+) -> None:
+    chance, path = random.Random(cycle), tmp_path / "hub.db"
+    acknowledged: dict[str, int] = {}
+    for _ in range(2):
+        hub = live("--rate-limit", "0", "--max-inbox", "0")
+        senders = [hub.client(f"s{n}") for n in range(4)]
+        enough, lock = threading.Event(), threading.Lock()
+        want = len(acknowledged) + chance.randrange(50, 400)
+
+        def pour(client: ah.Client) -> None:
+            client.timeout = 5
+            with contextlib.suppress(ah.HubError, OSError):
+                while True:
+                    receipt = client.send_message("sink", "x" * 50)
+                    with lock:
+                        assert receipt["message_id"] not in acknowledged
+                        acknowledged[receipt["message_id"]] = receipt["seq"]
+                        if len(acknowledged) >= want:
+                            enough.set()
+
+        ah_retry, ah.RETRY_SECONDS = ah.RETRY_SECONDS, 0
+        try:
+            threads = [threading.Thread(target=pour, args=(client,)) for client in senders]
+            for thread in threads:
+                thread.start()
+            assert enough.wait(20)
+            hub.stop(signal.SIGKILL)
+            for thread in threads:
+                thread.join()
+        finally:
+            ah.RETRY_SECONDS = ah_retry
+        with contextlib.closing(sqlite3.connect(path)) as rows:
+            assert rows.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+            stored = dict(rows.execute("SELECT id, seq FROM messages"))
+            assert rows.execute("SELECT count(*) FROM deliveries").fetchone()[0] == len(stored)
+        assert acknowledged.items() <= stored.items() and len(set(stored.values())) == len(stored)
+
+
+def test_a_slow_disk_holds_up_what_depends_on_it_and_nothing_else(tmp_path: Path) -> None:
+    """Commits that hang until they are let go: heartbeats, reads and new sends go on, and no reply leaves early."""
+
+    async def play() -> None:
+        store = ah.Store(str(tmp_path / "hub.db"))
+        server = ah.Server(store, ah.Settings(ah.make_limits(), websockets=False))
+        address = (await server.start("127.0.0.1", 0))[0]
+        client = ah.AgentClient(f"http://127.0.0.1:{address[1]}", "a")
+        other = ah.AgentClient(client.url, "a")
+        await client.register()
+        hang, commit = threading.Event(), store.commit
+        server._disk._mean = 1.0  # a disk known to be slow
+        store.commit = lambda: (hang.wait(20), commit())
+        sends = [
+            asyncio.ensure_future(client.send_message("b", 1)),
+            asyncio.ensure_future(ah.AgentClient(client.url, "a").send_message("b", 2)),
+        ]
+        while server._batch is None:
+            await asyncio.sleep(0)
+        assert (
+            (await other.heartbeat())["success"]
+            and await other.messages() == []
+            and (await other.health())["status"] == "ok"
+        )
+        assert not any(task.done() for task in sends)
+        hang.set()
+        assert sorted([(await task)["seq"] for task in sends]) == [1, 2]
+        await client.close(), await other.close()
+        await server.stop()
+
+    asyncio.run(play())
+
+
+def test_a_full_disk_refuses_senders_reads_go_on_and_the_hub_recovers_by_itself(tmp_path: Path) -> None:
+    async def play() -> None:
+        store = ah.Store(str(tmp_path / "hub.db"))
+        server = ah.Server(store, ah.Settings(ah.make_limits(rate_limit=0), websockets=False))
+        address = (await server.start("127.0.0.1", 0))[0]
+        client = ah.AgentClient(f"http://127.0.0.1:{address[1]}", "a")
+        await client.register()
+        kept = await client.send_message("a", "kept")
+        size = lambda n: store._writer.execute(f"PRAGMA max_page_count = {n}")  # noqa: E731
+        size(store._writer.execute("PRAGMA page_count").fetchone()[0] + 1)
+        for n in range(3):
+            with pytest.raises(ah.StorageFull):
+                await client.send_message("a", str(n) * 100_000)
+            assert server.hub.seq == 1
+        assert (await client.health())["status"] == "failing" if server.api.trouble else True
+        assert [m["id"] for m in await client.messages()] == [kept["message_id"]] and (await client.heartbeat())[
+            "unread"
+        ] == 1
+        size(1_000_000)
+        assert (await client.send_message("a", "again"))["seq"] == 2
+        assert (await client.health())["status"] == "ok"
+        await client.close()
+        await server.stop()
+
+    asyncio.run(play())
+
+
+def test_a_second_hub_on_the_same_file_is_refused(live: object) -> None:
+    hub = live()
+    second = hub.cli("serve", "--port", "0", "--db", str(hub.db))
+    assert second.returncode == 1 and f"process {hub.process.pid}" in second.stderr and second.stderr.count("\n") == 1
+    assert hub.client("still").send_message("still", "here")["success"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_hub_cleanly_with_polls_answered_and_lines_closed(how: int, live: object) -> None:
+    hub = live()
+    me = hub.client("waiter")
+    got: list = []
+    waiting = threading.Thread(target=lambda: got.append(me.messages(unread=True, wait=50)))
+    waiting.start()
+    until(lambda: hub.client().agents()[0]["connected"])
+    with contextlib.ExitStack() as lines:
+        if _websockets():
+            line = lines.enter_context(hub.socket("waiter"))
+            next_frame(line, "welcome")
+        assert hub.stop(how) == 0
+        waiting.join(20)
+        assert got == [[]]
+        if _websockets():
+            with pytest.raises(Exception, match="1012"):
+                while True:
+                    line.recv(20)
+    assert not Path(f"{hub.db}-wal").exists()
+
+
+def test_expired_and_old_messages_are_swept_away_by_a_running_hub(live: object) -> None:
+    hub = live("--retention", "3600")
+    client = hub.client("a")
+    client.send_message("a", "short", ttl=0.05)
+    client.send_message("a", "long")
+    until(lambda: client.heartbeat()["unread"] == 1)
+    assert [m["message"] for m in client.messages()] == ["long"]
+
+
+# --- Client -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_blocking_client_asks_replies_and_gets_the_hubs_errors_as_classes(shared_hub: LiveHub) -> None:
+    asker, answerer = shared_hub.client("asker"), shared_hub.client("answerer")
+    answer: list = []
+    asking = threading.Thread(target=lambda: answer.append(asker.ask("answerer", "how many?", wait=30)))
+    asking.start()
+    (request,) = answerer.messages(unread=True, wait=30)
+    assert request["type"] == "request"
+    answerer.reply(request, 42)
+    asking.join(20)
+    assert (answer[0]["message"], answer[0]["type"], answer[0]["reply_to"], answer[0]["thread"]) == (
+        42,
+        "response",
+        request["id"],
+        request["id"],
+    )
+    assert asker.heartbeat()["unread"] == 0
+    with pytest.raises(ah.TimedOut):
+        asker.ask("answerer", "anybody?", wait=0.01)
+    with pytest.raises(ah.UnknownAgent):
+        ah.Client(shared_hub.url, "never-registered").heartbeat()
+    with pytest.raises(ah.Unreachable):
+        ah.Client("http://127.0.0.1:1").health()
+    with pytest.raises(ah.InvalidRequest):
+        ah.Client("ftp://x")
+
+
+def test_listening_acknowledges_what_was_worked_through_and_survives_a_restart(live: object) -> None:
+    hub = live(port=steady_port())
+    client = hub.client("listener")
+    client.send_message("listener", 1)
+    listening = client.listen()
+    assert next(listening)["message"] == 1 and hub.client("listener").heartbeat()["unread"] == 1
+    hub.client("listener").send_message("listener", 2)
+    assert next(listening)["message"] == 2
+    assert hub.stop() == 0
+    again = live(port=str(hub.port))
+    again.client("listener").send_message("listener", 3)
+    assert next(listening)["message"] == 3
+    assert again.client("listener").heartbeat()["unread"] == 1
+
+
+def test_a_client_waits_where_it_is_told_to_slow_down(live: object) -> None:
+    hub = live("--rate-limit", "50", "--rate-burst", "2")
+    client, waits = hub.client("hasty"), []
+    client.on_wait = lambda seconds, reason: waits.append(reason)
+    assert len({client.send_message("hasty", n)["seq"] for n in range(4)}) == 4
+    assert waits and "requests a second" in waits[0]
+
+
+# --- AgentClient ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_websockets", [True, False])
+def test_the_seeds_program_runs_as_printed(
+    with_websockets: bool, shared_hub: LiveHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if with_websockets:
+        pytest.importorskip("websockets")
+    monkeypatch.setattr(ah, "_has_websockets", lambda: with_websockets)
+    printed: list[str] = []
+    peer = f"peer-{with_websockets}"
+
+    async def main() -> None:
+        agent = ah.AgentClient(server_url=shared_hub.url, session_id=None, name="Instance-Alpha")
+        await agent.register()
+        other = ah.AgentClient(shared_hub.url, peer)
+        await other.register()
+        await agent.send_message("ALL", {"type": "task_proposal", "task": "code_review", "files": ["src/main.py"]})
+
+        async def handle_response(msg: dict) -> None:
+            if msg["type"] == "task_accept":
+                printed.append(f"{msg['from']} accepted task!")
+                await agent.close()
+
+        async def accept(msg: dict) -> None:
+            if msg["type"] == "task_proposal" and msg["from"] == agent.agent_id:
+                await other.reply(msg, {"type": "task_accept"}, type=None)
+                await other.close()
+
+        await asyncio.wait_for(asyncio.gather(agent.listen(handle_response), other.listen(accept)), 30)
+
+    asyncio.run(main())
+    assert printed == [f"{peer} accepted task!"]
+    assert shared_hub.client(peer).messages(unread=True) == [], "what was handled before closing is acknowledged"
+
+
+@pytest.mark.parametrize("with_websockets", [True, False])
+def test_an_agent_goes_on_through_restarts_and_handles_nothing_twice(
+    with_websockets: bool, live: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if with_websockets:
+        pytest.importorskip("websockets")
+    monkeypatch.setattr(ah, "_has_websockets", lambda: with_websockets)
+    hub, got = live(port=steady_port()), []
+
+    async def main() -> None:
+        agent = ah.AgentClient(hub.url, "steady")
+        async with agent:
+            listening = asyncio.ensure_future(agent.listen(lambda msg: got.append(msg["message"])))
+            for number in range(6):
+                await agent.send_message("steady", number)
+                if number % 2:
+                    while len(got) < number:
+                        await asyncio.sleep(0.01)
+                    hub.stop(signal.SIGKILL)
+                    await asyncio.to_thread(live, port=str(hub.port))
+            while len(got) < 6:
+                await asyncio.sleep(0.01)
+        await asyncio.wait_for(listening, 20)
+
+    real = live
+
+    def again(port: str) -> LiveHub:
+        nonlocal hub
+        hub = real(port=port)
+        return hub
+
+    live = again
+    asyncio.run(asyncio.wait_for(main(), 60))
+    assert got == list(range(6))
+
+
+# --- CLI --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_session_from_the_shell(live: object) -> None:
+    hub = live()
+    assert re.fullmatch(
+        r'agenthub [\d.]+ at http://\S+, store \S+hub.db; next: AGENTHUB_URL=\S+ python agenthub.py send alpha "hi"\n',
+        hub.line,
+    )
+    sent = hub.cli("send", "alpha", "hi")
+    assert sent.returncode == 0 and "alpha (unknown)" in sent.stdout and "nobody is registered as alpha" in sent.stderr
+    got = hub.cli("recv", "--as", "alpha", "--json")
+    envelope = json.loads(got.stdout)
+    assert envelope["message"] == "hi" and envelope["from"].startswith("tester-")
+    assert hub.cli("recv", "--as", "alpha").stdout == ""
+    assert hub.cli("send", "alpha", "again", "--as", "alpha").stderr == ""
+    peeked = [hub.cli("recv", "--as", "alpha", "--peek").stdout for _ in range(2)]
+    assert peeked[0] == peeked[1] and peeked[0].endswith("alpha to alpha: again\n")
+    assert "alpha active" in hub.cli("agents").stdout
+    assert len(hub.cli("history", "--as", "alpha", "--json", "--limit", "9").stdout.splitlines()) == 2
+    status = json.loads(hub.cli("status", "--json").stdout)
+    assert (status["status"], status["agent_id"], status["unread"]) == ("ok", envelope["from"], 0)
+    named = json.loads(
+        hub.cli(
+            "register", "--name", "Builder", "--capability", "build", "--json", AGENTHUB_SESSION="s-12345678"
+        ).stdout
+    )
+    assert named["agent_id"] == "builder-s-123456"
+    assert (
+        json.loads(hub.cli("status", "--json", AGENTHUB_SESSION="s-12345678").stdout)["agent_id"] == "builder-s-123456"
+    )
+    assert hub.cli("send", "@build", '{"type":"go"}', "--json-message").stdout.endswith("builder-s-123456 (queued)\n")
+    assert hub.cli("send", "alpha", "-", stdin="from stdin").returncode == 0
+    state = Path(hub.env["XDG_STATE_HOME"]) / "agenthub"
+    assert state.stat().st_mode & 0o777 == 0o700 and (state / "identity.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_exit_status_says_what_happened(live: object) -> None:
+    hub = live()
+    for words, code in [
+        (("send",), 2), (("nonsense",), 2), ((), 2), (("agents", "--status", "x"), 2), (("--version",), 0), (("send", "--help"), 0),
+        (("send", "#UP", "x"), 1), (("send", "a", "{", "--json-message"), 1), (("recv", "--wait", "0.01"), 4), (("recv", "--wait", "99"), 1),
+        (("status", "--url", "http://127.0.0.1:1"), 3), (("status", "--url", "nonsense"), 1), (("serve", "--port", str(hub.port), "--db", ":memory:"), 1),
+        (("serve", "--db", "/proc/none/hub.db"), 1), (("serve", "--max-inbox", "-1"), 2),
+    ]:  # fmt: skip
+        done = hub.cli(*words)
+        assert done.returncode == code, (words, done)
+        assert "Traceback" not in done.stderr and (code in (0, 2) or done.stderr.count("\n") == 1), done.stderr
+        assert code == 0 or done.stdout == ""
+
+
+def test_listen_prints_a_line_a_message_goes_on_through_a_restart_and_is_interrupted_with_130(live: object) -> None:
+    hub = live(port=steady_port())
+    command = [sys.executable, str(FILE), "listen", "--as", "ear"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=hub.env) as ear:
+        until(lambda: any(agent["connected"] for agent in hub.client().agents()))
+        hub.cli("send", "ear", "one \x1b[31mred", "--as", "mouth")
+        assert ear.stdout.readline().endswith(" mouth to ear: one \\x1b[31mred\n")
+        hub.stop()
+        again = live(port=str(hub.port))
+        again.cli("send", "ear", "two", "--as", "mouth")
+        assert ear.stdout.readline().endswith(" mouth to ear: two\n")
+        ear.send_signal(signal.SIGINT)
+        assert ear.wait(20) == 130
+
+
+def test_every_limit_is_an_option_and_a_variable_and_port_is_honoured(
+    live: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("PORT", str(port))
+    monkeypatch.setenv("AGENTHUB_MAX_INBOX", "7")
+    args = ah._parser("serve").parse_args(["serve", "--max-message", "5"])
+    assert (args.port, args.max_inbox, args.max_message, args.retention) == (port, 7, 5, None)
+    assert all(hasattr(args, name) for name in ah.LIMITS)
+    monkeypatch.setenv("AGENTHUB_MAX_INBOX", "many")
+    assert ah.main(["serve"]) == 1
+
+
+def test_a_hub_that_others_can_reach_makes_a_key_and_prints_it_once(live: object) -> None:
+    hub = live("--host", "0.0.0.0")
+    key = re.search(r"AGENTHUB_KEY=(\S+)", hub.line)[1]
+    assert len(key) >= 43 and hub.cli("send", "a", "b").returncode == 1
+    assert hub.cli("send", "a", "b", AGENTHUB_KEY=key).returncode == 0
+    assert hub.cli("recv", "--as", "a", AGENTHUB_KEY=key).stdout.endswith(": b\n")
+    assert key not in hub.log() and key not in Path(f"{hub.db}").read_bytes().decode("latin-1")
+
+
+def test_a_lost_store_is_no_reason_to_be_locked_out(live: object, tmp_path: Path) -> None:
+    hub = live(port=steady_port())
+    assert hub.cli("send", "a", "b").returncode == 0
+    hub.stop()
+    again = live(port=str(hub.port), db="other.db")
+    assert again.cli("send", "a", "b").returncode == 0
+
+
+# --- House rules ------------------------------------------------------------------------------------------------------
+
+TREE = ast.parse(FILE.read_text(encoding="utf-8"))
+LINES = FILE.read_text(encoding="utf-8").splitlines()
+MAY_USE = {  # what of the file a section's code may name, beside itself
+    "Constants": [], "Errors": [], "Model": ["Constants"], "Fields": ["Constants", "Errors", "Model"],
+    "Hub": ["Constants", "Errors", "Model", "Fields"], "Store": ["Constants", "Errors", "Model"], "HTTP": ["Constants", "Errors", "Model"],
+    "Handlers": ["Constants", "Errors", "Model", "Fields", "Hub", "HTTP"],
+    "API": ["Constants", "Errors", "Model", "Fields", "Hub", "HTTP", "Handlers"],
+    "Readers": ["Constants", "Errors", "Model", "HTTP", "Handlers"],
+    "Connections": ["Constants", "Errors", "Model", "HTTP", "Handlers", "API", "Readers"],
+    "Server": ["Constants", "Errors", "Model", "Hub", "Store", "HTTP", "Handlers", "API", "Readers", "Connections"],
+    "Client": ["Constants", "Errors", "Model", "HTTP"], "AgentClient": ["Constants", "Errors", "Model", "HTTP", "Client"],
+    "CLI": ["Constants", "Errors", "Model", "Fields", "Store", "HTTP", "Handlers", "API", "Server", "Client", "AgentClient"],
+}  # fmt: skip
+
+
+def sections() -> dict[str, tuple[int, int]]:
+    """The first and last line of each section, by the name on its banner."""
+    marks = [(number, line.strip("# -")) for number, line in enumerate(LINES, 1) if line.startswith("# ---")]
+    ends = [number - 1 for number, _ in marks[1:]] + [len(LINES)]
+    return {name: (start, end) for (start, name), end in zip(marks, ends)}
+
+
+def test_each_section_uses_only_what_the_floor_plan_lets_it() -> None:
+    rooms = sections()
+    assert list(rooms) == list(MAY_USE)
+    where = lambda line: next((name for name, (start, end) in rooms.items() if start <= line <= end), None)  # noqa: E731
+    owner: dict[str, str] = {}
+    for node in TREE.body:
+        names = (
+            [node.name]
+            if hasattr(node, "name")
+            else [t.id for t in getattr(node, "targets", [getattr(node, "target", None)]) if isinstance(t, ast.Name)]
+        )
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple):
+            names = [t.id for t in node.targets[0].elts]
+        owner.update({name: where(node.lineno) for name in names if where(node.lineno)})
+    wrong = [
+        f"{where(node.lineno)} names {node.id} of {owner[node.id]} (line {node.lineno})"
+        for node in ast.walk(TREE)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and owner.get(node.id, where(node.lineno)) != where(node.lineno)
+        and where(node.lineno) and owner[node.id] not in MAY_USE[where(node.lineno)]
+    ]  # fmt: skip
+    assert not wrong, "\n".join(wrong)
+
+
+def test_pure_sections_import_nothing_that_does_io_and_only_the_store_knows_sqlite() -> None:
+    for name, (start, end) in sections().items():
+        imported = {alias.name.partition(".")[0] for node in ast.walk(TREE) if isinstance(node, (ast.Import, ast.ImportFrom))
+                    and start <= node.lineno <= end for alias in (node.names if isinstance(node, ast.Import) else [ast.alias(node.module)])}  # fmt: skip
+        if name in ("Model", "Fields", "Hub", "HTTP", "Handlers", "API"):
+            assert not imported & {"asyncio", "socket", "sqlite3", "ssl", "os", "time", "random", "threading"}, (
+                name,
+                imported,
+            )
+        assert name == "Store" or "sqlite3" not in imported
+
+
+def test_the_rooms_and_the_functions_are_of_human_size() -> None:
+    for name, (start, end) in sections().items():
+        assert 50 <= end - start <= 450, f"{name} has {end - start} lines"
+    sizes = sorted(
+        node.end_lineno - node.lineno + 1
+        for node in ast.walk(TREE)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    )
+    assert sizes[len(sizes) // 2] <= 8 and sizes[len(sizes) * 9 // 10] <= 25 and sizes[-1] <= 60
+    assert all(node.end_lineno - node.lineno <= 400 for node in ast.walk(TREE) if isinstance(node, ast.ClassDef))
+
+
+def test_public_names_are_documented_and_lines_are_short() -> None:
+    members = [*TREE.body, *(node for kind in TREE.body if isinstance(kind, ast.ClassDef) for node in kind.body)]
+    bare = [f"{node.name} (line {node.lineno})" for node in members if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+            and not node.name.startswith("_") and not ast.get_docstring(node)]  # fmt: skip
+    assert not bare, bare
+    assert not [number for number, line in enumerate(LINES, 1) if len(line) > 120]
+    assert not re.findall(r"\b(TODO|FIXME|XXX|NotImplemented)\b", "\n".join(LINES))
+
+
+def test_the_tests_stand_in_the_order_of_the_sections() -> None:
+    banners = [
+        line.strip("# -")
+        for line in Path(__file__).read_text(encoding="utf-8").splitlines()
+        if line.startswith("# ---")
+    ]
+    assert banners == ["Helpers", *MAY_USE, "House rules"]
+
+
+def test_importing_costs_little_and_needs_nothing() -> None:
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import agenthub; print(*sorted(sys.modules))"
+    loaded = set(
+        subprocess.run(
+            [sys.executable, "-I", "-S", "-c", code, str(FILE.parent)], capture_output=True, text=True, check=True
+        ).stdout.split()
+    )
+    heavy = {
+        "asyncio",
+        "sqlite3",
+        "http.client",
+        "argparse",
+        "dataclasses",
+        "websockets",
+        "ssl",
+        "socket",
+        "inspect",
+        "logging",
+        "hashlib",
+        "secrets",
+    }
+    assert not loaded & heavy
+
+
+@pytest.fixture(scope="module")
+def bare_python(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An interpreter with nothing installed."""
+    folder = tmp_path_factory.mktemp("bare")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    return str(folder / "bin" / "python")
+
+
+def test_a_bare_interpreter_runs_a_hub_and_every_client_command(bare_python: str, live: object) -> None:
+    hub = live(python=bare_python)
+    assert "websockets is not installed" in hub.log()
+    for words in (
+        ("send", "bob", "hi"),
+        ("recv", "--as", "bob"),
+        ("agents",),
+        ("status",),
+        ("history", "--as", "bob"),
+        ("register", "carl"),
+    ):
+        assert hub.cli(*words, python=bare_python).returncode == 0, words
+    assert hub.talk(
+        b"GET /ws/bob HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: close\r\n\r\n"
+    ).startswith(b"HTTP/1.1 501 ")
+    code = ("import sys, asyncio; sys.path.insert(0, sys.argv[1]); from agenthub import AgentClient\n"
+            "async def main():\n a = AgentClient(sys.argv[2], 'bob'); await a.register(); await a.send_message('bob', 'x')\n"
+            " async def once(m): print(m['message']); await a.close()\n await a.listen(once)\nasyncio.run(main())")  # fmt: skip
+    done = subprocess.run(
+        [bare_python, "-c", code, str(FILE.parent), hub.url], capture_output=True, text=True, timeout=30
+    )
+    assert done.stdout == "x\n", done.stderr
+
+
+def _websockets() -> bool:
+    return ah._has_websockets()
+
+
+def readme_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def test_the_readmes_shell_commands_work(live: object, tmp_path: Path) -> None:
+    """Every line of every `bash` block, against a running hub; what starts a hub or the tests themselves is known by name."""
+    hub = live("--rate-limit", "0")
+    shutil.copy(FILE, tmp_path / "agenthub.py")
+    env = hub.env | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    ran = 0
+    for block in readme_blocks("bash"):
+        for line in re.sub(r"\\\n\s*", "", block).splitlines():
+            line = (
+                re.sub(r"\s+#.*", "", line)
+                .replace("http://127.0.0.1:8080", hub.url)
+                .replace("HOST:8080", f"127.0.0.1:{hub.port}")
+                .strip()
+            )
+            if not line or re.match(
+                r"(AGENTHUB_\S+ )*python agenthub.py serve|python -m pytest|pip install|uv run", line
+            ):
+                continue
+            stays = re.search(r"\blisten\b|stream\?", line)
+            done = subprocess.run(
+                ["timeout", "2" if stays else "30", "bash", "-c", line],
+                cwd=tmp_path,
+                env=env,
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode in ((124,) if stays else (0,)), (line, done)
+            assert '"success":false' not in done.stdout, (line, done.stdout)
+            ran += 1
+    assert ran >= 10
+
+
+def test_the_readmes_python_runs(live: object) -> None:
+    hub = live()
+    for block in readme_blocks("python"):
+        compile(block, "README.md", "exec")
+    code = readme_blocks("python")[0].replace("http://127.0.0.1:8080", hub.url)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=hub.env | {"PYTHONPATH": str(FILE.parent)},
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_top_level_holds_four_files_and_dot_files() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=FILE.parent, capture_output=True, text=True).stdout.split() or [
+        "agenthub.py"
+    ]
+    top = {name.partition("/")[0] for name in tracked}
+    assert {name for name in top if not name.startswith(".")} <= {
+        "agenthub.py",
+        "test_agenthub.py",
+        "README.md",
+        "LICENSE",
+    }
