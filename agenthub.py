@@ -39,7 +39,7 @@ import sys
 import time
 from array import array
 from bisect import bisect_left, bisect_right
-from typing import Any, Callable, Iterable, Iterator, NamedTuple
+from typing import Any, Callable, Generator, Iterable, Iterator, NamedTuple
 from zlib import crc32
 
 __all__ = ["AgentClient", "Client", "HubError", "main"]
@@ -100,7 +100,7 @@ MAX_PIPELINE = 256  # requests of one connection that may be unanswered at a tim
 READ_AHEAD = 64 * 1024  # bytes taken in from a line that is not being answered yet, or read for one that is behind
 MAX_ANSWER = 4 << 20  # bytes of messages in one answer; what is left comes with the next cursor
 MAX_GATHERED = 20_000  # events that may wait for a stalled disk before senders are not read any more
-STOP_SECONDS = 2  # a clean end takes no longer than this, whatever the clients do
+STOP_SECONDS = 1.5  # a clean end takes no longer than this, whatever the clients do
 RETRY_SECONDS = 10  # how long clients go on after a line that broke in mid-call, before they give up
 GC_THRESHOLD = 50_000  # allocations between two looks for cycles: the hub makes few, and looking cost it 8 %
 BACKLOG = 1_024  # connections waiting to be accepted: a whole team reconnects at once after a restart
@@ -127,10 +127,14 @@ def make_limits(**given: float) -> Any:
 class HubError(Exception):
     """A refusal, the same on both ends: `code` on the wire, `status` in HTTP, one sentence with the fix in it.
 
-    `details` are further fields of the error object, e.g. `candidates` or `retry_after` (seconds).
+    `details` are further fields of the error object, e.g. `candidates` or `retry_after` (seconds). A subclass's code is
+    its name in lower case with underscores; status 0 is for what only a client raises.
     """
 
     code, status = "internal", 500
+
+    def __init_subclass__(cls, status: int, code: str = "") -> None:
+        cls.code, cls.status = code or re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower(), status
 
     def __init__(self, message: str, **details: Any) -> None:
         super().__init__(message)
@@ -141,142 +145,96 @@ class HubError(Exception):
         return {"success": False, "error": {"code": self.code, "message": self.message, **self.details}}
 
 
-class InvalidJson(HubError):
+class InvalidJson(HubError, status=400):
     """The text is not the JSON (RFC 8259) it should be."""
 
-    code, status = "invalid_json", 400
 
-
-class InvalidRequest(HubError):
+class InvalidRequest(HubError, status=400):
     """A field, a parameter or the request itself is not what was expected."""
 
-    code, status = "invalid_request", 400
 
-
-class Unauthorized(HubError):
+class Unauthorized(HubError, status=401):
     """No token or key, or a wrong one."""
 
-    code, status = "unauthorized", 401
 
-
-class Forbidden(HubError):
+class Forbidden(HubError, status=403):
     """The caller is known and may not do this."""
 
-    code, status = "forbidden", 403
 
-
-class BadOrigin(HubError):
+class BadOrigin(HubError, status=403):
     """A web page of another site asks for a change."""
 
-    code, status = "bad_origin", 403
 
-
-class BadHost(HubError):
+class BadHost(HubError, status=403):
     """The Host header names a machine the hub is not (DNS rebinding)."""
 
-    code, status = "bad_host", 403
 
-
-class NotFound(HubError):
+class NotFound(HubError, status=404):
     """Nothing is there."""
 
-    code, status = "not_found", 404
 
-
-class UnknownAgent(HubError):
+class UnknownAgent(HubError, status=404):
     """No agent of that id is registered."""
 
-    code, status = "unknown_agent", 404
 
-
-class MethodNotAllowed(HubError):
+class MethodNotAllowed(HubError, status=405):
     """The path exists, with other methods."""
 
-    code, status = "method_not_allowed", 405
 
-
-class AgentIdTaken(HubError):
+class AgentIdTaken(HubError, status=409):
     """Another session holds that agent_id and is active."""
 
-    code, status = "agent_id_taken", 409
 
-
-class AmbiguousRecipient(HubError):
+class AmbiguousRecipient(HubError, status=409):
     """Several agents have that name; `candidates` are their ids."""
 
-    code, status = "ambiguous_recipient", 409
 
-
-class IdReused(HubError):
+class IdReused(HubError, status=409):
     """The message id was used before, for another content."""
 
-    code, status = "id_reused", 409
 
-
-class PayloadTooLarge(HubError):
+class PayloadTooLarge(HubError, status=413):
     """The body or the message is over its limit."""
 
-    code, status = "payload_too_large", 413
 
-
-class UnsupportedMediaType(HubError):
+class UnsupportedMediaType(HubError, status=415):
     """The Content-Type is not one the route takes."""
 
-    code, status = "unsupported_media_type", 415
 
-
-class RateLimited(HubError):
+class RateLimited(HubError, status=429):
     """Too many requests; `retry_after` seconds help."""
 
-    code, status = "rate_limited", 429
 
-
-class LoopSuspected(HubError):
+class LoopSuspected(HubError, status=429):
     """Two agents go round in circles."""
 
-    code, status = "loop_suspected", 429
 
-
-class HeadersTooLarge(HubError):
+class HeadersTooLarge(HubError, status=431):
     """The request's head is over its limit."""
 
-    code, status = "headers_too_large", 431
 
-
-class NeedsWebsockets(HubError):
+class NeedsWebsockets(HubError, status=501, code="not_implemented"):
     """The hub runs without the websockets package."""
 
-    code, status = "not_implemented", 501
 
-
-class ShuttingDown(HubError):
+class ShuttingDown(HubError, status=503):
     """The hub is about to end; ask again in a moment."""
 
-    code, status = "shutting_down", 503
 
-
-class InboxFull(HubError):
+class InboxFull(HubError, status=507):
     """The recipient has as many unread messages as it may."""
 
-    code, status = "inbox_full", 507
 
-
-class StorageFull(HubError):
+class StorageFull(HubError, status=507):
     """The disk did not take the change; nothing was changed."""
 
-    code, status = "storage_full", 507
+
+class Unreachable(HubError, status=0):
+    """No hub answers at the address."""
 
 
-class Unreachable(HubError):
-    """No hub answers at the address (client side only)."""
-
-    code, status = "unreachable", 0
-
-
-class TimedOut(HubError):
-    """Nothing came within the time given (client side only)."""
-
-    code, status = "timed_out", 0
+class TimedOut(HubError, status=0):
+    """Nothing came within the time given."""
 
 
 class StoreError(Exception):
@@ -339,8 +297,8 @@ class Agent(NamedTuple):
 class Message(NamedTuple):
     """One stored message, however many inboxes it lies in.
 
-    `to` and `payload` are JSON text, times are milliseconds since 1970, `given` says that the sender chose the id, and
-    `digest` is then that of what was asked, to tell a retry from a reuse.
+    `to` and `payload` are JSON text, times are milliseconds since 1970. `digest` is there where the sender chose the
+    id: that of what it asked, to tell a retry from a reuse.
     """
 
     seq: int
@@ -382,14 +340,6 @@ class Receipt(NamedTuple):
     duplicate: bool = False
 
 
-class Page(NamedTuple):
-    """Messages out of one inbox, oldest first; `next` is the cursor after them, `more` says that it goes on at once."""
-
-    messages: list[Message]
-    next: int
-    more: bool
-
-
 class Snapshot(NamedTuple):
     """All that the hub remembers between two runs."""
 
@@ -399,6 +349,7 @@ class Snapshot(NamedTuple):
     seen: tuple[tuple[str, int], ...] = ()
     unread: tuple[tuple[str, int], ...] = ()
     pings: tuple[tuple[int, str, str], ...] = ()
+    departed: tuple[str, ...] = ()
 
 
 class Registered(NamedTuple):
@@ -409,6 +360,12 @@ class Registered(NamedTuple):
 
 class Left(NamedTuple):
     """Event: an agent left; its inbox stays for its return."""
+
+    agent_id: str
+
+
+class Forgotten(NamedTuple):
+    """Event: of an agent that left nothing is unread any more."""
 
     agent_id: str
 
@@ -462,7 +419,7 @@ class Presence(NamedTuple):
 class Register(NamedTuple):
     """Command: come in, refresh, or take an offline agent over. `token` is the digest of the new token.
 
-    `renews` says that leaving the session out refreshes the one that is there (open mode, or the key was shown).
+    `renews` says that leaving the session out refreshes the one that is there, as it does in open mode.
     """
 
     at: int
@@ -476,32 +433,25 @@ class Register(NamedTuple):
     renews: bool
 
 
-class Leave(NamedTuple):
+class _OfAgent(NamedTuple):
+    at: int
+    agent_id: str
+
+
+class Leave(_OfAgent):
     """Command: an agent goes for good."""
 
-    at: int
-    agent_id: str
 
-
-class Touch(NamedTuple):
+class Touch(_OfAgent):
     """Command: a sign of life."""
 
-    at: int
-    agent_id: str
 
-
-class Connect(NamedTuple):
+class Connect(_OfAgent):
     """Command: a reader of the agent's inbox opened."""
 
-    at: int
-    agent_id: str
 
-
-class Disconnect(NamedTuple):
+class Disconnect(_OfAgent):
     """Command: a reader of the agent's inbox closed."""
-
-    at: int
-    agent_id: str
 
 
 class Send(NamedTuple):
@@ -521,12 +471,11 @@ class Send(NamedTuple):
 
 
 class Ack(NamedTuple):
-    """Command: messages were received, those above `above` up to `up_to` and those in `seqs`."""
+    """Command: messages were received: all up to `up_to`, or those in `seqs`, which ascend."""
 
     at: int
     agent_id: str
     up_to: int = 0
-    above: int = 0
     seqs: tuple[int, ...] = ()
 
 
@@ -558,7 +507,14 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+def _finite(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError("a number is too large")
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
 
 
 def _too_deep(value: Any, levels: float) -> bool:
@@ -653,7 +609,7 @@ def _choice(*values: str) -> Kind:
     return _pattern("|".join(values), f"one of {', '.join(values)}")
 
 
-_ID = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+_ID, _TYPE = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}", "[a-z][a-z0-9_.-]{0,63}"
 _AGENT_ID = _pattern(_ID, "an agent_id: 1 to 64 of A-Z a-z 0-9 . _ - and a letter or digit first")
 _MESSAGE_ID = _pattern("[A-Za-z0-9._:-]{1,64}", "a message id: 1 to 64 of A-Z a-z 0-9 . _ : -")
 _NAME = _printable(64)
@@ -711,7 +667,7 @@ KINDS: dict[str, Kind] = {
     "capabilities": _list_of(_CAPABILITY, 64, "a list of up to 64 capabilities"),
     "metadata": Kind({"type": "object"}, _metadata),
     "recipient": Kind({"oneOf": [_NAME.schema, {"type": "array", "items": _NAME.schema, "minItems": 1}]}, _recipient),
-    "type": _pattern("[a-z][a-z0-9_.-]{0,63}", "a type: 1 to 64 of a-z 0-9 _ . - and a letter first"),
+    "type": _pattern(_TYPE, "a type: 1 to 64 of a-z 0-9 _ . - and a letter first"),
     "message_id": _MESSAGE_ID,
     "message_ids": _list_of(_MESSAGE_ID, MAX_PAGE, f"a list of up to {MAX_PAGE} message ids"),
     "json": Kind({}, lambda value: value),
@@ -724,9 +680,6 @@ KINDS: dict[str, Kind] = {
     "format": _choice("sse", "json"),
     "ack_mode": _choice("auto", "explicit"),
 }
-
-
-_TYPE = re.compile("[a-z][a-z0-9_.-]{0,63}").fullmatch
 
 
 def read_fields(fields: tuple[Field, ...], given: dict) -> dict[str, Any]:
@@ -767,11 +720,16 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def is_type(value: Any) -> bool:
+    """Whether that may be a message's type."""
+    return isinstance(value, str) and bool(re.fullmatch(_TYPE, value))
+
+
 def derived_id(name: str, session_id: str) -> str:
     """The agent_id of a registration that names none: `Beta` of session 01TYEi4Mjf2T… is beta-01TYEi4M."""
     text = re.sub(r"[^a-z0-9._-]", "", name.lower().replace(" ", "-")).lstrip("._-")[:55]
     tail = re.sub(r"[^A-Za-z0-9._-]", "", session_id[:8])
-    return "-".join(part for part in (text, tail) if part) or "agent"
+    return "-".join(part for part in (text, tail) if part).lstrip("._-") or "agent"
 
 
 # --- Hub --------------------------------------------------------------------------------------------------------------
@@ -796,6 +754,20 @@ class Inbox:
         del self.unread[start:stop]
         return taken
 
+    def take_all(self, seqs: tuple[int, ...]) -> list[array[int]]:
+        """Remove these, which ascend, and return them as runs between which nothing else was unread."""
+        runs: list[array[int]] = []
+        following = -1
+        for seq in seqs:
+            at = bisect_left(self.unread, seq)
+            if at < len(self.unread) and self.unread[at] == seq:
+                del self.unread[at]
+                if at != following:  # what follows a run's last one has moved up to its place
+                    runs.append(array("q"))
+                runs[-1].append(seq)
+                following = at
+        return runs
+
 
 class Hub:
     """The rules. `apply` takes a command and changes everything it should at once, or raises HubError and nothing.
@@ -804,7 +776,7 @@ class Hub:
     restart. No clock, no I/O, no chance in here: the same commands in the same order give the same hub.
     """
 
-    def __init__(self, limits: Any, snapshot: Snapshot = Snapshot()) -> None:
+    def __init__(self, limits: Any, snapshot: Snapshot, at: int = 0) -> None:
         self.limits = limits
         self.events: list[Any] = []
         self.connections: dict[str, int] = {}
@@ -813,13 +785,13 @@ class Hub:
         self._unwritten: set[str] = set()
         self._buckets: dict[str, tuple[float, int]] = {}
         self._paces: dict[tuple, list[int]] = {}
-        self.load(snapshot)
+        self.load(snapshot, at)
 
     # state in and out
 
-    def load(self, snapshot: Snapshot) -> None:
+    def load(self, snapshot: Snapshot, at: int = 0) -> None:
         """Become what the snapshot says. Who is connected and how fast everybody goes is not in it and stays."""
-        self.epoch, self.seq = snapshot.epoch, snapshot.seq
+        self.epoch, self.seq, self.departed = snapshot.epoch, snapshot.seq, set(snapshot.departed)
         self.agents = {agent.agent_id: agent for agent in snapshot.agents}
         self.inboxes: dict[str, Inbox] = {}
         self._names: dict[str, set[str]] = {}
@@ -840,7 +812,7 @@ class Hub:
         for inbox in self.inboxes.values():
             inbox.pushed = inbox.unread[0] - 1
         self._pings = {seq: [id, sender, waiting[seq]] for seq, id, sender in snapshot.pings if seq in waiting}
-        self._active = {name for name in self.agents if name in self._seen}  # the next sweep tells who is not
+        self._active = {name for name in self.agents if self.status(name, at) == "active"}
 
     def snapshot(self) -> Snapshot:
         """What a store that wrote every event would load: equal hubs have equal snapshots."""
@@ -851,6 +823,7 @@ class Hub:
             tuple(sorted((name, at) for name, at in self._seen.items() if name in self.agents)),
             tuple((name, seq) for name in sorted(self.inboxes) for seq in self.inboxes[name].unread),
             tuple((seq, id, sender) for seq, (id, sender, _) in sorted(self._pings.items())),
+            tuple(sorted(self.departed)),
         )
 
     def take_events(self) -> list[Any]:
@@ -992,6 +965,7 @@ class Hub:
             tokens=(*base.tokens, c.token)[-TOKENS_PER_AGENT:],
         )
         self._forget_name(held)
+        self.departed.discard(agent.agent_id)
         self.agents[agent.agent_id] = agent
         self._names.setdefault(agent.name.casefold(), set()).add(agent.agent_id)
         self.events.append(Registered(agent))
@@ -1008,9 +982,10 @@ class Hub:
                 del self._names[agent.name.casefold()]
 
     def _adopt(self, agent: Agent) -> None:
-        """Hand an agent what was sent to its name before anybody had it. Two agents of one name: the first gets it."""
+        """Hand an agent what was sent to its name before anybody had it. Two agents of one name: the first gets it.
+        What waits for an agent that left is not sent to a name, whatever it reads like."""
         fold = agent.name.casefold()
-        for name in [n for n in self.inboxes if n.casefold() == fold and not self.known(n)]:
+        for name in [n for n in self.inboxes if n.casefold() == fold and not self.known(n) and n not in self.departed]:
             inbox, left = self._inbox(agent.agent_id), self.inboxes.pop(name)
             for seq in set(left.unread) & set(inbox.unread):
                 self._answered(seq)
@@ -1025,6 +1000,7 @@ class Hub:
         self._forget_name(agent)
         self._seen.pop(c.agent_id, None)
         self._unwritten.discard(c.agent_id)
+        self.departed.add(c.agent_id)
         self.events.append(Left(c.agent_id))
         if c.agent_id in self._active:
             self._active.discard(c.agent_id)
@@ -1136,13 +1112,12 @@ class Hub:
     def _ack(self, c: Ack) -> int:
         """How many messages this newly acknowledged. A ping among them is answered to its sender."""
         self.expect(c.agent_id)
-        inbox = self._inbox(c.agent_id)
-        taken = [inbox.take(c.above, c.up_to)] if c.up_to else [inbox.take(seq - 1, seq) for seq in c.seqs]
-        for run in filter(None, taken):
+        runs = self._inbox(c.agent_id).take_all(c.seqs) if c.seqs else [self._inbox(c.agent_id).take(0, c.up_to)]
+        for run in filter(None, runs):
             self.events.append(Acknowledged(c.agent_id, run[0], run[-1], c.at))
             if self._pings:
                 self._answer_pings(c, run)
-        return sum(map(len, taken))
+        return sum(map(len, runs))
 
     def _answer_pings(self, c: Ack, seqs: Iterable[int]) -> None:
         for seq in [seq for seq in seqs if seq in self._pings]:
@@ -1178,6 +1153,9 @@ class Hub:
         self._paces = {key: p for key, p in self._paces.items() if p and c.at - p[-1] < LOOP_WINDOW * 1000}
         for name in [n for n, inbox in self.inboxes.items() if not inbox.unread and not self.known(n)]:
             del self.inboxes[name]
+        done = sorted(name for name in self.departed if name not in self.inboxes)
+        self.departed.difference_update(done)
+        self.events += map(Forgotten, done)
 
     RULES = {
         Register: _register,
@@ -1200,13 +1178,14 @@ MIGRATIONS = (  # the n-th brings a file from user_version n to n + 1; what has 
     CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
     CREATE TABLE agents (agent_id TEXT PRIMARY KEY, session_id TEXT NOT NULL, name TEXT NOT NULL,
         capabilities TEXT NOT NULL, metadata TEXT NOT NULL, tokens BLOB NOT NULL, registered_at INTEGER NOT NULL,
-        seen_at INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID;
+        seen_at INTEGER NOT NULL DEFAULT 0, departed INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID;
     CREATE TABLE messages (seq INTEGER PRIMARY KEY, id TEXT, type TEXT NOT NULL, sender TEXT NOT NULL,
         recipient TEXT NOT NULL, payload TEXT NOT NULL, sent_at INTEGER NOT NULL, reply_to TEXT NOT NULL,
         thread TEXT NOT NULL, expires_at INTEGER NOT NULL, digest BLOB NOT NULL, inboxes TEXT NOT NULL);
     CREATE UNIQUE INDEX message_ids ON messages (id) WHERE id IS NOT NULL;
     CREATE INDEX message_expiry ON messages (expires_at) WHERE expires_at > 0;
     CREATE INDEX message_pings ON messages (seq) WHERE type = 'ping';
+    CREATE TABLE gaps (inbox TEXT PRIMARY KEY, seq INTEGER NOT NULL) WITHOUT ROWID;
     CREATE TABLE deliveries (inbox TEXT, seq INTEGER, acked_at INTEGER, PRIMARY KEY (inbox, seq)) WITHOUT ROWID;
     """,
 )
@@ -1228,11 +1207,12 @@ WRITES: dict[type, tuple[tuple[str, Callable[[list], list[tuple]]], ...]] = {
             "INSERT INTO agents (agent_id, session_id, name, capabilities, metadata, tokens, registered_at)"
             " VALUES (?,?,?,?,?,?,?) ON CONFLICT (agent_id) DO UPDATE SET session_id = excluded.session_id,"
             " name = excluded.name, capabilities = excluded.capabilities, metadata = excluded.metadata,"
-            " tokens = excluded.tokens, registered_at = excluded.registered_at",
+            " tokens = excluded.tokens, registered_at = excluded.registered_at, departed = 0",
             _agent_rows,
         ),
     ),
-    Left: (("DELETE FROM agents WHERE agent_id = ?", lambda batch: [(e.agent_id,) for e in batch]),),
+    Left: (("UPDATE agents SET departed = 1, tokens = x'' WHERE agent_id = ?", list),),
+    Forgotten: (("DELETE FROM agents WHERE agent_id = ? AND departed", list),),
     Seen: (("UPDATE agents SET seen_at = ? WHERE agent_id = ?", lambda batch: [(e.at, e.agent_id) for e in batch]),),
     Sent: (
         ("INSERT INTO messages VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", _message_rows),
@@ -1253,6 +1233,11 @@ WRITES: dict[type, tuple[tuple[str, Callable[[list], list[tuple]]], ...]] = {
         ),
     ),
     Expired: (
+        (
+            "INSERT INTO gaps SELECT value, seq FROM messages, json_each(messages.inboxes) WHERE messages.seq = ?"
+            " ON CONFLICT DO UPDATE SET seq = max(seq, excluded.seq)",
+            lambda batch: [(seq,) for e in batch for seq in e.seqs],
+        ),
         (
             "DELETE FROM deliveries WHERE seq = ?1 AND inbox IN"
             " (SELECT value FROM messages, json_each(messages.inboxes) WHERE messages.seq = ?1)",
@@ -1305,22 +1290,22 @@ class Store:
         return self._sqlite.connect(path, isolation_level=None, check_same_thread=False, timeout=1)
 
     def _prepare_file(self) -> None:
-        """Make folder and file for this user only, take the lock, and look at what is there before SQLite does."""
+        """Look at what is there before anything is changed, take the lock, make folder and file for this user only."""
         folder = os.path.dirname(os.path.abspath(self.path))
         if not os.path.isdir(folder):
             os.makedirs(folder, mode=0o700)
-        self._take_lock()
-        if not os.path.exists(self.path) and os.path.exists(self.path + "-wal"):
+        if os.path.exists(self.path):
+            with open(self.path, "rb") as file:
+                if file.read(16) not in (b"", b"SQLite format 3\0"):
+                    raise StoreError(f"{self.path} is not an agenthub store: name another file with --db")
+        elif os.path.exists(self.path + "-wal"):
             raise StoreError(
                 f"{self.path} is gone, but its write-ahead log is there with messages in it: put the file back,"
                 f" or remove {self.path}-wal to start empty"
             )
+        self._take_lock()
         os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
         os.chmod(self.path, 0o600)
-        with open(self.path, "rb") as file:
-            head = file.read(16)
-        if head and head != b"SQLite format 3\0":
-            raise StoreError(f"{self.path} is not an agenthub store: name another file with --db")
 
     def _take_lock(self) -> None:
         """One hub a file: flock ends with the process, however it ends, so a lock left behind holds nobody up."""
@@ -1428,7 +1413,8 @@ class Store:
         """Everything the hub keeps in memory."""
         rows = self._reader.execute
         agents, seen = [], []
-        for *head, capabilities, metadata, tokens, at, seen_at in rows("SELECT * FROM agents ORDER BY agent_id"):
+        query = "SELECT * FROM agents WHERE NOT departed ORDER BY agent_id"
+        for *head, capabilities, metadata, tokens, at, seen_at, _ in rows(query):
             digests = tuple(tokens[i : i + 32] for i in range(0, len(tokens), 32))
             agents.append(Agent(*head, tuple(json.loads(capabilities)), metadata, digests, at))
             seen.append((head[0], seen_at))
@@ -1443,6 +1429,7 @@ class Store:
             tuple(pair for pair in seen if pair[1]),
             tuple(unread),
             tuple((seq, id or made_id(self.epoch, seq), who) for seq, id, who in pings if seq in waiting),
+            tuple(name for (name,) in rows("SELECT agent_id FROM agents WHERE departed ORDER BY agent_id")),
         )
 
     def _message(self, row: tuple) -> Message:
@@ -1461,7 +1448,7 @@ class Store:
         )
         found: list[Message] = []
         for row in rows:
-            if most < 0:
+            if most < 0 and found:
                 return found, True
             found.append(self._message(row))
             most -= len(found[-1].payload)
@@ -1477,9 +1464,10 @@ class Store:
         query = "SELECT seq FROM deliveries WHERE inbox = ? AND seq < ? ORDER BY seq DESC LIMIT ?"
         return [seq for (seq,) in self._reader.execute(query, (name, before, limit))]
 
-    def first_seq(self, default: int) -> int:
-        """The oldest seq that is still kept."""
-        return self._reader.execute("SELECT ifnull(min(seq), ?) FROM messages", (default,)).fetchone()[0]
+    def gap(self, name: str) -> int:
+        """The newest seq that once lay in this inbox and is deleted; 0 where nothing is missing."""
+        row = self._reader.execute("SELECT seq FROM gaps WHERE inbox = ?", (name,)).fetchone()
+        return row[0] if row else 0
 
     def find(self, message_id: str, seq: int = 0) -> tuple[Message, tuple[str, ...]] | None:
         """A message by its seq, or by the id its sender gave, and the inboxes it went to."""
@@ -1492,15 +1480,17 @@ class Store:
         rows = self._reader.execute(
             "SELECT seq, inboxes FROM messages WHERE expires_at > 0 AND expires_at <= ? LIMIT ?", (now, limit)
         ).fetchall()
-        oldest = self._reader.execute("SELECT seq, inboxes, sent_at FROM messages ORDER BY seq LIMIT ?", (limit,))
-        rows += [(seq, inboxes) for seq, inboxes, at in oldest if at < sent_before]
+        oldest = self._reader.execute("SELECT sent_at FROM messages ORDER BY seq LIMIT 1").fetchone()
+        if oldest and oldest[0] < sent_before:
+            some = self._reader.execute("SELECT seq, inboxes, sent_at FROM messages ORDER BY seq LIMIT ?", (limit,))
+            rows += [(seq, inboxes) for seq, inboxes, at in some if at < sent_before]
         return [(seq, tuple(json.loads(inboxes))) for seq, inboxes in dict(rows).items()]
 
 
 # --- HTTP -------------------------------------------------------------------------------------------------------------
 
 REASONS = {
-    100: "Continue", 200: "OK", 202: "Accepted", 204: "No Content", 400: "Bad Request", 401: "Unauthorized",
+    200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized",
     403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 409: "Conflict", 413: "Content Too Large",
     415: "Unsupported Media Type", 429: "Too Many Requests", 431: "Request Header Fields Too Large",
     500: "Internal Server Error", 501: "Not Implemented", 503: "Service Unavailable", 507: "Insufficient Storage",
@@ -1626,7 +1616,7 @@ def parse_head(head: bytes) -> Head:
         raise InvalidRequest("a request has one Host header")
     target = match[2].decode()
     if not target.startswith("/"):  # the absolute form of a proxy's client, or a bare * for OPTIONS
-        target = "/" + target.split("/", 3)[-1] if target.startswith(("http://", "https://")) else target
+        target = re.sub("^https?://[^/]*/?", "/", target)
     path, _, query = target.partition("?")
     words = {word.strip().lower() for word in headers.get("connection", "").split(",")}
     keep = "close" not in words and (match[3] == b"1" or "keep-alive" in words)
@@ -1716,15 +1706,13 @@ class RequestReader:
         self._pieces: list[bytes] = []
         self._scanned = 0
         self._continued = False
-        self.last_head = b""
 
     @property
     def started(self) -> bool:
         """Whether a request has begun to arrive and is not whole yet."""
         return self._head is not None or bool(self.buffer)
 
-    @property
-    def wants_continue(self) -> bool:
+    def owes_continue(self) -> bool:
         """Whether the client waits for `100 Continue` before its body (RFC 9110 10.1.1); true once a request."""
         asked = self._head is not None and self._head.headers.get("expect", "").lower() == "100-continue"
         if not asked or self._continued:
@@ -1772,7 +1760,6 @@ class RequestReader:
             self._scanned = len(self.buffer)
             return None
         head = bytes(self.buffer[:end])
-        self.last_head = head + b"\r\n\r\n"
         if head.count(b"\r\n") > self.limits.max_header_lines:
             raise HeadersTooLarge(f"the request has over {self.limits.max_header_lines:.0f} header lines: send fewer")
         del self.buffer[: end + 4]
@@ -1780,12 +1767,17 @@ class RequestReader:
         return parse_head(head)
 
 
+def plain_head(status: int, kind: str, headers: tuple, date: str) -> bytes:
+    """The head of an answer whose body has no length: a stream."""
+    return _response_head(status, kind, headers, date, True) + b"\r\n"
+
+
 class ResponseReader:
     """A client's half: the head of one answer, then its body as it arrives."""
 
     def __init__(self) -> None:
         self.buffer = bytearray()
-        self.status, self.headers = 0, {}  # type: int, dict[str, str]
+        self.status, self.headers, self.rest = 0, {}, b""  # type: int, dict[str, str], bytes
         self._body: Body | None = None
 
     def feed(self, data: bytes) -> bytes:
@@ -1801,6 +1793,11 @@ class ResponseReader:
             if self.status >= 200:
                 self._body = Body(body_length(self.headers))
         return self._body.read(self.buffer) if self._body else b""
+
+    def lines(self, data: bytes) -> list[bytes]:
+        """Take bytes in and give the body's lines that are whole now: a stream of JSON objects, and empty ones."""
+        *whole, self.rest = (self.rest + self.feed(data)).split(b"\n")
+        return whole
 
     @property
     def done(self) -> bool:
@@ -1857,12 +1854,13 @@ class Stream(NamedTuple):
 
 
 class Upgrade(NamedTuple):
-    """The connection becomes a WebSocket of this agent."""
+    """The connection becomes a WebSocket of this agent; `key` is that of the handshake (RFC 6455 4.1)."""
 
     agent_id: str
     after: int | None
     explicit: bool
-    epoch: str
+    recovered: bool
+    key: str
 
 
 class Settings(NamedTuple):
@@ -1900,25 +1898,6 @@ class Histogram:
         self.total += seconds
 
 
-class Metrics:
-    """What the hub counts beside its state."""
-
-    def __init__(self) -> None:
-        self.answers: dict[int, int] = {}
-        self.frames = self.messages = self.deliveries = self.pushes = self.acknowledged = self.expired = 0
-        self.commits = self.failed_commits = self.slow_readers = 0
-        self.request_seconds, self.commit_seconds = Histogram(), Histogram()
-
-    def count(self, events: Iterable[Any]) -> None:
-        """Count what a committed batch did."""
-        for event in events:
-            if type(event) is Sent:
-                self.messages += 1
-                self.deliveries += len(event.inboxes)
-            elif type(event) is Expired:
-                self.expired += len(event.seqs)
-
-
 class Handlers:
     """What each request does, once it is known who asks: commands to the hub, answers out of it and the log.
 
@@ -1932,7 +1911,10 @@ class Handlers:
         import secrets
 
         self.hub, self.log, self.settings = hub, log, settings
-        self.metrics, self.committed, self.started_at = Metrics(), hub.seq, 0
+        self.committed, self.started_at = hub.seq, 0
+        self.metrics: collections.Counter[str] = collections.Counter()  # by the names in METRICS
+        self.answers: collections.Counter[int] = collections.Counter()
+        self.request_seconds, self.commit_seconds = Histogram(), Histogram()
         self._mint = mint or (lambda: secrets.token_urlsafe(32))
         self._sha256 = lambda text: hashlib.sha256(text.encode()).digest()
         self._digest = lambda text: hashlib.blake2b(text.encode(), digest_size=16).digest()
@@ -1949,7 +1931,8 @@ class Handlers:
         if agent_id is None:
             if given["name"] is None:
                 raise InvalidRequest("`agent_id` is missing: give one, or a name to make it from")
-            agent_id = KINDS["new_agent_id"].check(derived_id(given["name"], session or fresh))
+            made = {"agent_id": derived_id(given["name"], session or fresh)}
+            agent_id = read_fields((Field("agent_id", "new_agent_id"),), made)["agent_id"]
         token = f"{agent_id}.{self._mint()}"
         agent = self.hub.apply(
             Register(
@@ -2013,9 +1996,6 @@ class Handlers:
 
     def send(self, call: Call) -> Response:
         """POST /api/v1/messages."""
-        if call.params["id"] is None and "idempotency-key" in call.head.headers:
-            key = {"Idempotency-Key": call.head.headers["idempotency-key"]}
-            call.params["id"] = read_fields((Field("Idempotency-Key", "message_id"),), key)["Idempotency-Key"]
         return self._send(call.agent_id, call.params, call.at)
 
     def send_to(self, call: Call) -> Response:
@@ -2034,7 +2014,7 @@ class Handlers:
         message = given["message"]
         payload = self._payload(message)
         inner = message.get("type") if isinstance(message, dict) else None
-        kind = given.get("type") or (inner if isinstance(inner, str) and _TYPE(inner) else "")
+        kind = given.get("type") or (inner if is_type(inner) else "")
         if kind == "heartbeat":
             self.hub.expect(sender)
             return Response({"success": True, "last_heartbeat": timestamp(self.hub.seen_at(sender))}, settled=True)
@@ -2110,17 +2090,18 @@ class Handlers:
         want = call.params
 
         def attempt(final: bool) -> Response | None:
-            page = self._page(call.agent_id, want, call.at)
-            if not page.messages and not page.more and not final:
+            found, cursor, more = self._page(call.agent_id, want, call.at)
+            if not found and not more and not final:
                 return None
-            texts = ",".join(message.envelope() for message in page.messages)
-            text = f'{{"messages":[{texts}],"next":{page.next},"unread":{self.hub.unread(call.agent_id)}}}'
+            texts = ",".join(message.envelope() for message in found)
+            text = f'{{"messages":[{texts}],"next":{cursor},"unread":{self.hub.unread(call.agent_id)}}}'
             return Response(text.encode(), settled=True)
 
         found = attempt(not want["wait"])
         return found if found else Wait(call.agent_id, want["wait"], attempt)
 
-    def _page(self, name: str, want: dict[str, Any], at: int) -> Page:
+    def _page(self, name: str, want: dict[str, Any], at: int) -> tuple[list[Message], int, bool]:
+        """Messages, oldest first, the cursor after them, and whether a filter has more to look at."""
         filters = (want["type"] or "", want["from"] or "", want["thread"] or "")
         limit = want["limit"] or DEFAULT_LIMIT
         step = 1000 if any(filters) else limit
@@ -2138,16 +2119,16 @@ class Handlers:
             found, cursor = found[:limit], found[limit - 1].seq
         more = scanned >= MAX_SCAN and not newest
         found.sort()
-        return Page(found, (found[-1].seq if found else 0) if newest else cursor, more)
+        return found, (found[-1].seq if found else 0) if newest else cursor, more
 
     def _seqs(self, name: str, cursor: int, step: int, newest: bool, unread: bool) -> list[int]:
         if newest:
             return self.log.inbox_before(name, min(cursor, self.committed + 1), step)
-        return self.seqs_after(name, cursor, step, unread)
+        return self.seqs_after(name, cursor, self.committed, step, unread)
 
-    def seqs_after(self, name: str, after: int, limit: int, unread: bool) -> list[int]:
-        """The seqs of up to `limit` durable messages above `after`: the unread ones, or all."""
-        return (self.hub.unread_after if unread else self.log.inbox)(name, after, self.committed, limit)
+    def seqs_after(self, name: str, after: int, up_to: int, limit: int, unread: bool) -> list[int]:
+        """The seqs of up to `limit` durable messages above `after`, up to `up_to`: the unread ones, or all."""
+        return (self.hub.unread_after if unread else self.log.inbox)(name, after, min(up_to, self.committed), limit)
 
     def ack(self, call: Call) -> Response:
         """POST /api/v1/messages/ack."""
@@ -2160,8 +2141,8 @@ class Handlers:
             raise InvalidRequest("`up_to` or `ids` is needed, one of them: the newest seq you have, or a list of ids")
         found = [self._find(one) for one in ids or ()]
         seqs = tuple(sorted(one[0].seq for one in found if one))
-        count = self.hub.apply(Ack(at, agent_id, up_to or 0, 0, seqs))
-        self.metrics.acknowledged += count
+        count = self.hub.apply(Ack(at, agent_id, up_to or 0, seqs))
+        self.metrics["acknowledged_total"] += count
         return count
 
     # readers that stay
@@ -2169,13 +2150,7 @@ class Handlers:
     def stream(self, call: Call) -> Stream:
         """GET /api/v1/stream. Starts with what is unread, or after a seq."""
         self.hub.expect(call.agent_id)
-        after = call.params["after"]
-        last = call.head.headers.get("last-event-id", "")
-        if after is None and last:
-            after = read_fields(
-                (Field("Last-Event-ID", "seq"),), {"Last-Event-ID": int(last) if last.isdigit() else last}
-            )
-            after = after["Last-Event-ID"]
+        after, _ = self._resume(call.agent_id, call.params["after"], "")
         return Stream(call.agent_id, after, call.params["format"] or "sse")
 
     def socket(self, call: Call) -> Upgrade:
@@ -2187,18 +2162,27 @@ class Handlers:
             raise NeedsWebsockets(
                 "this hub runs without websockets: `pip install websockets` there, or use /api/v1/stream"
             )
-        want = call.params
-        return Upgrade(call.agent_id, want["after"], want["ack"] == "explicit", want["epoch"] or "")
+        key, version = (call.head.headers.get(f"sec-websocket-{name}", "") for name in ("key", "version"))
+        if version != "13" or not re.fullmatch("[A-Za-z0-9+/]{22}==", key) or call.head.method != "GET":
+            raise InvalidRequest("a WebSocket is opened (RFC 6455) by GET, Sec-WebSocket-Version 13, a key of 16 bytes")
+        after, recovered = self._resume(call.agent_id, call.params["after"], call.params["epoch"] or "")
+        return Upgrade(call.agent_id, after, call.params["ack"] == "explicit", recovered, key)
+
+    def _resume(self, agent_id: str, after: int | None, epoch: str) -> tuple[int | None, bool]:
+        """Where a reader goes on, and whether all after its cursor is still there. A cursor out of another log means
+        nothing here: what is unread is all there is to give."""
+        if after is None:
+            return None, True
+        if epoch not in ("", self.hub.epoch) or after > self.hub.seq:
+            return None, False
+        return after, after >= self.log.gap(agent_id)
 
     def welcome(self, upgrade: Upgrade) -> dict:
-        """The first frame of a WebSocket. `recovered` is false where something after the cursor may be gone."""
-        after, hub = upgrade.after, self.hub
-        whole = after is None or (
-            upgrade.epoch in ("", hub.epoch) and self.log.first_seq(hub.seq) - 1 <= after <= hub.seq
-        )
-        body = {"type": "welcome", "agent_id": upgrade.agent_id, "hub": "agenthub", "version": VERSION}
-        return body | {
-            "epoch": hub.epoch, "seq": hub.seq, "recovered": whole, "unread": hub.unread(upgrade.agent_id)
+        """The first frame of a WebSocket."""
+        hub, agent_id = self.hub, upgrade.agent_id
+        return {
+            "type": "welcome", "agent_id": agent_id, "hub": "agenthub", "version": VERSION, "epoch": hub.epoch,
+            "seq": hub.seq, "recovered": upgrade.recovered, "unread": hub.unread(agent_id),
         }  # fmt: skip
 
 
@@ -2233,6 +2217,7 @@ class Route(NamedTuple):
     actor: str = ""
     access: str = "agent"
     charged: bool = True
+    headers: tuple[tuple[str, str], ...] = ()  # headers that stand for a field which is left out
     raw: bool = False  # the body is the message itself, and who names no sender is the operator
 
     @property
@@ -2347,13 +2332,18 @@ class API(Handlers):
         return Call(head, body, params, actor, at)
 
     def _params(self, route: Route, head: Head, body: bytes, given: dict) -> dict[str, Any]:
+        for header, name in route.headers:
+            if header in head.headers:
+                given.setdefault(name, head.headers[header])
         if head.query:
-            given = {**parse_query(head.query), **given}
-        if route.raw and "x-from" in head.headers:
-            given.setdefault("from", head.headers["x-from"])
+            in_path = {name: given[name] for name in given if f"{{{name}}}" in route.path}
+            given = given | parse_query(head.query) | in_path
         params = read_fields(route.query, self._from_text(route.query, given)) if route.query else {}
         if route.method == "POST" and not route.raw:
-            params.update(read_fields(route.body, self._json_body(head, body)))
+            posted = self._json_body(head, body)
+            for _, name in route.headers:
+                posted[name] = given.get(name) if posted.get(name) is None else posted[name]
+            params.update(read_fields(route.body, posted))
         return params
 
     def _from_text(self, fields: tuple[Field, ...], given: dict[str, str]) -> dict[str, Any]:
@@ -2419,7 +2409,7 @@ class API(Handlers):
 
     def frame(self, agent_id: str, data: bytes, at: int) -> Frame:
         """Answer one frame of a WebSocket. Never raises, like `dispatch`."""
-        self.metrics.frames += 1
+        self.metrics["websocket_frames_total"] += 1
         ref: dict[str, Any] = {}
         try:
             frame = parse_json(data, self.settings.limits.max_depth)
@@ -2473,7 +2463,7 @@ class API(Handlers):
         """GET /metrics: Prometheus' text format 0.0.4."""
         lines = []
         for name, kind, words, read in METRICS:
-            value = read(self, call.at)
+            value = read(self, call.at) if read else self.metrics[name]
             lines += [f"# HELP agenthub_{name} {words}", f"# TYPE agenthub_{name} {kind}"]
             if isinstance(value, dict):
                 lines += [f'agenthub_{name}{{status="{label}"}} {count}' for label, count in sorted(value.items())]
@@ -2546,13 +2536,15 @@ ROUTES = (
     Route("DELETE", "/api/v1/agents/{agent_id}", Handlers.leave, "Leave the hub", query=(_AGENT,), actor="agent_id"),
     Route("POST", "/api/v1/agents/{agent_id}/heartbeat", Handlers.heartbeat, "Say that an agent is alive",
           query=(_AGENT,), actor="agent_id", charged=False),
-    Route("POST", "/api/v1/messages", Handlers.send, "Send a message", body=SEND_FIELDS, actor="from"),
+    Route("POST", "/api/v1/messages", Handlers.send, "Send a message", body=SEND_FIELDS, actor="from",
+          headers=(("idempotency-key", "id"),)),
     Route("POST", "/to/{recipient}", Handlers.send_to, "Send the body as it is", query=_TO_FIELDS,
-          actor="from", raw=True),
+          actor="from", raw=True, headers=(("idempotency-key", "id"), ("x-from", "from"))),
     Route("GET", "/api/v1/messages", Handlers.read, "Read an inbox", query=_READ_FIELDS, actor="agent_id"),
     Route("POST", "/api/v1/messages/ack", Handlers.ack, "Acknowledge messages", body=(_AGENT, *ACK_FIELDS),
           actor="agent_id", charged=False),
-    Route("GET", "/api/v1/stream", Handlers.stream, "An inbox as it fills", query=_STREAM_FIELDS, actor="agent_id"),
+    Route("GET", "/api/v1/stream", Handlers.stream, "An inbox as it fills", query=_STREAM_FIELDS,
+          actor="agent_id", headers=(("last-event-id", "after"),)),
     Route("GET", "/ws/{agent_id}", Handlers.socket, "A WebSocket", query=_SOCKET_FIELDS, actor="agent_id"),
     Route("GET", "/health", API.health, "Whether the hub is well", access="open", charged=False),
     Route("GET", "/metrics", API.show_metrics, "Figures for Prometheus", access="key", charged=False),
@@ -2562,7 +2554,8 @@ ROUTES = (
 
 FRAMES = {"heartbeat": API._heartbeat_frame, "ack": API._ack_frame}
 
-METRICS: tuple[tuple[str, str, str, Callable[[API, int], Any]], ...] = (
+# Name, type, help, and what gives the value; None: it is counted under its name.
+METRICS: tuple[tuple[str, str, str, Callable[[API, int], Any] | None], ...] = (
     ("info", "gauge", "Always 1; see /health for the version.", lambda api, at: 1),
     ("start_time_seconds", "gauge", "When the hub started, since 1970.", lambda api, at: api.started_at / 1000),
     ("agents", "gauge", "Agents registered, by status.", lambda api, at: _by_status(api.hub, at)),
@@ -2572,20 +2565,20 @@ METRICS: tuple[tuple[str, str, str, Callable[[API, int], Any]], ...] = (
      lambda api, at: sum(map(api.hub.unread, api.hub.inboxes))),
     ("seq", "gauge", "The newest seq given.", lambda api, at: api.hub.seq),
     ("store_failing", "gauge", "1 while the store takes no changes.", lambda api, at: int(bool(api.trouble))),
-    ("messages_total", "counter", "Messages stored.", lambda api, at: api.metrics.messages),
-    ("deliveries_total", "counter", "Messages put into inboxes.", lambda api, at: api.metrics.deliveries),
-    ("pushes_total", "counter", "Messages written to live readers.", lambda api, at: api.metrics.pushes),
-    ("acknowledged_total", "counter", "Deliveries acknowledged.", lambda api, at: api.metrics.acknowledged),
-    ("expired_total", "counter", "Messages deleted because their time was over.", lambda api, at: api.metrics.expired),
-    ("http_responses_total", "counter", "HTTP answers, by status.", lambda api, at: api.metrics.answers or {200: 0}),
-    ("websocket_frames_total", "counter", "Frames received on WebSockets.", lambda api, at: api.metrics.frames),
-    ("slow_readers_total", "counter", "Readers cut off as too slow.", lambda api, at: api.metrics.slow_readers),
-    ("commits_total", "counter", "Batches made durable.", lambda api, at: api.metrics.commits),
-    ("failed_commits_total", "counter", "Batches the disk refused.", lambda api, at: api.metrics.failed_commits),
+    ("messages_total", "counter", "Messages stored.", None),
+    ("deliveries_total", "counter", "Messages put into inboxes.", None),
+    ("pushes_total", "counter", "Messages written to live readers.", None),
+    ("acknowledged_total", "counter", "Deliveries acknowledged.", None),
+    ("expired_total", "counter", "Messages deleted because their time was over.", None),
+    ("http_responses_total", "counter", "HTTP answers, by status.", lambda api, at: api.answers or {200: 0}),
+    ("websocket_frames_total", "counter", "Frames received on WebSockets.", None),
+    ("slow_readers_total", "counter", "Readers cut off as too slow.", None),
+    ("commits_total", "counter", "Batches made durable.", None),
+    ("failed_commits_total", "counter", "Batches the disk refused.", None),
     ("request_duration_seconds", "histogram", "From a request's arrival to its answer.",
-     lambda api, at: api.metrics.request_seconds),
+     lambda api, at: api.request_seconds),
     ("commit_duration_seconds", "histogram", "From a batch's start until it is durable.",
-     lambda api, at: api.metrics.commit_seconds),
+     lambda api, at: api.commit_seconds),
 )  # fmt: skip
 
 
@@ -2671,14 +2664,17 @@ def websocket_frame(data: bytes, opcode: int = TEXT) -> bytes:
     return bytes((0x80 | opcode, 127)) + size.to_bytes(8, "big") + data
 
 
+def _chunk(text: str) -> bytes:
+    data = text.encode()
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
 def _event_chunk(message: Message, envelope: str) -> bytes:
-    text = f"id: {message.seq}\nevent: {message.type}\ndata: {envelope}\n\n".encode()
-    return b"%x\r\n%s\r\n" % (len(text), text)
+    return _chunk(f"id: {message.seq}\nevent: {message.type}\ndata: {envelope}\n\n")
 
 
 def _line_chunk(message: Message, envelope: str) -> bytes:
-    text = envelope.encode() + b"\n"
-    return b"%x\r\n%s\r\n" % (len(text), text)
+    return _chunk(f"{envelope}\n")
 
 
 def _socket_frame(message: Message, envelope: str) -> bytes:
@@ -2694,13 +2690,14 @@ class Reader:
 
     def __init__(self, server: Any, agent_id: str, after: int | None, encode: Callable, transport: Any) -> None:
         self.server, self.agent_id, self.encode, self.transport = server, agent_id, encode, transport
-        self.all, self.floor, self.cursor = after is not None, after or 0, after or 0
+        self.cursor = after or 0
+        self.unread_up_to = server.api.committed if after is None else 0  # from there on: all, whoever else has it
         self.live = self.paused = self.closed = self._coming = False
         self.out: list[bytes] = []
         self.queued = self.owed = 0
         self.paused_since = 0.0
         inbox = server.hub.inboxes.get(agent_id)
-        self.redelivered = inbox.pushed if inbox and not self.all else 0
+        self.redelivered = inbox.pushed if inbox and after is None else 0
         server.add_reader(self)
 
     def push(self, message: Message, frames: dict[Callable, bytes]) -> bool:
@@ -2716,7 +2713,11 @@ class Reader:
             return False
         self.cursor = message.seq
         self.write(frame)
+        self.wrote(message.seq)
         return True
+
+    def wrote(self, seq: int) -> None:
+        """A message went out; a stream learns nothing of its arrival."""
 
     def write(self, data: bytes) -> None:
         """Put bytes on the peer's line with the end of this turn."""
@@ -2734,8 +2735,10 @@ class Reader:
             self.transport.write(data)
 
     def fall_behind(self, seq: int = sys.maxsize) -> None:
-        """Read on from the log, from before `seq` where something older came in."""
-        self.live, self.cursor = False, min(self.cursor, seq - 1)
+        """Read on from the log, from before `seq` where something older came in: what is unread of that."""
+        if seq <= self.cursor:
+            self.unread_up_to, self.cursor = self.cursor, seq - 1
+        self.live = False
         if not self._coming and not self.paused:
             self._coming = True
             self.server.loop.call_soon(self.catch_up)
@@ -2746,14 +2749,18 @@ class Reader:
         if self.live or self.paused or self.closed:
             return
         api = self.server.api
-        seqs = api.seqs_after(self.agent_id, self.cursor, CATCH_UP_PAGE, unread=not self.all)
+        unread = self.cursor < self.unread_up_to
+        up_to = self.unread_up_to if unread else sys.maxsize
+        seqs = api.seqs_after(self.agent_id, self.cursor, up_to, CATCH_UP_PAGE, unread)
         messages, cut = api.log.messages(seqs, self.server.clock(), most=READ_AHEAD)
         for message in messages:
             self.write(self.encode(message, message.envelope(message.seq <= self.redelivered)))
-        if seqs:
-            self.cursor = messages[-1].seq if cut else seqs[-1]
-            self.server.pushed(self.agent_id, self.cursor, len(messages))
-        self.live = not cut and len(seqs) < CATCH_UP_PAGE
+            self.wrote(message.seq)
+        end = not cut and len(seqs) < CATCH_UP_PAGE
+        if messages:
+            self.server.pushed(self.agent_id, messages[-1].seq, len(messages))
+        self.cursor = messages[-1].seq if cut else up_to if unread and end else seqs[-1] if seqs else self.cursor
+        self.live = end and not unread
         self.flush()
         if not self.live:
             self.fall_behind()  # others have their turn in between
@@ -2775,6 +2782,10 @@ class Reader:
     def news(self, frames: bytes) -> None:
         """Presence: nothing for a stream, which carries mail only."""
 
+    def end(self) -> None:
+        """The agent left."""
+        self.transport.close()
+
     def close(self) -> None:
         """Take no part any more."""
         if not self.closed:
@@ -2787,34 +2798,49 @@ class SocketReader(Reader):
 
     def __init__(self, server: Any, upgrade: Upgrade, socket: Any) -> None:
         super().__init__(server, upgrade.agent_id, upgrade.after, _socket_frame, socket.transport)
-        self._explicit, self._protocol = upgrade.explicit, socket.protocol
-        self._pinged = self._acked = 0
+        self._explicit, self._socket = upgrade.explicit, socket
+        self._written: list[int] = []  # and not pinged for yet
+        self._pinged: tuple[int, ...] = ()  # what the ping that is on its way stands for
+
+    def wrote(self, seq: int) -> None:
+        """Remember what a pong will prove."""
+        if not self._explicit:
+            self._written.append(seq)
 
     def flush(self) -> None:
         """Write, with a ping behind the messages unless one is on its way."""
-        if not self._explicit and not self._pinged and self.cursor > max(self._acked, self.floor):
-            self._pinged = self.cursor
+        if self._written and not self._pinged:
+            self._pinged, self._written = tuple(sorted(self._written)), []
             self.ping()
-        if self._protocol.state.name != "OPEN":  # after a close frame nothing may follow (RFC 6455 5.5.1)
+        if self._socket.protocol.state.name != "OPEN":  # after a close frame nothing may follow (RFC 6455 5.5.1)
             self.out.clear()
         super().flush()
 
     def ping(self) -> None:
         """Ask for a pong that names what was sent."""
-        self.out.append(websocket_frame(b"%d" % self._pinged, PING))
+        self.out.append(websocket_frame(self._proof(), PING))
+
+    def _proof(self) -> bytes:
+        return b"%d" % (self._pinged[-1] if self._pinged else 0)
 
     def pong(self, data: bytes) -> None:
-        """Acknowledge what was sent before that ping; while the disk is full it is asked again."""
-        if not self._pinged or data != b"%d" % self._pinged or self.server.api.trouble:
+        """Acknowledge what was sent before that ping. What the disk does not take is asked for again (`check`)."""
+        if not self._pinged or data != self._proof():
             return
-        self._acked, self._pinged = self._pinged, 0
-        at, hub = self.server.clock(), self.server.hub
-        hub.apply(Touch(at, self.agent_id))
-        if hub.known(self.agent_id):
-            self.server.metrics.acknowledged += hub.apply(Ack(at, self.agent_id, self._acked, self.floor))
-        self.server.schedule()
-        if self.cursor > self._acked:
-            self.flush()
+        seqs, self._pinged = self._pinged, ()
+        server, at = self.server, self.server.clock()
+        if server.api.trouble:
+            self._written += seqs
+        elif server.hub.known(self.agent_id):
+            server.hub.apply(Touch(at, self.agent_id))
+            server.metrics["acknowledged_total"] += server.hub.apply(Ack(at, self.agent_id, seqs=seqs))
+            server.when_durable(lambda error: error and self._written.extend(seqs))
+            if self._written:
+                self.flush()
+
+    def end(self) -> None:
+        """The agent left: the line has nobody at its end any more."""
+        self._socket.end(1008, "this agent has left the hub")
 
     def news(self, frames: bytes) -> None:
         """Presence, for whoever keeps up."""
@@ -2827,7 +2853,7 @@ class Poll:
 
     def __init__(self, server: Any, wait: Wait, answer: Callable[[Response], None]) -> None:
         self.server, self.agent_id, self._wait, self._answer = server, wait.agent_id, wait, answer
-        self._timer = server.loop.call_later(wait.seconds, self.finish)
+        self._timer = server.loop.call_later(wait.seconds, self.end)
         server.add_reader(self)
 
     def push(self, message: Message | None, frames: dict) -> bool:
@@ -2845,8 +2871,8 @@ class Poll:
     def news(self, frames: bytes) -> None:
         """A poll asks for mail only."""
 
-    def finish(self) -> None:
-        """Answer with what there is."""
+    def end(self) -> None:
+        """Answer with what there is: time is over, the agent left, or the hub stops."""
         self.close()
         self._answer(self._wait.attempt(True))  # type: ignore[arg-type]
 
@@ -2865,17 +2891,18 @@ class HttpConnection:
     Answers leave in the order of their requests: each request takes a slot, and slots leave from the front when filled.
     """
 
-    admitted = False
+    admitted = refused = False
 
     def __init__(self, server: Any, upgrade: Callable[[], Any] | None = None) -> None:
         self.server, self._upgrade = server, upgrade
         self.reader = RequestReader(server.limits)
         self.slots: collections.deque[list[bytes]] = collections.deque()
-        self.blocked = self.paused = self.last = self.handed_over = False
+        self.blocked = self.paused = self.last = self.ended = self.handed_over = False
         self.stream: Reader | None = None
         self.poll: Poll | None = None
         self.since = server.loop.time()
-        self._said_at = self.since
+        self.unsent = 0
+        self._said_at, self._comment = self.since, b""
 
     # what asyncio calls
 
@@ -2895,9 +2922,9 @@ class HttpConnection:
         if not self.reader.started:
             self.since = self.server.loop.time()
         self.reader.feed(data)
-        if self.blocked and len(self.reader.buffer) > READ_AHEAD:
-            self.transport.pause_reading()
         self._pump()
+        if self._stuck() and len(self.reader.buffer) > READ_AHEAD:
+            self.transport.pause_reading()
         self.server.hold_if_gathering(self.transport)
 
     def pause_writing(self) -> None:
@@ -2912,15 +2939,13 @@ class HttpConnection:
         if self.stream:
             self.stream.resume()
         else:
-            self._pump()
+            self._go_on()
 
     def eof_received(self) -> bool:
-        """The peer has asked all it will; what it asked is still answered."""
-        self.last = True
-        keep_open = bool(self.slots) or self.poll is not None
-        if self.poll or self.stream:  # nobody is left to read it
-            return False
-        return keep_open
+        """The peer has asked all it will; what it asked is still answered, unless it would be waiting for news."""
+        self.ended = True
+        self.last = self.last or not self._stuck()
+        return bool(self.slots or self._stuck()) and not (self.poll or self.stream)
 
     def connection_lost(self, error: Exception | None) -> None:
         """The line is gone."""
@@ -2932,20 +2957,30 @@ class HttpConnection:
 
     # requests and answers
 
+    def _stuck(self) -> bool:
+        return self.blocked or self.paused or len(self.slots) >= MAX_PIPELINE
+
+    def _go_on(self) -> None:
+        """What stood in the way is gone: take up what has arrived since."""
+        if not self._stuck() and not self.last and (self.reader.buffer or self.ended):
+            self.transport.resume_reading()
+            self.server.loop.call_soon(self._pump)
+
     def _pump(self) -> None:
         """Answer what has arrived whole, as long as nothing stands in the way."""
-        while not (self.last or self.blocked or self.paused or len(self.slots) >= MAX_PIPELINE):
+        while not (self.last or self._stuck()):
             try:
                 request = self.reader.next()
             except HubError as error:
-                self._refuse(error)
-                break
+                return self._refuse(error)
             if request is None:
-                if self.reader.wants_continue:
+                if self.reader.owes_continue():
                     self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                self.last = self.ended
                 break
             self._answer(request)
-            self.since = self.server.loop.time()
+            if self.unsent > READ_AHEAD:
+                self._send_ready()
         self._send_ready()
 
     def _answer(self, request: Request) -> None:
@@ -2954,13 +2989,11 @@ class HttpConnection:
         slot: list[bytes] = []
         self.slots.append(slot)
         self.last = not request.head.keep
+        self.since = self.server.loop.time()
         self.HOW[type(answer)](self, request, answer, slot, started)
         self.server.schedule()
 
     def _answer_response(self, request: Request, answer: Response, slot: list[bytes], started: float) -> None:
-        if answer.settled:
-            return self._fill(request, answer, slot, started)
-
         def leave(error: HubError | None) -> None:
             final = answer
             if error and request.head.method == "GET":  # it changed nothing, so it can simply be asked again
@@ -2970,17 +3003,21 @@ class HttpConnection:
             self._fill(request, final, slot, started)
             self._send_ready()
 
-        self.server.when_durable(leave)
+        if answer.settled:
+            self._fill(request, answer, slot, started)
+        else:
+            self.server.when_durable(leave)
 
     def _fill(self, request: Request, answer: Response, slot: list[bytes], started: float) -> None:
         head, server = request.head, self.server
         extra = server.api.cors(head)
         if extra:
             answer = answer._replace(headers=answer.headers + extra)
-        slot.append(answer.encode(server._date, head.keep, head.method == "HEAD"))
-        metrics = server.metrics
-        metrics.answers[answer.status] = metrics.answers.get(answer.status, 0) + 1
-        metrics.request_seconds.observe(time.perf_counter() - started)
+        data = answer.encode(server.date, head.keep, head.method == "HEAD")
+        slot.append(data)
+        self.unsent += len(data)
+        server.api.answers[answer.status] += 1
+        server.api.request_seconds.observe(time.perf_counter() - started)
 
     def _answer_wait(self, request: Request, wait: Wait, slot: list[bytes], started: float) -> None:
         self.blocked = True
@@ -2989,29 +3026,29 @@ class HttpConnection:
             self.poll, self.blocked = None, False
             self._fill(request, answer, slot, started)
             self._send_ready()
-            self.transport.resume_reading()
-            self.server.loop.call_soon(self._pump)
+            self._go_on()
 
         self.poll = Poll(self.server, wait, leave)
 
     def _answer_stream(self, request: Request, stream: Stream, slot: list[bytes], started: float) -> None:
+        self.slots.pop()
+        if self.slots:
+            return self._refuse(InvalidRequest("open a stream on a connection with no unanswered request"))
         kind = "text/event-stream" if stream.format == "sse" else "application/x-ndjson"
         extra = (("Transfer-Encoding", "chunked"), ("X-Accel-Buffering", "no"), *self.server.api.cors(request.head))
-        head = Response(status=200, headers=extra, content_type=kind).encode(self.server._date).decode()
-        slot.append(head.replace("Content-Length: 0\r\n", "").encode())
-        self._send_ready()
-        if request.head.method == "HEAD" or self.slots:
+        self.transport.write(plain_head(200, f"{kind}; charset=utf-8", extra, self.server.date))
+        if request.head.method == "HEAD":
             self.last = True
             return
-        self.blocked = True
         encode = _event_chunk if stream.format == "sse" else _line_chunk
+        self.blocked = True
         self.stream = Reader(self.server, stream.agent_id, stream.after, encode, self.transport)
-        self._comment = b"3\r\n:\n\n\r\n" if stream.format == "sse" else b"1\r\n\n\r\n"
+        self._comment = _chunk(":\n\n" if stream.format == "sse" else "\n")
         self.stream.write(self._comment)
         self.stream.catch_up()
 
     def _answer_upgrade(self, request: Request, upgrade: Upgrade, slot: list[bytes], started: float) -> None:
-        """Hand the line over to websockets, which reads the handshake again and goes on from there."""
+        """Hand the line over to websockets, with a handshake of what matters to it: all else was looked at here."""
         self.slots.pop()
         if self.slots or self._upgrade is None:
             return self._refuse(InvalidRequest("open a WebSocket on a connection with no unanswered request"))
@@ -3021,24 +3058,34 @@ class HttpConnection:
         socket.admit(self.server, upgrade)
         self.transport.set_protocol(socket)
         socket.connection_made(self.transport)
-        socket.data_received(self.reader.last_head + bytes(self.reader.buffer))
+        fields = "Host: hub\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+        head = f"GET / HTTP/1.1\r\n{fields}Sec-WebSocket-Key: {upgrade.key}\r\n\r\n"
+        socket.data_received(head.encode() + bytes(self.reader.buffer))
 
     HOW = {Response: _answer_response, Wait: _answer_wait, Stream: _answer_stream, Upgrade: _answer_upgrade}
 
     def _refuse(self, error: HubError) -> None:
-        """Answer what could not be read, and close: where the next request begins is unknown."""
-        self.slots.append([error_response(error).encode(self.server._date, keep=False)])
-        self.last = True
+        """Answer what could not be read, and read no more: where the next request begins is unknown. What still comes
+        is thrown away for a while, because a line closed on unread bytes is reset, and the answer lost with it."""
+        self.slots.append([error_response(error).encode(self.server.date, keep=False)])
+        self.last = self.refused = True
+        self.since = self.server.loop.time()
         self._send_ready()
 
     def _send_ready(self) -> None:
-        out = []
+        full, out = len(self.slots) >= MAX_PIPELINE, []
         while self.slots and self.slots[0]:
             out += self.slots.popleft()
         if out and not self.transport.is_closing():
+            self.unsent, self.since = 0, self.server.loop.time()
             self.transport.write(b"".join(out))
+        if full:
+            self._go_on()
         if self.last and not (self.slots or self.stream or self.poll or self.handed_over):
-            self.transport.close()
+            if self.refused and self.transport.can_write_eof():
+                self.transport.write_eof()
+            else:
+                self.transport.close()
 
     # time
 
@@ -3047,16 +3094,17 @@ class HttpConnection:
         limits = self.server.limits
         if self.stream:
             if self.stream.too_slow(now):
-                self.server.metrics.slow_readers += 1
+                self.server.metrics["slow_readers_total"] += 1
                 self.transport.abort()
             elif now - self._said_at >= COMMENT_SECONDS and not self.paused:
                 self._said_at = now
                 self.stream.write(self._comment)
                 self.stream.flush()
         elif not self.blocked and (self.paused or not self.slots):
-            most = limits.head_timeout if self.reader.started or self.last else limits.idle_timeout
+            short = self.reader.started or self.last
+            most = SLOW_SECONDS if self.refused else limits.head_timeout if short else limits.idle_timeout
             if now - self.since > most - TICK_SECONDS:
-                self.transport.abort() if self.last else self.transport.close()
+                self.transport.abort()
 
     def end(self, code: int) -> None:
         """The hub stops."""
@@ -3077,10 +3125,11 @@ class HubSocket:
     stream: SocketReader | None = None
 
     def admit(self, server: Any, upgrade: Upgrade) -> None:
-        """Whose it is; called before the handshake."""
+        """Take note of whose it is; called before the handshake."""
         self.hub_server, self.upgrade = server, upgrade
         self._parts: list[bytes] = []
         self._heard_at = self._pinged_at = server.loop.time()
+        self._partial_at: float | None = None
         server.connections.add(self)
 
     def open(self) -> None:
@@ -3091,12 +3140,22 @@ class HubSocket:
             self.stream.write(websocket_frame(dump(welcome).encode()))
             self.stream.catch_up()
 
+    def data_received(self, data: bytes) -> None:
+        """Bytes of frames; takes note since when a frame has been arriving and is not whole."""
+        heard, self._heard_at = self._heard_at, -1.0
+        super().data_received(data)
+        if self._heard_at < 0:
+            self._heard_at = heard
+            self._partial_at = self._partial_at or self.hub_server.loop.time()
+        else:
+            self._partial_at = None
+
     def process_event(self, event: Any) -> None:
         """One event of the library's protocol; its own queue for data frames is not used."""
+        self._heard_at = self.hub_server.loop.time()
         if self.request is None:
             return super().process_event(event)
         self.open()  # a frame may come before the library's task has woken
-        self._heard_at = self.hub_server.loop.time()
         if event.opcode == PONG and self.stream:
             self.stream.pong(bytes(event.data))
         elif event.opcode == BINARY:
@@ -3157,15 +3216,17 @@ class HubSocket:
 
     def check(self, now: float) -> None:
         """Ping what has been silent, cut what stays so, and what does not keep up."""
+        late = self._partial_at is not None and now - self._partial_at > self.hub_server.limits.head_timeout
         if self.stream and self.stream.too_slow(now):
-            self.hub_server.metrics.slow_readers += 1
+            self.hub_server.metrics["slow_readers_total"] += 1
             self.end(1013, "too slow: reconnect, and what you missed will come")
-        elif now - self._heard_at > 2 * PING_SECONDS:
+        elif late or now - self._heard_at > 2 * PING_SECONDS:
             self.transport.abort()
-        elif self.stream and now - max(self._heard_at, self._pinged_at) > PING_SECONDS:
-            self._pinged_at = now
-            self.stream.ping()
-            self.stream.flush()
+        elif self.stream:
+            if now - max(self._heard_at, self._pinged_at) > PING_SECONDS:
+                self._pinged_at = now
+                self.stream.ping()
+            self.stream.flush()  # also asks again for what the disk did not take
 
     def end(self, code: int, reason: str = "") -> None:
         """Close with the closing handshake; what does not answer it is cut by the library's timeout."""
@@ -3235,11 +3296,12 @@ class Disk:
             work, done = job
             self._loop.call_soon_threadsafe(self._finish, done, *self._do(work))
 
-    def close(self) -> None:
-        """End the thread when it has done what it was given."""
+    def close(self) -> bool:
+        """End the thread when it has done what it was given. Says whether it has, within STOP_SECONDS."""
         if self._thread:
             self._jobs.put(None)
-            self._thread.join()
+            self._thread.join(STOP_SECONDS)
+        return not (self._thread and self._thread.is_alive())
 
 
 class Server:
@@ -3252,9 +3314,9 @@ class Server:
     def __init__(self, store: Store, settings: Settings) -> None:
         import asyncio
 
-        self.loop, self.clock = asyncio.get_running_loop(), Clock()
+        self.loop, self.clock, self.date = asyncio.get_running_loop(), Clock(), ""
         self.store, self.limits = store, settings.limits
-        self.hub = Hub(settings.limits, store.load())
+        self.hub = Hub(settings.limits, store.load(), self.clock())
         self.api = API(self.hub, store, settings)
         self.api.started_at = self.clock()
         self.api.probe = self._probe
@@ -3272,7 +3334,6 @@ class Server:
         self._listener: Any = None
         self._socket_type: Any = None
         self._swept_at = self.loop.time()
-        self._date = ""
         self._tick()
 
     # batches
@@ -3317,36 +3378,47 @@ class Server:
 
         def done(error: HubError | None) -> None:
             self._batch = None
-            self.metrics.commit_seconds.observe(time.perf_counter() - started)
+            self.api.commit_seconds.observe(time.perf_counter() - started)
             if error:
                 self._failed(error, waiters)
             else:
-                self.metrics.commits, self.api.trouble = self.metrics.commits + 1, ""
+                self.metrics["commits_total"] += 1
+                self.api.trouble = ""
                 self._committed(events, top, waiters)
 
         self._disk.run(self.store.commit, done)
 
     def _committed(self, events: list[Any], top: int, waiters: list) -> None:
         self.api.committed = top
-        self.metrics.count(events)
         for event in events:
             tell = self.TELL.get(type(event))
             if tell:
-                tell(self, event)
+                self._each(tell, self, event)
         for leave in waiters:
-            leave(None)
+            self._each(leave, None)
         self._end_turn()
+
+    def _each(self, tell: Callable, *args: Any) -> None:
+        """Tell one of many: a bug in what one of them hears must not keep the others from hearing."""
+        try:
+            tell(*args)
+        except Exception:
+            log_exception("telling what was committed")
 
     def _failed(self, error: HubError, waiters: list) -> None:
         """Undo a batch that the disk refused: the hub is again what the disk says, and everybody who waited is told.
         What gathered meanwhile stood on it and goes with it."""
-        self.metrics.failed_commits += 1
+        self.metrics["failed_commits_total"] += 1
         self.api.trouble = error.message
-        self.store.undo()
-        self.hub.load(self.store.load())
+        try:
+            self.store.undo()
+            self.hub.load(self.store.load(), self.clock())
+        except Exception:
+            log_exception("reading the store again")
+            os._exit(1)  # memory and disk disagree, and only a start can find out what is true
         waiters, self._waiters = waiters + self._waiters, []
         for leave in waiters:
-            leave(error)
+            self._each(leave, error)
         self._end_turn()
 
     def _end_turn(self) -> None:
@@ -3362,7 +3434,7 @@ class Server:
         """Raise StorageFull while the disk takes nothing, before anything is changed."""
         if self._batch is None:
             self.store.probe()
-        self.api.trouble = ""
+            self.api.trouble = ""
 
     def hold_if_gathering(self, transport: Any) -> None:
         """Take no more from a line while the disk stalls and a great deal waits for it."""
@@ -3385,6 +3457,8 @@ class Server:
     # what commits tell
 
     def _tell_sent(self, event: Sent) -> None:
+        self.metrics["messages_total"] += 1
+        self.metrics["deliveries_total"] += len(event.inboxes)
         frames: dict[Callable, bytes] = {}
         for name in event.inboxes:
             readers = self.readers.get(name)
@@ -3411,13 +3485,27 @@ class Server:
                 reader.news(data)
         self.flush()
 
-    TELL = {Sent: _tell_sent, Adopted: _tell_adopted, Presence: _tell_presence}
+    def _tell_left(self, event: Left) -> None:
+        """Its lines end with it, and so do its tokens: whoever takes the id next must not be read or spoken for."""
+        for reader in list(self.readers.get(event.agent_id, ())):
+            reader.end()
+
+    def _tell_expired(self, event: Expired) -> None:
+        self.metrics["expired_total"] += len(event.seqs)
+
+    TELL = {
+        Sent: _tell_sent,
+        Adopted: _tell_adopted,
+        Presence: _tell_presence,
+        Left: _tell_left,
+        Expired: _tell_expired,
+    }
 
     # readers
 
     def pushed(self, agent_id: str, seq: int, count: int = 1) -> None:
         """Remember what was written to a live reader: receipts tell it, and what is sent again says so."""
-        self.metrics.pushes += count
+        self.metrics["pushes_total"] += count
         inbox = self.hub.inboxes.get(agent_id)
         if inbox:
             inbox.pushed = max(inbox.pushed, seq)
@@ -3446,10 +3534,10 @@ class Server:
             return
         self.loop.call_later(TICK_SECONDS, self._tick)
         now = self.loop.time()
-        self._date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
+        self.date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
         for connection in list(self.connections):
             connection.check(now)
-        if self._batch is None and not self.hub.events and not self.api.trouble:
+        if not self.api.trouble:
             if now - self._swept_at >= SWEEP_SECONDS:
                 self._swept_at = now
                 self.hub.apply(Sweep(self.clock()))
@@ -3462,7 +3550,6 @@ class Server:
         due = self.store.expired(at, 0 if keep == float("inf") else int(at - keep), SWEEP_BATCH)
         if due:
             self.hub.apply(Expire(at, tuple(due)))
-            self.schedule()
 
     def _checkpoint(self) -> None:
         """Between two commits, as a batch of nobody's: where the disk is slow, the loop does not wait."""
@@ -3523,7 +3610,7 @@ class Server:
             getattr(self._listener, "server", self._listener).close()
         for readers in list(self.readers.values()):
             for poll in [reader for reader in readers if isinstance(reader, Poll)]:
-                poll.finish()
+                poll.end()
         while (self._batch is not None or self.hub.events) and self.loop.time() < deadline:
             self.schedule()
             await asyncio.sleep(0.005)
@@ -3533,20 +3620,23 @@ class Server:
             await asyncio.sleep(0.005)
         for connection in list(self.connections):
             connection.transport.abort()
-        self._disk.close()
-        self.hub.apply(Sweep(self.clock()))
+        if not self._disk.close():
+            return  # it hangs in a commit, which nobody was told of; the next start finds it done or not
         try:
+            self.hub.apply(Sweep(self.clock()))
             self.store.write(self.hub.take_events())
             self.store.commit()
+            self.store.checkpoint()
         except StorageFull:
             self.store.undo()
-        self.store.checkpoint()
-        self.store.close()
+        finally:
+            self.store.close()
 
 
 # --- Client -----------------------------------------------------------------------------------------------------------
 
 HEARTBEAT_SECONDS = 30  # a third of ACTIVE_SECONDS: two may get lost
+RECEIVE = 64 * 1024  # bytes asked of a line at a time
 SEEN_IDS = 4_096  # ids a listening client remembers, to hand nothing to its handler twice after a reconnect
 _URL = re.compile(r"(https?)://(\[[0-9A-Fa-f:.]+\]|[^:/?#\[\]]+)(?::(\d{1,5}))?/?").fullmatch
 
@@ -3579,10 +3669,11 @@ class _Calls:
         self.token = token or os.environ.get("AGENTHUB_TOKEN") or ""
         self.key = key or os.environ.get("AGENTHUB_KEY") or ""
         self._cacert = cacert
+        self.on_wait: Callable[[float, str], None] = lambda seconds, reason: None
         self._seen: dict[str, None] = {}
-        self._closed = False
+        self._closed = self._lost = False
 
-    _run: Callable[[Iterator], Any]
+    _run: Callable[[Generator], Any]
 
     # the routes
 
@@ -3590,13 +3681,14 @@ class _Calls:
         """Come in, with what the client was made with. Returns the hub's answer; id, session and token are kept."""
         return self._run(self._register())
 
-    def _register(self) -> Iterator:
+    def _register(self) -> Generator:
         asked = {"agent_id": self.agent_id, "session_id": self.session_id, "name": self.name}
         asked |= {"capabilities": self.capabilities and list(self.capabilities), "metadata": self.metadata}
         if not self.agent_id and not self.name:
             asked["name"] = "agent"
         answer = yield "POST", "/api/v1/agents/register", _given(asked), {}, self.key
         self.agent_id, self.session_id, self.token = answer["agent_id"], answer["session_id"], answer["token"]
+        self._lost = False
         return answer
 
     def agents(self, status: str | None = None, capability: str | None = None) -> Any:
@@ -3607,11 +3699,11 @@ class _Calls:
 
     def leave(self) -> Any:
         """Leave the hub. What is unread stays there until it expires."""
-        return self._run(self._pick(None, "DELETE", f"/api/v1/agents/{self._me()}"))
+        return self._run(self._pick(None, "DELETE", f"/api/v1/agents/{quote(self._me())}"))
 
     def heartbeat(self) -> Any:
         """Say that this agent is alive."""
-        return self._run(self._pick(None, "POST", f"/api/v1/agents/{self._me()}/heartbeat"))
+        return self._run(self._pick(None, "POST", f"/api/v1/agents/{quote(self._me())}/heartbeat"))
 
     def send_message(
         self, to: str | list[str], message: Any, type: str | None = None, id: str | None = None,
@@ -3636,7 +3728,7 @@ class _Calls:
         """Send a request and return the envelope that answers it. Raises TimedOut after `wait` seconds."""
         return self._run(self._ask(to, message, wait))
 
-    def _ask(self, to: str | list[str], message: Any, wait: float) -> Iterator:
+    def _ask(self, to: str | list[str], message: Any, wait: float) -> Generator:
         me, id = self._me(), new_message_id()
         body = {"from": me, "to": to, "type": "request", "id": id, "message": message}
         receipt = yield "POST", "/api/v1/messages", body, {}, None
@@ -3686,7 +3778,10 @@ class _Calls:
         """The bytes of a call. The token says who asks; where there is none the key does."""
         pairs = "&".join(f"{name}={quote(str(value))}" for name, value in query.items() if value is not None)
         token = (self.token or self.key) if token is None else token
-        text = b"" if body is None else dump(body).encode()
+        try:
+            text = b"" if body is None else dump(body).encode()
+        except ValueError as error:
+            raise InvalidRequest(f"this can't be sent as JSON: {error}") from None
         host = f"[{self._host}]" if ":" in self._host else self._host
         lines = [f"{method} {path}{'?' if pairs else ''}{pairs} HTTP/1.1", f"Host: {host}:{self._port}"]
         lines += [f"Authorization: Bearer {token}"] if token else []
@@ -3707,13 +3802,52 @@ class _Calls:
     def _stream_request(self) -> bytes:
         return self._request("GET", "/api/v1/stream", None, {"agent_id": self._me(), "format": "json"})
 
-    def _is_new(self, envelope: dict) -> bool:
-        """Whether it was not handed out before: after a reconnect the hub repeats what is not acknowledged."""
-        new = envelope["id"] not in self._seen
+    def _remember(self, envelope: dict) -> None:
+        """It was handed out: should the hub repeat it after a reconnect, it is not handed out again."""
         self._seen[envelope["id"]] = None
         if len(self._seen) > SEEN_IDS:
             del self._seen[next(iter(self._seen))]
-        return new
+
+    # what helps when a call fails; the same for both clients, which differ in how they wait
+
+    def _steps(self, plan: Generator) -> Generator:
+        """A plan as requests (bytes) to exchange and seconds to wait. What the exchange raises is thrown in."""
+        answer = None
+        while True:
+            try:
+                call = plan.send(answer)
+            except StopIteration as end:
+                return end.value
+            answer = yield from self._attempts(self._request(*call))
+
+    def _attempts(self, request: bytes) -> Generator:
+        """One call, repeated where that helps. A hub that was never there is reported at once."""
+        end, tries = time.monotonic() + RETRY_SECONDS, 0
+        while True:
+            try:
+                return (yield request)
+            except (RateLimited, ShuttingDown, Unreachable, OSError, EOFError) as error:
+                reason = error if isinstance(error, HubError) else self._unreachable(error)
+            pause = float(reason.details.get("retry_after", _pause(tries)))
+            if (tries == 0 and isinstance(reason, Unreachable) and reason.details.get("at_once")) or (
+                time.monotonic() + pause > end
+            ):
+                raise reason
+            tries += 1
+            self.on_wait(pause, reason.message)
+            yield pause
+
+    def _mend(self, error: Exception, tries: int) -> float:
+        """What to do about a stream that failed: the seconds to wait before the next, or the error, raised."""
+        if isinstance(error, (UnknownAgent, Unauthorized)) and tries < 3:  # the hub lost its file: come in again
+            self._lost, self.token = True, ""
+            return 0.0
+        reason = error if isinstance(error, HubError) else self._unreachable(error)
+        if not isinstance(reason, (RateLimited, ShuttingDown, Unreachable)):
+            raise reason
+        pause = float(reason.details.get("retry_after", _pause(tries)))
+        self.on_wait(pause, reason.message)
+        return pause
 
     def _tls_context(self) -> Any:
         import ssl
@@ -3723,10 +3857,12 @@ class _Calls:
             context.load_verify_locations(self._cacert)
         return context
 
-    def _unreachable(self, error: BaseException) -> Unreachable:
+    def _unreachable(self, error: BaseException, at_once: bool = False) -> Unreachable:
+        """The error for a line that could not be opened (`at_once`: nobody need try again) or that broke."""
         reason = getattr(error, "strerror", None) or str(error) or "no answer"
         return Unreachable(
-            f"no hub answers at {self.url} ({reason}): start one with `agenthub serve`, or set AGENTHUB_URL"
+            f"no hub answers at {self.url} ({reason}): start one with `agenthub serve`, or set AGENTHUB_URL",
+            **({"at_once": True} if at_once else {}),
         )
 
 
@@ -3736,7 +3872,7 @@ def _given(fields: dict) -> dict:
 
 def _pause(tries: int) -> float:
     """Seconds to wait before the next try: growing up to 5, and never the same for two clients (no stampede)."""
-    return min(5.0, 0.1 * 2**tries) * (0.5 + os.urandom(1)[0] / 255)
+    return min(5.0, 0.1 * 2 ** min(tries, 6)) * (0.5 + os.urandom(1)[0] / 255)
 
 
 class Client(_Calls):
@@ -3746,10 +3882,8 @@ class Client(_Calls):
     broke, for RETRY_SECONDS at most: every call can be repeated. One thread at a time; `close` when done.
     """
 
-    on_wait: Callable[[float, str], None] = staticmethod(lambda seconds, reason: None)
     timeout = MAX_WAIT + 15.0  # seconds without a byte: longer than any poll
-
-    _socket: Any = None
+    _line: Any = None
 
     def __enter__(self) -> Client:
         return self
@@ -3760,61 +3894,52 @@ class Client(_Calls):
     def close(self) -> None:
         """Close the line; `listen` ends."""
         self._closed = True
-        self._drop()
-
-    def _drop(self) -> None:
-        if self._socket:
-            self._socket.close()
-            self._socket = None
+        if self._line:
+            self._line.close()
+            self._line = None
 
     def _connect(self) -> Any:
         import socket
 
-        line = socket.create_connection((self._host, self._port), timeout=self.timeout)
-        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return self._tls_context().wrap_socket(line, server_hostname=self._host) if self._tls else line
+        try:
+            line = socket.create_connection((self._host, self._port), timeout=self.timeout)
+            line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return self._tls_context().wrap_socket(line, server_hostname=self._host) if self._tls else line
+        except OSError as error:
+            raise self._unreachable(error, at_once=True) from error
 
-    def _run(self, plan: Iterator) -> Any:
-        answer = None
-        while True:
-            try:
-                answer = self._call(self._request(*plan.send(answer)))
-            except StopIteration as end:
-                return end.value
-
-    def _call(self, request: bytes) -> Any:
-        """One call, repeated where that helps. A hub that was never there is reported at once."""
-        end, tries, sent = time.monotonic() + RETRY_SECONDS, 0, False
-        while True:
-            try:
-                self._socket = self._socket or self._connect()
-                sent = True
-                return self._exchange(request)
-            except RateLimited as error:
-                pause = float(error.details.get("retry_after", 1))
-                reason: HubError = error
-            except (ShuttingDown, OSError, EOFError) as error:
-                self._drop()
-                reason = error if isinstance(error, ShuttingDown) else self._unreachable(error)
-                if not sent or isinstance(error, TimeoutError):
-                    raise reason from error
-                pause = _pause(tries)
-            tries += 1
-            if time.monotonic() + pause > end:
-                raise reason
-            self.on_wait(pause, reason.message)
-            time.sleep(pause)
+    def _run(self, plan: Generator) -> Any:
+        steps = self._steps(plan)
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    result = time.sleep(step) if isinstance(step, float) else self._exchange(step)
+                except Exception as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(result)
+        except StopIteration as end:
+            return end.value
 
     def _exchange(self, request: bytes) -> Any:
-        self._socket.sendall(request)
-        reader, body = ResponseReader(), b""
-        while not reader.done:
-            data = self._socket.recv(65536)
-            if not data:
-                raise EOFError("the line broke")
-            body += reader.feed(data)
-        if not reader.keep:
-            self._drop()
+        """Send a request and read its answer. The line is kept only when the answer was read to its end."""
+        line, self._line = self._line or self._connect(), None
+        try:
+            line.sendall(request)
+            reader, body = ResponseReader(), b""
+            while not reader.done:
+                data = line.recv(RECEIVE)
+                if not data:
+                    raise EOFError("the line broke")
+                body += reader.feed(data)
+        except BaseException:
+            line.close()
+            raise
+        if reader.keep:
+            self._line = line
+        else:
+            line.close()
         return self._result(reader, body)
 
     def listen(self) -> Iterator[dict]:
@@ -3825,40 +3950,29 @@ class Client(_Calls):
         tries = 0
         while not self._closed:
             try:
+                if self._lost:
+                    self.register()
                 for envelope in self._stream():
                     tries = 0
-                    if self._is_new(envelope):
+                    if envelope["id"] not in self._seen:
                         yield envelope
+                        self._remember(envelope)
                     self.ack(ids=[envelope["id"]])
-            except (OSError, EOFError, ShuttingDown, Unreachable) as error:
-                if isinstance(error, Unreachable) and not self._seen and not tries:
-                    raise
-                reason = error.message if isinstance(error, HubError) else self._unreachable(error).message
-                pause = _pause(tries)
+            except (OSError, EOFError, HubError) as error:
+                time.sleep(self._mend(error, tries))
                 tries += 1
-                self.on_wait(pause, reason)
-                time.sleep(pause)
 
     def _stream(self) -> Iterator[dict]:
         """One connection's worth of envelopes."""
-        try:
-            line = self._connect()
-        except OSError as error:
-            raise self._unreachable(error) from error
-        with line:
+        with self._connect() as line:
             line.settimeout(3 * COMMENT_SECONDS)
             line.sendall(self._stream_request())
-            reader, rest = ResponseReader(), b""
-            while not reader.done:
-                data = line.recv(65536)
-                if not data:
-                    break
-                rest += reader.feed(data)
-                if reader.status == 200:
-                    *lines, rest = rest.split(b"\n")
-                    yield from (json.loads(text) for text in lines if text)
-            if reader.status != 200 and reader.status:
-                self._result(reader, rest)
+            reader = ResponseReader()
+            while data := line.recv(RECEIVE):
+                texts = reader.lines(data)
+                if reader.status != 200 and reader.done:
+                    self._result(reader, reader.rest)
+                yield from (json.loads(text) for text in texts if text)
         raise EOFError("the hub closed the stream")
 
 
@@ -3872,9 +3986,8 @@ class AgentClient(_Calls):
     stream; it reconnects with backoff and jitter, acknowledges when the handler has returned, hands out nothing twice.
     """
 
-    _line: Any = None
+    timeout = Client.timeout
     _beat: Any = None
-    _gate: Any = None
     _listening: Any = None
 
     async def __aenter__(self) -> AgentClient:
@@ -3885,7 +3998,7 @@ class AgentClient(_Calls):
         await self.close()
 
     async def close(self) -> None:
-        """Stop heartbeats, end `listen` (called by its handler: after that message), close the line."""
+        """Stop heartbeats, end `listen` (called by its handler: after that message), close the lines."""
         import asyncio
 
         self._closed = True
@@ -3895,26 +4008,33 @@ class AgentClient(_Calls):
         self._drop()
 
     def _drop(self) -> None:
-        if self._line:
-            self._line[1].close()
-            self._line = None
+        for _, outgoing in self._idle:
+            outgoing.close()
+        self._idle.clear()
 
-    async def _run(self, plan: Iterator) -> Any:
-        answer = None
-        while True:
-            try:
-                answer = await self._call(self._request(*plan.send(answer)))
-            except StopIteration as end:
-                result = end.value
-                break
-        self._start_beating()
-        return result
+    @functools.cached_property
+    def _idle(self) -> list[tuple[Any, Any]]:
+        """Lines on which nothing is under way. A call takes one, or opens one: a poll that waits holds nobody up."""
+        return []
 
-    def _start_beating(self) -> None:
+    async def _run(self, plan: Generator) -> Any:
         import asyncio
 
-        if self._beat is None and self.token and not self._closed:
+        if self._beat is None and not self._closed:
             self._beat = asyncio.ensure_future(self._keep_beating())
+        steps = self._steps(plan)
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    result = await (asyncio.sleep(step) if isinstance(step, float) else self._exchange(step))
+                except Exception as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(result)
+        except StopIteration as end:
+            result = end.value
+        return result
 
     async def _keep_beating(self) -> None:
         import asyncio
@@ -3922,55 +4042,43 @@ class AgentClient(_Calls):
         while True:
             await asyncio.sleep(HEARTBEAT_SECONDS)
             try:
-                await self.heartbeat()
+                if self.agent_id:
+                    await self.heartbeat()
             except HubError:
                 pass  # the next call says it to somebody who can act on it
-
-    async def _call(self, request: bytes) -> Any:
-        """One call, repeated where that helps, as in `Client`."""
-        import asyncio
-
-        self._gate = self._gate or asyncio.Lock()
-        end, tries, sent = time.monotonic() + RETRY_SECONDS, 0, False
-        while True:
-            try:
-                async with self._gate:
-                    self._line = self._line or await self._connect()
-                    sent = True
-                    return await self._exchange(request)
-            except asyncio.CancelledError:
-                self._drop()  # an answer is still to come on it, and it would be taken for the next one's
-                raise
-            except RateLimited as error:
-                pause = float(error.details.get("retry_after", 1))
-                reason: HubError = error
-            except (ShuttingDown, OSError, EOFError) as error:
-                self._drop()
-                reason = error if isinstance(error, ShuttingDown) else self._unreachable(error)
-                if not sent:
-                    raise reason from error
-                pause = _pause(tries)
-            tries += 1
-            if time.monotonic() + pause > end:
-                raise reason
-            await asyncio.sleep(pause)
 
     async def _connect(self) -> Any:
         import asyncio
 
-        return await asyncio.open_connection(self._host, self._port, ssl=self._tls_context() if self._tls else None)
+        context = self._tls_context() if self._tls else None
+        try:
+            return await asyncio.wait_for(asyncio.open_connection(self._host, self._port, ssl=context), self.timeout)
+        except (OSError, asyncio.TimeoutError) as error:
+            raise self._unreachable(error, at_once=True) from error
 
     async def _exchange(self, request: bytes) -> Any:
-        incoming, outgoing = self._line
-        outgoing.write(request)
-        reader, body = ResponseReader(), b""
-        while not reader.done:
-            data = await incoming.read(65536)
-            if not data:
-                raise EOFError("the line broke")
-            body += reader.feed(data)
-        if not reader.keep:
-            self._drop()
+        """Send a request and read its answer. The line is kept only when the answer was read to its end."""
+        import asyncio
+
+        line = self._idle.pop() if self._idle else await self._connect()
+        try:
+            line[1].write(request)
+            reader, body = ResponseReader(), b""
+            while not reader.done:
+                data = await asyncio.wait_for(line[0].read(RECEIVE), self.timeout)
+                if not data:
+                    raise EOFError("the line broke")
+                body += reader.feed(data)
+        except asyncio.TimeoutError:
+            line[1].close()
+            raise EOFError("the hub is silent") from None
+        except BaseException:
+            line[1].close()
+            raise
+        if reader.keep and not self._closed:
+            self._idle.append(line)
+        else:
+            line[1].close()
         return self._result(reader, body)
 
     async def listen(self, handler: Callable[[dict], Any]) -> None:
@@ -3993,73 +4101,75 @@ class AgentClient(_Calls):
 
     async def _listen(self, handler: Callable[[dict], Any], read: Callable[[], Any]) -> None:
         import asyncio
-        import contextlib
 
-        tries = 0
-        while not self._closed:
-            try:
-                async with contextlib.aclosing(read()) as envelopes:
-                    async for envelope, acknowledge in envelopes:
-                        tries = 0
-                        if self._is_new(envelope):
-                            done = handler(envelope)
-                            if hasattr(done, "__await__"):
-                                await done
-                        await acknowledge()
-                        if self._closed:
-                            return
-            except (UnknownAgent, Unauthorized):  # the hub has lost its file, or this agent was removed
-                if tries > 2:
-                    raise
-                tries += 1
-                await self.register()
-            except (OSError, EOFError, ShuttingDown, Unreachable):
-                await asyncio.sleep(_pause(tries))
-                tries += 1
+        tries, envelopes = 0, read()
+        try:
+            while not self._closed:
+                try:  # around the line only: what the handler raises is for whoever called `listen`
+                    if self._lost:
+                        await self.register()
+                    envelope = await anext(envelopes)
+                except (OSError, EOFError, HubError) as error:
+                    await asyncio.sleep(self._mend(error, tries))
+                    tries, envelopes = tries + 1, read()
+                    continue
+                tries = 0
+                if envelope["id"] not in self._seen:
+                    done = handler(envelope)
+                    if hasattr(done, "__await__"):
+                        await done
+                    self._remember(envelope)
+                try:
+                    await self.ack(ids=[envelope["id"]])
+                except (Unreachable, ShuttingDown, RateLimited):
+                    pass  # it comes again, and is acknowledged then without being handled again
+        finally:
+            await envelopes.aclose()
 
     async def _read_socket(self) -> Any:
-        """Envelopes of one WebSocket, each with what acknowledges it."""
+        """Envelopes of one WebSocket."""
         from websockets.asyncio.client import connect
-        from websockets.exceptions import ConnectionClosed, InvalidStatus
+        from websockets.exceptions import InvalidStatus, WebSocketException
 
-        address = f"ws{self.url[4:]}/ws/{self._me()}?ack=explicit"
         token = self.token or self.key
         options: dict[str, Any] = {"additional_headers": {"Authorization": f"Bearer {token}"} if token else {}}
         options |= {"ssl": self._tls_context()} if self._tls else {}
+        address = f"ws{self.url[4:]}/ws/{quote(self._me())}?ack=explicit"
         try:
             async with connect(address, compression=None, max_size=None, **options) as socket:
                 async for text in socket:
                     envelope = json.loads(text)
                     if "seq" in envelope and "from" in envelope:
-                        ack = dump({"type": "ack", "ids": [envelope["id"]]})
-                        yield envelope, functools.partial(socket.send, ack)
+                        yield envelope
         except InvalidStatus as error:
             raise error_from_wire(json.loads(error.response.body or b"null"), error.response.status_code) from error
-        except ConnectionClosed as error:
+        except WebSocketException as error:
             raise EOFError(str(error)) from error
         raise EOFError("the hub closed the line")
 
     async def _read_stream(self) -> Any:
-        """Envelopes of one event stream, each with what acknowledges it."""
+        """Envelopes of one event stream."""
+        import asyncio
+
         incoming, outgoing = await self._connect()
         try:
             outgoing.write(self._stream_request())
-            reader, rest = ResponseReader(), b""
-            while not reader.done and (data := await incoming.read(65536)):
-                rest += reader.feed(data)
-                if reader.status == 200:
-                    *lines, rest = rest.split(b"\n")
-                    for envelope in (json.loads(text) for text in lines if text):
-                        yield envelope, functools.partial(self.ack, ids=[envelope["id"]])
-            if reader.status != 200 and reader.status:
-                self._result(reader, rest)
+            reader = ResponseReader()
+            while data := await asyncio.wait_for(incoming.read(RECEIVE), 3 * COMMENT_SECONDS):
+                texts = reader.lines(data)
+                if reader.status != 200 and reader.done:
+                    self._result(reader, reader.rest)
+                for text in filter(None, texts):
+                    yield json.loads(text)
+        except asyncio.TimeoutError:
+            raise EOFError("the hub is silent") from None
         finally:
             outgoing.close()
         raise EOFError("the hub closed the stream")
 
 
 def _has_websockets() -> bool:
-    """Whether a websockets that we can use (13.1 or newer) is installed, without importing it."""
+    """Whether a websockets that we can use (13.1 or newer) is installed."""
     from importlib.util import find_spec
 
     try:
@@ -4150,15 +4260,13 @@ class Identity:
 
     def _save(self, state: dict) -> None:
         """Whole or not at all, for this user only: a new file takes the old one's place."""
-        path = f"{self._path()}.{os.getpid()}"
         try:
+            path = f"{self._path()}.{os.getpid()}"
             with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
                 json.dump(state, file)
             os.replace(path, self._path())
         except OSError as error:
-            _say(
-                f"can't keep the identity in {self._path()} ({error.strerror}): set AGENTHUB_AGENT to keep it yourself"
-            )
+            _say(f"can't keep who you are in the state folder ({error}): set AGENTHUB_AGENT to keep it yourself")
 
 
 SESSION_VARIABLES = ("AGENTHUB_SESSION", "CLAUDE_CODE_SESSION_ID", "CLAUDE_SESSION_ID")
@@ -4285,10 +4393,11 @@ def _register_command(args: Any) -> int:
 
 
 def _send_command(args: Any) -> int:
-    text = sys.stdin.read() if args.text == "-" else args.text
-    message = (
-        parse_json(text.encode("utf-8", "surrogateescape"), LIMITS["max_depth"].default) if args.json_message else text
-    )
+    text = sys.stdin.buffer.read() if args.text == "-" else os.fsencode(args.text)
+    try:
+        message = parse_json(text, LIMITS["max_depth"].default) if args.json_message else text.decode()
+    except UnicodeDecodeError:
+        raise InvalidRequest("the text is not UTF-8: send it base64-encoded, or as a file's path") from None
     to = args.to.split(",") if "," in args.to else args.to
     id = args.id or new_message_id()
     receipt = Identity(args).act(
@@ -4366,7 +4475,7 @@ def _serve_arguments() -> tuple:
     """`serve`'s own options, and one for each limit."""
     own = (
         _arg("--host", default=os.environ.get("AGENTHUB_HOST", HOST), help=f"default {HOST}; any other makes a key"),
-        _arg("--port", type=int, default=_env("AGENTHUB_PORT", int, _env("PORT", int, PORT)), help=f"default {PORT}"),
+        _arg("--port", type=_port, default=_env("AGENTHUB_PORT", _port, _env("PORT", _port, PORT)), help=f"{PORT}"),
         _arg("--db", default=os.environ.get("AGENTHUB_DB"), help="store file, or :memory:; default in the data folder"),
         _arg("--key", help="key mode with this key; AGENTHUB_KEY is not seen by other users' ps"),
         _arg("--key-file", help="a file with the key"),
@@ -4380,6 +4489,12 @@ def _serve_arguments() -> tuple:
         for name, row in LIMITS.items()
     )  # fmt: skip
     return (*own, *limits)
+
+
+def _port(text: str) -> int:
+    if not 0 <= int(text) <= 65535:
+        raise ValueError
+    return int(text)
 
 
 def _amount(text: str) -> float:
@@ -4474,10 +4589,13 @@ def main(argv: list[str] | None = None) -> int:
     except HubError as error:
         _say(error.message)
         return next(status for kind, status in EXITS if isinstance(error, kind))
-    except (StoreError, OSError) as error:
+    except (StoreError, OSError, UnicodeError) as error:
         _say(str(error))
         return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # taking the module apart object by object would cost a call 6 ms

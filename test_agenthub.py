@@ -53,7 +53,7 @@ class World:
         self.clock = FakeClock()
         self.limits = ah.make_limits(**{"rate_limit": 0, "max_inbox": 5000, **limits})
         self.store = ah.Store(path)
-        self.hub = ah.Hub(self.limits, self.store.load())
+        self.hub = ah.Hub(self.limits, self.store.load(), self.clock())
         self.api = ah.API(self.hub, self.store, ah.Settings(self.limits, key, origins=("https://ok.example",)))
 
     def commit(self) -> list:
@@ -281,7 +281,7 @@ def test_the_envelope_has_the_contracts_fields_in_order_and_the_rest_only_where_
 # --- Fields -----------------------------------------------------------------------------------------------------------
 
 BAD_JSON = {
-    b"{": "Expecting", b"": "Expecting", b"[1,]": "Expecting", b"{'a':1}": "Expecting", b"NaN": "NaN", b"-Infinity": "Infinity",
+    b"{": "Expecting", b"": "Expecting", b"[1,]": "Expecting|trailing comma", b"{'a':1}": "Expecting", b"NaN": "NaN", b"-Infinity": "Infinity",
     b'{"a":1,"a":2}': "twice", b'"\xff"': "UTF-8", b'"\\ud800"': "surrogate", b"[" * 100_000: "deeper", b"9" * 5000: "digits",
     b"[" * 65 + b"]" * 65: "deeper", b"1 2": "Extra", b'"\x01"': "control", b"\xef\xbb\xbf{}": "Expecting",
 }  # fmt: skip
@@ -475,6 +475,22 @@ def test_a_departed_agents_unread_mail_stays_for_its_return(pair: World) -> None
     pair.apply(ah.Sweep)
     pair.register("alpha-1", "later")
     assert pair.hub.unread("alpha-1") == 2
+
+
+def test_mail_of_an_agent_that_left_is_not_for_whoever_takes_its_id_as_a_name(pair: World, tmp_path: Path) -> None:
+    pair.send("beta-2", "alpha-1")
+    pair.apply(ah.Leave, "alpha-1")
+    pair.register("mallory", None, "Alpha-1")
+    assert (pair.hub.unread("mallory"), pair.hub.unread("alpha-1")) == (0, 1)
+    pair.commit()
+    assert pair.store.load().departed == ("alpha-1",)
+    pair.apply(ah.Ack, "mallory", up_to=9)
+    pair.register("alpha-1")
+    pair.apply(ah.Ack, "alpha-1", up_to=9)
+    pair.apply(ah.Leave, "alpha-1")
+    pair.apply(ah.Sweep)
+    pair.commit()
+    assert pair.store.load().departed == pair.state().departed == ()
 
 
 def test_the_number_of_agents_is_bounded() -> None:
@@ -855,6 +871,11 @@ def test_the_type_is_the_requests_else_the_payloads_else_follows_from_the_recipi
     assert pair.call("GET", "/api/v1/messages?agent_id=alpha-1")[1]["messages"][0]["type"] == kind
 
 
+def test_null_is_a_message_like_any_other(pair: World) -> None:
+    assert pair.call("POST", "/api/v1/messages", {"from": "beta-2", "to": "alpha-1", "message": None})[0] == 200
+    assert pair.call("GET", "/api/v1/messages?agent_id=alpha-1")[1]["messages"][0]["message"] is None
+
+
 def test_a_heartbeat_is_never_stored_and_keeps_its_agent_active(pair: World) -> None:
     pair.clock.advance(ah.ACTIVE_SECONDS)
     status, answer = pair.call("POST", "/api/v1/agents/alpha-1/heartbeat")
@@ -908,6 +929,30 @@ def test_an_answer_is_bounded_in_bytes_and_the_cursor_goes_on(pair: World, monke
     pair.commit()
     page = pair.call("GET", "/api/v1/messages?agent_id=alpha-1&after=0")[1]
     assert (len(page["messages"]), page["next"]) == (3, 3)
+
+
+def test_one_message_larger_than_an_answer_may_be_is_given_all_the_same(pair: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ah, "MAX_ANSWER", 1000)
+    for number in range(3):
+        pair.send("beta-2", "alpha-1", ah.dump(f"{number}" * 3000), "x")
+    pair.commit()
+    got, after = [], 0
+    while page := pair.call("GET", f"/api/v1/messages?agent_id=alpha-1&after={after}&type=x")[1]:
+        if not page["messages"]:
+            break
+        got, after = got + page["messages"], page["next"]
+    assert len(got) == 3
+
+
+def test_a_gap_after_a_cursor_is_known_per_inbox(pair: World) -> None:
+    for to, ttl in (("alpha-1", None), ("alpha-1", 1), ("beta-2", None)):
+        pair.call("POST", "/api/v1/messages", {"from": "operator", "to": to, "message": 1, "ttl": ttl})
+    pair.clock.advance(2)
+    pair.apply(ah.Expire, tuple(pair.store.expired(pair.clock(), 0, 9)))
+    pair.commit()
+    resume = pair.api._resume
+    assert resume("alpha-1", 1, "") == (1, False) and resume("alpha-1", 2, "") == (2, True) and resume("beta-2", 0, "") == (0, True)
+    assert resume("alpha-1", 99, "") == (None, False) == resume("alpha-1", 2, "another") and resume("alpha-1", None, "") == (None, True)
 
 
 def test_the_same_id_again_gets_the_first_answer_and_another_content_is_refused(pair: World) -> None:
@@ -996,6 +1041,7 @@ REFUSALS = [
     ("POST", "/api/v1/messages/ack", {"agent_id": "nobody", "up_to": 1}, 404, "unknown_agent"),
     ("POST", "/api/v1/agents/register", {}, 400, "invalid_request"),
     ("POST", "/api/v1/agents/register", {"agent_id": "ALL"}, 400, "invalid_request"),
+    ("POST", "/api/v1/agents/register", {"name": "operator", "session_id": "!!!!!!!!x"}, 400, "invalid_request"),
     ("POST", "/api/v1/agents/register", {"agent_id": "alpha-1", "session_id": "other"}, 409, "agent_id_taken"),
     ("POST", "/api/v1/agents/nobody/heartbeat", None, 404, "unknown_agent"),
     ("DELETE", "/api/v1/agents/operator", None, 403, "forbidden"),
@@ -1005,6 +1051,7 @@ REFUSALS = [
     ("GET", "/api/v1/stream?agent_id=alpha-1&format=xml", None, 400, "invalid_request"),
     ("GET", "/ws/nobody", None, 404, "unknown_agent"),
     ("GET", "/ws/alpha-1", None, 400, "invalid_request"),
+    ("POST", "/api/v1/messages", b'{"from":"beta-2","to":"x","message":{"a":-1e999}}', 400, "invalid_json"),
     ("GET", "/nothing", None, 404, "not_found"),
     ("GET", "/api/v1/agents/..%2f..%2fetc", None, 400, "invalid_request"),
     ("PUT", "/api/v1/messages", {}, 405, "method_not_allowed"),
@@ -1131,12 +1178,13 @@ def test_a_bug_is_told_as_internal_without_details(
 @pytest.mark.parametrize(("frame", "code"), [
     (b"{", "invalid_json"), (b"[]", "invalid_request"), (b"{}", "invalid_request"), (b'{"type":"nothing"}', "invalid_request"),
     (b'{"to":"alpha-1","message":1,"from":"alpha-1","ref":9}', "forbidden"), (b'{"type":"ack"}', "invalid_request"),
+    (b'{"to":"alpha-1","message":1,"ref":1e999}', "invalid_json"), (b'{"type":{}}', "invalid_request"),
     (b'{"type":"ack","up_to":-1}', "invalid_request"), (b'{"to":"","message":1}', "invalid_request"), (b'{"type":[1]}', "invalid_request"),
 ])  # fmt: skip
 def test_a_bad_frame_gets_an_error_frame_with_its_ref(pair: World, frame: bytes, code: str) -> None:
     body = pair.api.frame("beta-2", frame, pair.clock()).body
     assert (body["type"], body["error"]["code"]) == ("error", code) and body.get("ref") == (
-        9 if b"ref" in frame else None
+        9 if b'"ref":9' in frame else None
     )
 
 
@@ -1194,7 +1242,8 @@ def test_the_openapi_document_describes_every_route(world: World) -> None:
 
 def test_the_metrics_are_what_prometheus_expects(pair: World) -> None:
     pair.send("beta-2", "alpha-1")
-    pair.api.metrics.count(pair.commit())
+    pair.commit()
+    pair.api.metrics["messages_total"] += 1
     text = pair.raw("GET", "/metrics").encode("now").decode().partition("\r\n\r\n")[2]
     assert "agenthub_messages_total 1\n" in text and 'agenthub_agents{status="active"} 2\n' in text
     if shutil.which("promtool"):
@@ -1340,6 +1389,41 @@ def test_a_long_poll_is_answered_by_the_message_it_waits_for_and_no_other(shared
     assert me.messages(unread=True, wait=0.01, type="never") == []
 
 
+def test_when_an_agent_leaves_its_lines_end_and_hear_nothing_of_who_comes_after_it(shared_hub: LiveHub) -> None:
+    pytest.importorskip("websockets")
+    from websockets.exceptions import ConnectionClosed
+
+    first = shared_hub.client("leaver")
+    listening = threading.Thread(target=lambda: first._run(first._pick(None, "GET", "/api/v1/messages", query={"agent_id": "leaver", "wait": 50, "unread": "true"})))
+    listening.start()
+    with shared_hub.socket("leaver") as line:
+        next_frame(line, "welcome")
+        until(lambda: shared_hub.client()._run(shared_hub.client()._pick(None, "GET", "/health"))["connections"] >= 2)
+        shared_hub.client("leaver").leave()
+        with pytest.raises(ConnectionClosed):
+            while True:
+                line.recv(20)
+    listening.join(20)
+    assert not listening.is_alive()
+    second = shared_hub.client("leaver")
+    second.send_message("leaver", "for the second")
+    assert second.heartbeat()["unread"] == 1
+
+
+def test_a_second_line_of_an_agent_that_falls_behind_still_gets_what_the_first_acknowledged(shared_hub: LiveHub) -> None:
+    pytest.importorskip("websockets")
+    shared_hub.client("twofold")
+    me = shared_hub.client("twofold")
+    with shared_hub.socket("twofold") as quick, shared_hub.socket("twofold") as slow, shared_hub.client("feeder") as feeder:
+        for line in (quick, slow):
+            next_frame(line, "welcome")
+        for n in range(200):
+            feeder.send_message("twofold", [n, "x" * 40_000])
+            assert next_envelope(quick)["message"][0] == n
+        until(lambda: me.heartbeat()["unread"] == 0)
+        assert [next_envelope(slow)["message"][0] for _ in range(200)] == list(range(200))
+
+
 def test_mail_that_waited_for_a_name_reaches_a_line_that_is_already_open(shared_hub: LiveHub) -> None:
     pytest.importorskip("websockets")
     shared_hub.client("reader-8")
@@ -1348,8 +1432,10 @@ def test_mail_that_waited_for_a_name_reaches_a_line_that_is_already_open(shared_
         other.send_message("New Name", "early")
         other.send_message("reader-8", "late")
         assert next_envelope(line)["message"] == "late"
-        ah.Client(shared_hub.url, "reader-8", name="New Name").register()
+        me = ah.Client(shared_hub.url, "reader-8", name="New Name")
+        until(lambda: me.register()["unread"] == 0 or True)
         assert next_envelope(line)["message"] == "early"
+        until(lambda: me.heartbeat()["unread"] == 0)
 
 
 def test_a_reader_that_takes_nothing_is_cut_off_costs_little_and_gets_everything_later(live: object) -> None:
@@ -1406,6 +1492,35 @@ def test_requests_in_one_go_are_answered_in_order_on_one_line(shared_hub: LiveHu
     assert b'"messages"' in answers[50] and b'"status":"ok"' in answers[51] and b"Connection: close" in answers[51]
 
 
+def test_more_requests_than_may_wait_at_a_time_are_all_answered(shared_hub: LiveHub) -> None:
+    shared_hub.client("piper")
+    post = b"POST /to/piper HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\nx"
+    for close in (True, False):
+        last = b"" if close else b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        assert shared_hub.talk(post * 1000 + last, close).count(b'"success":true') == 1000
+
+
+def test_a_peer_that_asks_and_never_reads_is_cut_off_and_costs_little(live: object) -> None:
+    hub = live("--idle-timeout", "1", "--head-timeout", "1")
+    memory = lambda: int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{hub.process.pid}/status").read_text())[1])  # noqa: E731
+    hub.client("x")
+    before = memory()
+    with socket.create_connection(("127.0.0.1", hub.port), timeout=1) as line, contextlib.suppress(OSError):
+        for _ in range(10_000):
+            line.sendall(b"GET /agenthub.py HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100)
+        raise AssertionError("the hub took it all")
+    assert memory() - before < 16_000, "KiB"
+
+
+def test_a_stream_may_be_asked_for_with_connection_close_as_urllib_does(shared_hub: LiveHub) -> None:
+    shared_hub.client("closer").send_message("closer", "hello")
+    with socket.create_connection(("127.0.0.1", shared_hub.port), timeout=20) as line:
+        line.sendall(b"GET /api/v1/stream?agent_id=closer HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        text = b""
+        while b"hello" not in text:
+            text += line.recv(4096) or pytest.fail("closed")
+
+
 def test_a_body_is_asked_for_read_in_chunks_and_refused_before_it_comes_when_too_large(shared_hub: LiveHub) -> None:
     shared_hub.client("chunker")
     with socket.create_connection(("127.0.0.1", shared_hub.port), timeout=20) as line:
@@ -1420,6 +1535,10 @@ def test_a_body_is_asked_for_read_in_chunks_and_refused_before_it_comes_when_too
         b"POST /to/x HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 999999999\r\n\r\n",
         close=False,
     )
+    whole = shared_hub.talk(b"POST /to/x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 8000000\r\n\r\n" + b"x" * 8_000_000)
+    assert whole.startswith(b"HTTP/1.1 413 "), "the answer is not lost to a reset while the body is still being sent"
+    with pytest.raises(ah.PayloadTooLarge):
+        shared_hub.client("chunker").send_message("x", "x" * 8_000_000)
     assert big.startswith(b"HTTP/1.1 413 ") and b"Connection: close" in big and b"payload_too_large" in big
 
 
@@ -1705,6 +1824,15 @@ def test_listening_acknowledges_what_was_worked_through_and_survives_a_restart(l
     assert again.client("listener").heartbeat()["unread"] == 1
 
 
+def test_what_the_caller_does_not_work_through_is_handed_out_again(shared_hub: LiveHub) -> None:
+    client = shared_hub.client("careless")
+    client.send_message("careless", 1)
+    for envelope in client.listen():
+        assert envelope["message"] == 1
+        break
+    assert client.heartbeat()["unread"] == 1 and next(client.listen())["message"] == 1
+
+
 def test_a_client_waits_where_it_is_told_to_slow_down(live: object) -> None:
     hub = live("--rate-limit", "50", "--rate-burst", "2")
     client, waits = hub.client("hasty"), []
@@ -1786,6 +1914,47 @@ def test_an_agent_goes_on_through_restarts_and_handles_nothing_twice(
     assert got == list(range(6))
 
 
+@pytest.mark.parametrize("error", [FileNotFoundError, ValueError, ah.ShuttingDown])
+def test_what_a_handler_raises_ends_listen_and_its_message_comes_again(error: type, shared_hub: LiveHub) -> None:
+    async def main() -> list:
+        async with ah.AgentClient(shared_hub.url, f"clumsy-{error.__name__}") as agent:
+            await agent.send_message(agent.agent_id, 1)
+            calls: list = []
+
+            async def handler(message: dict) -> None:
+                calls.append(message["message"])
+                if len(calls) == 1:
+                    raise error("mine")
+                await agent.close()
+
+            with pytest.raises(error, match="mine"):
+                await agent.listen(handler)
+            assert (await agent.heartbeat())["unread"] == 1
+            await agent.listen(handler)
+            return calls
+
+    assert asyncio.run(asyncio.wait_for(main(), 30)) == [1, 1]
+
+
+def test_asking_holds_up_nothing_else_so_that_two_can_ask_each_other(shared_hub: LiveHub) -> None:
+    async def main() -> None:
+        async with ah.AgentClient(shared_hub.url, "left") as left, ah.AgentClient(shared_hub.url, "right") as right:
+            async def answer_left(message: dict) -> None:
+                if message["type"] == "request":
+                    await left.reply(message, "blue")
+
+            async def answer_right(message: dict) -> None:
+                if message["type"] == "request":
+                    colour = await right.ask("left", "which colour?", wait=20)
+                    await right.reply(message, colour["message"])
+
+            tasks = [asyncio.ensure_future(left.listen(answer_left)), asyncio.ensure_future(right.listen(answer_right))]
+            assert (await left.ask("right", "ask me which", wait=20))["message"] == "blue"
+        await asyncio.gather(*tasks)
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
 # --- CLI --------------------------------------------------------------------------------------------------------------
 
 
@@ -1830,6 +1999,8 @@ def test_the_exit_status_says_what_happened(live: object) -> None:
         (("send", "#UP", "x"), 1), (("send", "a", "{", "--json-message"), 1), (("recv", "--wait", "0.01"), 4), (("recv", "--wait", "99"), 1),
         (("status", "--url", "http://127.0.0.1:1"), 3), (("status", "--url", "nonsense"), 1), (("serve", "--port", str(hub.port), "--db", ":memory:"), 1),
         (("serve", "--db", "/proc/none/hub.db"), 1), (("serve", "--max-inbox", "-1"), 2),
+        (("serve", "--port", "99999"), 2), (("send", "a", "b", "--ttl", "nan"), 1), (("send", "a", "1e999", "--json-message"), 1),
+        (("send", "a", "bad\udcff"), 1), (("status", "--as", "a b"), 1),
     ]:  # fmt: skip
         done = hub.cli(*words)
         assert done.returncode == code, (words, done)
