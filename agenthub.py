@@ -329,14 +329,11 @@ class Message(NamedTuple):
 
 
 class Receipt(NamedTuple):
-    """What became of a send: a line per inbox, and what was pushed, which is known only after the commit."""
+    """What became of a send: the inboxes it went to, and those that had no room."""
 
     message: Message
     inboxes: tuple[str, ...]
-    unknown: frozenset[str]
-    full: tuple[str, ...]
-    unread: dict[str, int]
-    close: dict[str, list[str]]
+    full: tuple[str, ...] = ()
     duplicate: bool = False
 
 
@@ -899,7 +896,7 @@ class Hub:
     def pushed(self, receipt: Receipt) -> set[str]:
         """The inboxes of a receipt whose message was written to a live reader."""
         seq, inboxes = receipt.message.seq, self.inboxes
-        return {name for name in receipt.inboxes if name in inboxes and seq <= inboxes[name].pushed} - receipt.unknown
+        return {name for name in receipt.inboxes if name in inboxes and seq <= inboxes[name].pushed}
 
     # pace
 
@@ -1034,18 +1031,13 @@ class Hub:
             pace.append(c.at)
         room = tuple(name for name in inboxes if name not in full) if full else inboxes
         message = self._deliver(c, to, room)
-        return self._receipt(message, room, full)
+        return Receipt(message, room, full)
 
     def _again(self, c: Send, message: Message, inboxes: tuple[str, ...]) -> Receipt:
         """The answer to a retry: what the first one did. The same id for something else is refused."""
         if message.sender != c.sender or message.digest != c.digest:
             raise IdReused(f"the id `{message.id}` was used for another message: give every message an id of its own")
-        return self._receipt(message, inboxes, ())._replace(duplicate=True)
-
-    def _receipt(self, message: Message, inboxes: tuple[str, ...], full: tuple[str, ...]) -> Receipt:
-        unread = {name: self.unread(name) for name in (*inboxes, *full)}
-        unknown = frozenset(name for name in inboxes if not self.known(name))
-        return Receipt(message, inboxes, unknown, full, unread, {name: self.close_to(name) for name in unknown})
+        return Receipt(message, inboxes, duplicate=True)
 
     def _without_room(self, inboxes: tuple[str, ...]) -> tuple[str, ...]:
         """Who can take no more. All of several: refused; some: the others get theirs, and the sender is told."""
@@ -2060,15 +2052,19 @@ class Handlers:
 
     def _receipt(self, receipt: Receipt) -> str:
         """The receipt as JSON text, written by hand: it is most of what a sender costs."""
-        pushed = self.hub.pushed(receipt)
-        message, lines = receipt.message, []
+        hub, message, lines = self.hub, receipt.message, []
+        pushed = hub.pushed(receipt)
         for name in (*receipt.inboxes, *receipt.full):
             state = "pushed" if name in pushed else "queued"
-            state = "unknown" if name in receipt.unknown else "inbox_full" if name in receipt.full else state
-            close = f',"did_you_mean":{dump(receipt.close[name])}' if receipt.close.get(name) else ""
+            close = ""
+            if not hub.known(name):
+                state, found = "unknown", hub.close_to(name)
+                close = f',"did_you_mean":{dump(found)}' if found else ""
+            if name in receipt.full:
+                state = "inbox_full"
             lines.append(
-                f'{{"agent_id":{dump(name)},"state":"{state}","connected":{_BOOL[name in self.hub.connections]},'
-                f'"unread":{receipt.unread[name]}{close}}}'
+                f'{{"agent_id":{dump(name)},"state":"{state}","connected":{_BOOL[name in hub.connections]},'
+                f'"unread":{hub.unread(name)}{close}}}'
             )
         warning = ""
         if not lines:
@@ -2451,13 +2447,14 @@ class API(Handlers):
 
     def health(self, call: Call) -> Response:
         """GET /health."""
-        state = {"status": "failing" if self.trouble else "ok", "version": VERSION}
+        state = '"status":"ok"'
         if self.trouble:
-            state["reason"] = self.trouble
+            state = f'"status":"failing","reason":{dump(self.trouble)}'
         if not self.settings.key or self._is_key(self._token(call.head)):
-            state |= {"uptime": (call.at - self.started_at) // 1000, "agents": len(self.hub.agents)}
-            state |= {"connections": sum(self.hub.connections.values()), "store": self.settings.store}
-        return Response(state, 503 if self.trouble else 200, settled=True)
+            state += f',"uptime":{(call.at - self.started_at) // 1000},"agents":{len(self.hub.agents)}'
+            state += f',"connections":{sum(self.hub.connections.values())},"store":"{self.settings.store}"'
+        text = f'{{{state},"version":"{VERSION}"}}'
+        return Response(text, 503 if self.trouble else 200, settled=True)
 
     def show_metrics(self, call: Call) -> Response:
         """GET /metrics: Prometheus' text format 0.0.4."""

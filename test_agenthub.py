@@ -188,7 +188,8 @@ class LiveHub:
     def socket(self, agent_id: str, query: str = "") -> object:
         from websockets.sync.client import connect
 
-        return connect(f"ws://127.0.0.1:{self.port}/ws/{agent_id}{query}", max_size=None, compression=None)
+        # close_timeout: the client of websockets 13.1 does not see a close frame behind messages it was not asked for
+        return connect(f"ws://127.0.0.1:{self.port}/ws/{agent_id}{query}", max_size=None, compression=None, close_timeout=0.2)
 
     def talk(self, data: bytes, close: bool = True) -> bytes:
         """Send raw bytes and return all that comes back until the hub closes."""
@@ -361,7 +362,7 @@ def test_a_name_that_two_have_is_refused_with_the_candidates(pair: World) -> Non
 
 
 def test_what_is_sent_to_nobody_yet_waits_for_the_agent_of_that_id_or_that_name(pair: World) -> None:
-    assert pair.send("beta-2", "gamma").unknown == {"gamma"}
+    assert pair.send("beta-2", "gamma").inboxes == ("gamma",) and not pair.hub.known("gamma")
     pair.send("beta-2", "GAMMA")
     pair.send("beta-2", ("gamma", "GAMMA"))
     pair.register("gamma", None, "Gamma")
@@ -370,8 +371,7 @@ def test_what_is_sent_to_nobody_yet_waits_for_the_agent_of_that_id_or_that_name(
 
 
 def test_an_unknown_recipient_close_to_a_known_one_is_suggested(pair: World) -> None:
-    assert pair.send("beta-2", "alpa-1").close["alpa-1"] == ["alpha-1"]
-    assert pair.send("beta-2", "bet").close["bet"][0] == "beta-2"
+    assert pair.hub.close_to("alpa-1") == ["alpha-1"] and pair.hub.close_to("bet") == ["beta-2"]
     assert "did you mean beta-2" in refused(ah.UnknownAgent, pair, lambda: pair.send("beta-3", "alpha-1")).message
 
 
@@ -469,7 +469,7 @@ def test_an_honest_busy_pair_is_not_stopped(pair: World) -> None:
 def test_a_departed_agents_unread_mail_stays_for_its_return(pair: World) -> None:
     pair.send("beta-2", "alpha-1")
     pair.apply(ah.Leave, "alpha-1")
-    assert pair.send("beta-2", "alpha-1").unknown == {"alpha-1"}
+    assert pair.send("beta-2", "alpha-1").inboxes == ("alpha-1",) and not pair.hub.known("alpha-1")
     refused(ah.UnknownAgent, pair, lambda: pair.apply(ah.Leave, "alpha-1"))
     refused(ah.Forbidden, pair, lambda: pair.apply(ah.Leave, "operator"))
     pair.apply(ah.Sweep)
