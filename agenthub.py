@@ -2890,8 +2890,8 @@ class HttpConnection:
 
     admitted = refused = False
 
-    def __init__(self, server: Any, upgrade: Callable[[], Any] | None = None) -> None:
-        self.server, self._upgrade = server, upgrade
+    def __init__(self, server: Any) -> None:
+        self.server = server
         self.reader = RequestReader(server.limits)
         self.slots: collections.deque[list[bytes]] = collections.deque()
         self.blocked = self.paused = self.last = self.ended = self.handed_over = False
@@ -3045,11 +3045,21 @@ class HttpConnection:
         self.stream.catch_up()
 
     def _answer_upgrade(self, request: Request, upgrade: Upgrade, slot: list[bytes], started: float) -> None:
-        """Hand the line over to websockets, with a handshake of what matters to it: all else was looked at here."""
+        """Let websockets have the line, as soon as it is there: the hub may have just started."""
         self.slots.pop()
-        if self.slots or self._upgrade is None:
+        if self.slots:
             return self._refuse(InvalidRequest("open a WebSocket on a connection with no unanswered request"))
-        socket = self._upgrade()
+        library, self.blocked = self.server.library, True
+        if library.done():
+            self._hand_over(upgrade)
+        else:
+            library.add_done_callback(lambda _: self._hand_over(upgrade))
+
+    def _hand_over(self, upgrade: Upgrade) -> None:
+        """With a handshake of what matters to the library: all else was looked at here."""
+        if self.transport.is_closing():
+            return
+        socket = self.server.library.result()()
         self.last = self.handed_over = True
         self.server.connections.discard(self)
         socket.admit(self.server, upgrade)
@@ -3113,7 +3123,7 @@ class HttpConnection:
 
 
 class HubSocket:
-    """An agent's WebSocket: what stands before websockets' ServerConnection in `socket_type`, which does the protocol.
+    """An agent's WebSocket: what stands before websockets' ServerConnection, which does the protocol (`Server`).
 
     Frames are handled where they arrive, without waking a task for each.
     """
@@ -3233,13 +3243,6 @@ class HubSocket:
         self._closing = self.hub_server.loop.create_task(self.close(code, reason))
 
 
-def socket_type() -> type:
-    """HubSocket on websockets' connection. Made when it is needed, because the import takes 50 ms."""
-    from websockets.asyncio.server import ServerConnection
-
-    return type("HubServerConnection", (HubSocket, ServerConnection), {})
-
-
 # --- Server -----------------------------------------------------------------------------------------------------------
 
 
@@ -3328,8 +3331,8 @@ class Server:
         self._batch: list[Callable[[HubError | None], None]] | None = None  # who waits for the commit under way
         self._scheduled = self._flushing = False
         self._presence: dict[str, Presence] = {}
-        self._listener: Any = None
-        self._socket_type: Any = None
+        self._listeners: list[Any] = []
+        self.library: Any = None  # the task that takes websockets in
         self._swept_at = self.loop.time()
         self._tick()
 
@@ -3574,24 +3577,33 @@ class Server:
         return self.api.dispatch(request.head, request.body, connection.address, self.clock())
 
     async def start(self, host: str, port: int) -> list[tuple]:
-        """Listen, with WebSockets where the package is there. Returns the addresses. Raises OSError."""
-        if not self.api.settings.websockets:
-            self._listener = await self.loop.create_server(lambda: HttpConnection(self), host, port, backlog=BACKLOG)
-            return [sock.getsockname() for sock in self._listener.sockets]
-        from websockets.asyncio.server import serve
+        """Listen, and take websockets in while the first requests are answered: importing it takes as long as all else.
+        Returns the addresses. Raises OSError."""
+        first = await self.loop.create_server(lambda: HttpConnection(self), host, port, backlog=BACKLOG)
+        self._listeners.append(first)
+        if self.api.settings.websockets:
+            self.library = self.loop.create_task(self._take_in_websockets(first.sockets[0].dup()))
+        return [sock.getsockname() for sock in first.sockets]
 
-        self._socket_type = socket_type()
+    async def _take_in_websockets(self, sock: Any) -> Callable[[], Any]:
+        """Have websockets serve on the same socket, so that each of its connections has its server and its handshake.
+        Returns what makes such a connection; it takes over from an HttpConnection, whoever accepted that."""
+        import importlib
+
+        await self.loop.run_in_executor(None, importlib.import_module, "websockets.asyncio.server")
+        from websockets.asyncio.server import ServerConnection, serve
+        from websockets.server import ServerProtocol
+
         most = self.limits.max_message + FRAME_OVERHEAD
-        self._listener = await serve(
-            self._run_socket, host, port, process_request=self.process_request, server_header=None, compression=None,
-            max_size=None if most == float("inf") else int(most), ping_interval=None, close_timeout=STOP_SECONDS,
-            create_connection=self._connection, backlog=BACKLOG,
+        max_size = None if most == float("inf") else int(most)
+        kind = type("HubServerConnection", (HubSocket, ServerConnection), {})
+        listener = await serve(
+            self._run_socket, sock=sock, process_request=self.process_request, server_header=None,
+            create_connection=lambda *_, **options: HttpConnection(self), backlog=BACKLOG,
         )  # fmt: skip
-        return [sock.getsockname() for sock in self._listener.sockets]
-
-    def _connection(self, *args: Any, **options: Any) -> Any:
-        """What websockets makes for a new line: plain HTTP, which becomes the library's own connection on upgrade."""
-        return HttpConnection(self, lambda: self._socket_type(*args, **options))
+        self._listeners.append(listener.server)  # websockets' own close would wait for lines that `stop` closes
+        options = {"ping_interval": None, "close_timeout": STOP_SECONDS}
+        return lambda: kind(ServerProtocol(max_size=max_size), listener, **options)
 
     async def _run_socket(self, socket: Any) -> None:
         socket.open()
@@ -3603,8 +3615,10 @@ class Server:
 
         self.closing = True
         deadline = self.loop.time() + STOP_SECONDS
-        if self._listener:  # websockets' own close would wait for lines that are closed below
-            getattr(self._listener, "server", self._listener).close()
+        if self.library and not self.library.done():
+            await asyncio.wait([self.library])
+        for listener in self._listeners:
+            listener.close()
         for readers in list(self.readers.values()):
             for poll in [reader for reader in readers if isinstance(reader, Poll)]:
                 poll.end()
@@ -4169,10 +4183,9 @@ def _has_websockets() -> bool:
     """Whether a websockets that we can use (13.1 or newer) is installed."""
     from importlib.util import find_spec
 
-    try:
-        return find_spec("websockets.asyncio.server") is not None
-    except ImportError:
-        return False
+    spec = find_spec("websockets")  # looks for the folder; asking for the module inside would import the package
+    folders = spec.submodule_search_locations or () if spec else ()
+    return any(os.path.exists(os.path.join(folder, "asyncio", "server.py")) for folder in folders)
 
 
 # --- CLI --------------------------------------------------------------------------------------------------------------

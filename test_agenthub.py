@@ -1609,6 +1609,16 @@ def test_a_websocket_is_refused_before_the_upgrade(shared_hub: LiveHub) -> None:
     assert shared_hub.talk(start % (b"absent", b"")).startswith(b"HTTP/1.1 404 ")
     assert shared_hub.talk(start % (b"present", b"Origin: http://evil.example\r\n")).startswith(b"HTTP/1.1 403 ")
     assert shared_hub.talk(start % (b"present?token=present.wrong", b"")).startswith(b"HTTP/1.1 401 ")
+    behind = b"POST /to/present HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\nx" + start % (b"present", b"")
+    assert shared_hub.talk(behind, close=False).count(b"HTTP/1.1 ") == 2, "the send is answered, the upgrade behind it refused"
+
+
+def test_a_websocket_opened_the_moment_the_hub_starts_is_served(live: object) -> None:
+    pytest.importorskip("websockets")
+    hub = live()
+    hub.talk(b"POST /api/v1/agents/register HTTP/1.1\r\nHost: localhost\r\nContent-Length: 20\r\n\r\n" + b'{"agent_id":"early"} ')
+    with hub.socket("early") as line:
+        assert next_frame(line, "welcome")["agent_id"] == "early"
 
 
 # --- Server -----------------------------------------------------------------------------------------------------------
