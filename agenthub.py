@@ -80,6 +80,7 @@ LIMITS = {
 ACTIVE_SECONDS = 90  # three missed heartbeats of the seed's 30 s
 IDENTICAL_REPEATS = 10  # the same words to the same ear in LOOP_WINDOW are a loop, not a conversation
 LOOP_WINDOW = 60  # seconds; long enough for two slow models to be seen going round
+MAX_PEERS = 100  # shown to who registers; the list of agents has them all, and a crowd must not cost its square
 TOKENS_PER_AGENT = 8  # a refresh adds a token and ends none; the oldest of more than these goes
 MAX_WAIT = 60  # seconds a poll may wait: proxies and clients commonly cut at 60
 MAX_PAGE = 1_000  # messages in one answer
@@ -94,7 +95,8 @@ COMMENT_SECONDS = 15  # an event stream says something this often, so that proxi
 SWEEP_SECONDS = 15  # presence, expiry; a sweep deletes SWEEP_BATCH messages at a time
 SWEEP_BATCH = 200  # messages deleted in one turn: under 5 ms, so that nobody waits for it
 TICK_SECONDS = 0.5  # how exact deadlines of connections are; one timer for all of them
-PRESENCE_SECONDS = 0.2  # presence changes are gathered this long: a thousand arrivals are one write a reader
+PRESENCE_SECONDS = 0.2  # presence changes are gathered this long, and 1 ms more for each agent that hears them
+PRESENCE_FRAMES = 200_000  # told at a time, over all readers: 20 MB, which a core writes in half a second
 SLOW_SECONDS = 2  # a reader owed more than max_unsent has this long to take something before it is cut off
 MAX_PIPELINE = 256  # requests of one connection that may be unanswered at a time
 READ_AHEAD = 64 * 1024  # bytes taken in from a line that is not being answered yet, or read for one that is behind
@@ -777,7 +779,7 @@ class Hub:
         self.limits = limits
         self.events: list[Any] = []
         self.connections: dict[str, int] = {}
-        self._active: set[str] = set()
+        self.active: set[str] = set()
         self._seen: dict[str, int] = {}
         self._unwritten: set[str] = set()
         self._buckets: dict[str, tuple[float, int]] = {}
@@ -809,7 +811,7 @@ class Hub:
         for inbox in self.inboxes.values():
             inbox.pushed = inbox.unread[0] - 1
         self._pings = {seq: [id, sender, waiting[seq]] for seq, id, sender in snapshot.pings if seq in waiting}
-        self._active = {name for name in self.agents if self.status(name, at) == "active"}
+        self.active = {name for name in self.agents if self.status(name, at) == "active"}
 
     def snapshot(self) -> Snapshot:
         """What a store that wrote every event would load: equal hubs have equal snapshots."""
@@ -999,15 +1001,15 @@ class Hub:
         self._unwritten.discard(c.agent_id)
         self.departed.add(c.agent_id)
         self.events.append(Left(c.agent_id))
-        if c.agent_id in self._active:
-            self._active.discard(c.agent_id)
+        if c.agent_id in self.active:
+            self.active.discard(c.agent_id)
             self.events.append(Presence(agent.agent_id, agent.name, "offline"))
 
     def _touch(self, c: Touch) -> None:
         self._seen[c.agent_id] = max(c.at, self._seen.get(c.agent_id, 0))
         self._unwritten.add(c.agent_id)
-        if c.agent_id not in self._active and c.agent_id in self.agents:
-            self._active.add(c.agent_id)
+        if c.agent_id not in self.active and c.agent_id in self.agents:
+            self.active.add(c.agent_id)
             self.events.append(Presence(c.agent_id, self.agents[c.agent_id].name, "active"))
 
     def _connect(self, c: Connect) -> None:
@@ -1134,8 +1136,8 @@ class Hub:
         self.events.append(Expired(tuple(seq for seq, _ in c.messages), self.seq))
 
     def _sweep(self, c: Sweep) -> None:
-        for name in [name for name in self._active if self.status(name, c.at) == "offline"]:
-            self._active.discard(name)
+        for name in [name for name in self.active if self.status(name, c.at) == "offline"]:
+            self.active.discard(name)
             self.events.append(Presence(name, self.agents[name].name, "offline"))
         self.events += [Seen(name, self._seen[name]) for name in sorted(self._unwritten) if name in self.agents]
         self._unwritten.clear()
@@ -1932,10 +1934,12 @@ class Handlers:
                 self._sha256(token), not self.settings.key,
             )
         )  # fmt: skip
+        crowd = len(self.hub.agents) > MAX_PEERS  # then those that are active, and not all of them
+        others = itertools.islice(self.hub.active if crowd else self.hub.agents, MAX_PEERS)
         peers = [
-            {"agent_id": peer.agent_id, "name": peer.name, "status": self.hub.status(peer.agent_id, call.at)}
-            for peer in self.hub.agents.values()
-            if peer.agent_id != agent.agent_id
+            {"agent_id": name, "name": self.hub.agents[name].name, "status": self.hub.status(name, call.at)}
+            for name in others
+            if name != agent_id
         ]
         body = {"success": True, "agent_id": agent.agent_id, "session_id": agent.session_id, "name": agent.name}
         body |= {"websocket_url": f"/ws/{agent.agent_id}", "token": token, "peers": peers}
@@ -2813,6 +2817,10 @@ class SocketReader(Reader):
             self.out.clear()
         super().flush()
 
+    def unproven(self) -> bool:
+        """Whether there is something to write, or to ask for again because the disk did not take its receipt."""
+        return bool(self.out or self._written)
+
     def ping(self) -> None:
         """Ask for a pong that names what was sent."""
         self.out.append(websocket_frame(self._proof(), PING))
@@ -3233,7 +3241,8 @@ class HubSocket:
             if now - max(self._heard_at, self._pinged_at) > PING_SECONDS:
                 self._pinged_at = now
                 self.stream.ping()
-            self.stream.flush()  # also asks again for what the disk did not take
+            if self.stream.unproven():
+                self.stream.flush()
 
     def end(self, code: int, reason: str = "") -> None:
         """Close with the closing handshake; what does not answer it is cut by the library's timeout."""
@@ -3471,12 +3480,14 @@ class Server:
 
     def _tell_presence(self, event: Presence) -> None:
         if not self._presence:
-            self.loop.call_later(PRESENCE_SECONDS, self._spread_presence)
+            self.loop.call_later(PRESENCE_SECONDS + len(self.readers) / 1000, self._spread_presence)
         self._presence[event.agent_id] = event
 
     def _spread_presence(self) -> None:
-        """News, not mail: whoever is connected and keeping up hears it, in one write for all that was gathered."""
-        news, self._presence = self._presence, {}
+        """News, not mail: whoever is connected and keeps up hears it, in one write for all that was gathered. In a
+        crowd, where everybody's coming is told to everybody, only the latest changes are; the list has them all."""
+        most = max(1, PRESENCE_FRAMES // max(1, len(self.readers)))
+        news, self._presence = dict(list(self._presence.items())[-most:]), {}
         frames = {name: websocket_frame(dump({"type": "presence", **e._asdict()}).encode()) for name, e in news.items()}
         everything = b"".join(frames.values())
         for name, readers in self.readers.items():
