@@ -2738,7 +2738,7 @@ class Reader:
     def fall_behind(self, seq: int = sys.maxsize) -> None:
         """Read on from the log, from before `seq` where something older came in: what is unread of that."""
         if seq <= self.cursor:
-            self.unread_up_to, self.cursor = self.cursor, seq - 1
+            self.unread_up_to, self.cursor = max(self.unread_up_to, self.cursor), seq - 1
         self.live = False
         if not self._coming and not self.paused:
             self._coming = True
@@ -2763,7 +2763,9 @@ class Reader:
         self.cursor = messages[-1].seq if cut else up_to if unread and end else seqs[-1] if seqs else self.cursor
         self.live = end and not unread
         self.flush()
-        if not self.live:
+        if self.live:
+            self.owed = 0
+        else:
             self.fall_behind()  # others have their turn in between
 
     def pause(self) -> None:
@@ -4578,7 +4580,7 @@ def _parser(name: str | None) -> Any:
 
     parser = argparse.ArgumentParser("agenthub", description="Agents find each other and talk.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"agenthub {VERSION}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, prog="agenthub")
     for each, row in COMMANDS.items():
         if name in (None, each):
             sub = commands.add_parser(
