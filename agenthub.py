@@ -800,8 +800,8 @@ class Hub:
         self.events.clear()
         for agent in snapshot.agents:
             self._names.setdefault(agent.name.casefold(), set()).add(agent.agent_id)
-        for agent_id, at in snapshot.seen:
-            self._seen.setdefault(agent_id, at)
+        for agent_id, seen_at in snapshot.seen:
+            self._seen.setdefault(agent_id, seen_at)
         waiting: dict[int, int] = {}
         pings = {seq for seq, _, _ in snapshot.pings}
         for name, seq in snapshot.unread:
@@ -989,6 +989,7 @@ class Hub:
             for seq in set(left.unread) & set(inbox.unread):
                 self._answered(seq)
             inbox.unread = array("q", sorted({*inbox.unread, *left.unread}))
+            inbox.pushed = min(inbox.pushed, min(left.unread, default=0) - 1)
             self.events.append(Adopted(name, agent.agent_id, tuple(left.unread)))
 
     def _leave(self, c: Leave) -> None:
@@ -1219,7 +1220,10 @@ WRITES: dict[type, tuple[tuple[str, Callable[[list], list[tuple]]], ...]] = {
         ),
     ),
     Adopted: (
-        ("UPDATE OR REPLACE deliveries SET inbox = ? WHERE inbox = ?", lambda batch: [e[1::-1] for e in batch]),
+        (
+            "UPDATE OR REPLACE deliveries SET inbox = ? WHERE inbox = ? AND seq = ?",
+            lambda batch: [(e.agent_id, e.inbox, seq) for e in batch for seq in e.seqs],
+        ),
         (
             "UPDATE messages SET inboxes = (SELECT json_group_array(DISTINCT CASE value WHEN ? THEN ? ELSE value END)"
             " FROM json_each(inboxes)) WHERE seq = ?",
@@ -3039,16 +3043,17 @@ class HttpConnection:
 
     def _answer_stream(self, request: Request, stream: Stream, slot: list[bytes], started: float) -> None:
         self.slots.pop()
+        self.blocked = True
+        self._send_ready()
         if self.slots:
             return self._refuse(InvalidRequest("open a stream on a connection with no unanswered request"))
         kind = "text/event-stream" if stream.format == "sse" else "application/x-ndjson"
         extra = (("Transfer-Encoding", "chunked"), ("X-Accel-Buffering", "no"), *self.server.api.cors(request.head))
         self.transport.write(plain_head(200, f"{kind}; charset=utf-8", extra, self.server.date))
         if request.head.method == "HEAD":
-            self.last = True
+            self.last, self.blocked = True, False
             return
         encode = _event_chunk if stream.format == "sse" else _line_chunk
-        self.blocked = True
         self.stream = Reader(self.server, stream.agent_id, stream.after, encode, self.transport)
         self._comment = _chunk(":\n\n" if stream.format == "sse" else "\n")
         self.stream.write(self._comment)
@@ -3057,9 +3062,11 @@ class HttpConnection:
     def _answer_upgrade(self, request: Request, upgrade: Upgrade, slot: list[bytes], started: float) -> None:
         """Let websockets have the line, as soon as it is there: the hub may have just started."""
         self.slots.pop()
+        self.blocked = True
+        self._send_ready()
         if self.slots:
             return self._refuse(InvalidRequest("open a WebSocket on a connection with no unanswered request"))
-        library, self.blocked = self.server.library, True
+        library = self.server.library
         if library.done():
             self._hand_over(upgrade)
         else:
@@ -3085,7 +3092,7 @@ class HttpConnection:
         """Answer what could not be read, and read no more: where the next request begins is unknown. What still comes
         is thrown away for a while, because a line closed on unread bytes is reset, and the answer lost with it."""
         self.slots.append([error_response(error).encode(self.server.date, keep=False)])
-        self.last = self.refused = True
+        self.last, self.refused, self.blocked = True, True, False
         self.since = self.server.loop.time()
         self._send_ready()
 
@@ -3098,7 +3105,7 @@ class HttpConnection:
             self.transport.write(b"".join(out))
         if full:
             self._go_on()
-        if self.last and not (self.slots or self.stream or self.poll or self.handed_over):
+        if self.last and not (self.slots or self.blocked or self.stream or self.handed_over):
             if self.refused and self.transport.can_write_eof():
                 self.transport.write_eof()
             else:
@@ -3185,6 +3192,8 @@ class HubSocket:
 
     def _on_text(self, data: bytes) -> None:
         server = self.hub_server
+        if self.stream is None or self.stream.closed or self.protocol.state.name != "OPEN":
+            return  # it could not be answered any more, so it must not be stored either
         try:
             data.decode()  # the library leaves this check to whoever reads the frame
         except UnicodeDecodeError:
@@ -3550,7 +3559,12 @@ class Server:
         self.date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
         for connection in list(self.connections):
             connection.check(now)
-        if not self.api.trouble:
+        if self.api.trouble:
+            try:
+                self._probe()
+            except StorageFull:
+                pass
+        else:
             if now - self._swept_at >= SWEEP_SECONDS:
                 self._swept_at = now
                 self.hub.apply(Sweep(self.clock()))
@@ -3660,6 +3674,7 @@ class Server:
 # --- Client -----------------------------------------------------------------------------------------------------------
 
 HEARTBEAT_SECONDS = 30  # a third of ACTIVE_SECONDS: two may get lost
+IDLE_LINES = 8  # kept by an AgentClient: as many calls as one agent has under way at a time, most likely
 RECEIVE = 64 * 1024  # bytes asked of a line at a time
 SEEN_IDS = 4_096  # ids a listening client remembers, to hand nothing to its handler twice after a reconnect
 _URL = re.compile(r"(https?)://(\[[0-9A-Fa-f:.]+\]|[^:/?#\[\]]+)(?::(\d{1,5}))?/?").fullmatch
@@ -3695,7 +3710,7 @@ class _Calls:
         self._cacert = cacert
         self.on_wait: Callable[[float, str], None] = lambda seconds, reason: None
         self._seen: dict[str, None] = {}
-        self._closed = self._lost = False
+        self._closed = self._left = self._lost = False
 
     _run: Callable[[Generator], Any]
 
@@ -3712,7 +3727,7 @@ class _Calls:
             asked["name"] = "agent"
         answer = yield "POST", "/api/v1/agents/register", _given(asked), {}, self.key
         self.agent_id, self.session_id, self.token = answer["agent_id"], answer["session_id"], answer["token"]
-        self._lost = False
+        self._lost = self._left = False
         return answer
 
     def agents(self, status: str | None = None, capability: str | None = None) -> Any:
@@ -3722,8 +3737,13 @@ class _Calls:
         )
 
     def leave(self) -> Any:
-        """Leave the hub. What is unread stays there until it expires."""
-        return self._run(self._pick(None, "DELETE", f"/api/v1/agents/{quote(self._me())}"))
+        """Leave the hub; `listen` ends. What is unread stays there until it expires."""
+        return self._run(self._leave())
+
+    def _leave(self) -> Generator:
+        answer = yield "DELETE", f"/api/v1/agents/{quote(self._me())}", None, {}, None
+        self._left = True
+        return answer
 
     def heartbeat(self) -> Any:
         """Say that this agent is alive."""
@@ -3863,11 +3883,11 @@ class _Calls:
 
     def _mend(self, error: Exception, tries: int) -> float:
         """What to do about a stream that failed: the seconds to wait before the next, or the error, raised."""
-        if isinstance(error, (UnknownAgent, Unauthorized)) and tries < 3:  # the hub lost its file: come in again
+        if isinstance(error, (UnknownAgent, Unauthorized)) and not self._lost:  # the hub lost its file: come in again
             self._lost, self.token = True, ""
-            return 0.0
+            return _pause(tries)
         reason = error if isinstance(error, HubError) else self._unreachable(error)
-        if not isinstance(reason, (RateLimited, ShuttingDown, Unreachable)):
+        if not isinstance(reason, (RateLimited, ShuttingDown, StorageFull, Unreachable)):
             raise reason
         pause = float(reason.details.get("retry_after", _pause(tries)))
         self.on_wait(pause, reason.message)
@@ -3908,6 +3928,7 @@ class Client(_Calls):
 
     timeout = MAX_WAIT + 15.0  # seconds without a byte: longer than any poll
     _line: Any = None
+    _streaming: Any = None
 
     def __enter__(self) -> Client:
         return self
@@ -3916,11 +3937,17 @@ class Client(_Calls):
         self.close()
 
     def close(self) -> None:
-        """Close the line; `listen` ends."""
+        """Close the lines; `listen` ends, in another thread too."""
+        import socket
+
         self._closed = True
-        if self._line:
-            self._line.close()
-            self._line = None
+        for line in filter(None, (self._line, self._streaming)):
+            try:
+                line.shutdown(socket.SHUT_RDWR)  # wakes whoever reads it
+            except OSError:
+                pass
+            line.close()
+        self._line = None
 
     def _connect(self) -> Any:
         import socket
@@ -3960,7 +3987,7 @@ class Client(_Calls):
         except BaseException:
             line.close()
             raise
-        if reader.keep:
+        if reader.keep and not self._closed:
             self._line = line
         else:
             line.close()
@@ -3972,7 +3999,7 @@ class Client(_Calls):
         An envelope is acknowledged when the next one is asked for, so that what was not worked through comes again.
         """
         tries = 0
-        while not self._closed:
+        while not (self._closed or self._left):
             try:
                 if self._lost:
                     self.register()
@@ -3982,13 +4009,17 @@ class Client(_Calls):
                         yield envelope
                         self._remember(envelope)
                     self.ack(ids=[envelope["id"]])
+                    if self._closed or self._left:
+                        return
             except (OSError, EOFError, HubError) as error:
-                time.sleep(self._mend(error, tries))
+                if not (self._closed or self._left):
+                    time.sleep(self._mend(error, tries))
                 tries += 1
 
     def _stream(self) -> Iterator[dict]:
         """One connection's worth of envelopes."""
         with self._connect() as line:
+            self._streaming = line
             line.settimeout(3 * COMMENT_SECONDS)
             line.sendall(self._stream_request())
             reader = ResponseReader()
@@ -4032,9 +4063,8 @@ class AgentClient(_Calls):
         self._drop()
 
     def _drop(self) -> None:
-        for _, outgoing in self._idle:
-            outgoing.close()
-        self._idle.clear()
+        while self._idle:
+            self._idle.pop()[1].close()
 
     @functools.cached_property
     def _idle(self) -> list[tuple[Any, Any]]:
@@ -4084,7 +4114,12 @@ class AgentClient(_Calls):
         """Send a request and read its answer. The line is kept only when the answer was read to its end."""
         import asyncio
 
-        line = self._idle.pop() if self._idle else await self._connect()
+        line = None
+        while line is None and self._idle:
+            line = self._idle.pop()
+            if line[0].at_eof() or line[1].is_closing():
+                line = None
+        line = line or await self._connect()
         try:
             line[1].write(request)
             reader, body = ResponseReader(), b""
@@ -4098,8 +4133,9 @@ class AgentClient(_Calls):
             raise EOFError("the hub is silent") from None
         except BaseException:
             line[1].close()
+            self._drop()  # where one line broke, the others are no better
             raise
-        if reader.keep and not self._closed:
+        if reader.keep and not self._closed and len(self._idle) < IDLE_LINES:
             self._idle.append(line)
         else:
             line[1].close()
@@ -4128,13 +4164,14 @@ class AgentClient(_Calls):
 
         tries, envelopes = 0, read()
         try:
-            while not self._closed:
+            while not (self._closed or self._left):
                 try:  # around the line only: what the handler raises is for whoever called `listen`
                     if self._lost:
                         await self.register()
                     envelope = await anext(envelopes)
                 except (OSError, EOFError, HubError) as error:
-                    await asyncio.sleep(self._mend(error, tries))
+                    if not (self._closed or self._left):
+                        await asyncio.sleep(self._mend(error, tries))
                     tries, envelopes = tries + 1, read()
                     continue
                 tries = 0
@@ -4145,8 +4182,9 @@ class AgentClient(_Calls):
                     self._remember(envelope)
                 try:
                     await self.ack(ids=[envelope["id"]])
-                except (Unreachable, ShuttingDown, RateLimited):
-                    pass  # it comes again, and is acknowledged then without being handled again
+                except HubError as error:  # it comes again, and is acknowledged then without being handled again
+                    if not (self._closed or self._left):
+                        await asyncio.sleep(self._mend(error, tries))
         finally:
             await envelopes.aclose()
 

@@ -189,7 +189,9 @@ class LiveHub:
         from websockets.sync.client import connect
 
         # close_timeout: the client of websockets 13.1 does not see a close frame behind messages it was not asked for
-        return connect(f"ws://127.0.0.1:{self.port}/ws/{agent_id}{query}", max_size=None, compression=None, close_timeout=0.2)
+        return connect(
+            f"ws://127.0.0.1:{self.port}/ws/{agent_id}{query}", max_size=None, compression=None, close_timeout=0.2
+        )
 
     def talk(self, data: bytes, close: bool = True) -> bytes:
         """Send raw bytes and return all that comes back until the hub closes."""
@@ -491,6 +493,35 @@ def test_mail_of_an_agent_that_left_is_not_for_whoever_takes_its_id_as_a_name(pa
     pair.apply(ah.Sweep)
     pair.commit()
     assert pair.store.load().departed == pair.state().departed == ()
+
+
+def test_mail_for_a_name_does_not_bring_what_an_earlier_agent_of_that_id_had_read(pair: World) -> None:
+    pair.send("beta-2", "alpha-1", '"secret"')
+    pair.commit()
+    pair.apply(ah.Ack, "alpha-1", up_to=1)
+    pair.apply(ah.Leave, "alpha-1")
+    pair.apply(ah.Sweep)
+    pair.send("beta-2", "alpha-1", '"to nobody"')
+    pair.register("mallory", None, "ALPHA-1")
+    pair.commit()
+    page = pair.call("GET", "/api/v1/messages?agent_id=mallory&after=0")[1]["messages"]
+    assert [m["message"] for m in page] == ["to nobody"]
+
+
+def test_presence_after_a_restart_is_judged_by_the_time_of_the_restart(tmp_path: Path) -> None:
+    world = World(str(tmp_path / "hub.db"))
+    for name in ("a", "b", "z"):
+        world.register(name)
+        world.clock.advance(1)
+    world.apply(ah.Sweep)
+    world.commit()
+    clock, snapshot = world.clock, world.store.load()
+    clock.advance(86_400)
+    hub = ah.Hub(world.limits, snapshot, clock())
+    hub.apply(ah.Sweep(clock()))
+    hub.apply(ah.Touch(clock(), "a"))
+    assert [e for e in hub.take_events() if type(e) is ah.Presence] == [ah.Presence("a", "a", "active")]
+    world.store.close()
 
 
 def test_the_number_of_agents_is_bounded() -> None:
@@ -931,7 +962,9 @@ def test_an_answer_is_bounded_in_bytes_and_the_cursor_goes_on(pair: World, monke
     assert (len(page["messages"]), page["next"]) == (3, 3)
 
 
-def test_one_message_larger_than_an_answer_may_be_is_given_all_the_same(pair: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_message_larger_than_an_answer_may_be_is_given_all_the_same(
+    pair: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ah, "MAX_ANSWER", 1000)
     for number in range(3):
         pair.send("beta-2", "alpha-1", ah.dump(f"{number}" * 3000), "x")
@@ -951,8 +984,14 @@ def test_a_gap_after_a_cursor_is_known_per_inbox(pair: World) -> None:
     pair.apply(ah.Expire, tuple(pair.store.expired(pair.clock(), 0, 9)))
     pair.commit()
     resume = pair.api._resume
-    assert resume("alpha-1", 1, "") == (1, False) and resume("alpha-1", 2, "") == (2, True) and resume("beta-2", 0, "") == (0, True)
-    assert resume("alpha-1", 99, "") == (None, False) == resume("alpha-1", 2, "another") and resume("alpha-1", None, "") == (None, True)
+    assert (
+        resume("alpha-1", 1, "") == (1, False)
+        and resume("alpha-1", 2, "") == (2, True)
+        and resume("beta-2", 0, "") == (0, True)
+    )
+    assert resume("alpha-1", 99, "") == (None, False) == resume("alpha-1", 2, "another") and resume(
+        "alpha-1", None, ""
+    ) == (None, True)
 
 
 def test_the_same_id_again_gets_the_first_answer_and_another_content_is_refused(pair: World) -> None:
@@ -1394,7 +1433,11 @@ def test_when_an_agent_leaves_its_lines_end_and_hear_nothing_of_who_comes_after_
     from websockets.exceptions import ConnectionClosed
 
     first = shared_hub.client("leaver")
-    listening = threading.Thread(target=lambda: first._run(first._pick(None, "GET", "/api/v1/messages", query={"agent_id": "leaver", "wait": 50, "unread": "true"})))
+    listening = threading.Thread(
+        target=lambda: first._run(
+            first._pick(None, "GET", "/api/v1/messages", query={"agent_id": "leaver", "wait": 50, "unread": "true"})
+        )
+    )
     listening.start()
     with shared_hub.socket("leaver") as line:
         next_frame(line, "welcome")
@@ -1410,11 +1453,17 @@ def test_when_an_agent_leaves_its_lines_end_and_hear_nothing_of_who_comes_after_
     assert second.heartbeat()["unread"] == 1
 
 
-def test_a_second_line_of_an_agent_that_falls_behind_still_gets_what_the_first_acknowledged(shared_hub: LiveHub) -> None:
+def test_a_second_line_of_an_agent_that_falls_behind_still_gets_what_the_first_acknowledged(
+    shared_hub: LiveHub,
+) -> None:
     pytest.importorskip("websockets")
     shared_hub.client("twofold")
     me = shared_hub.client("twofold")
-    with shared_hub.socket("twofold") as quick, shared_hub.socket("twofold") as slow, shared_hub.client("feeder") as feeder:
+    with (
+        shared_hub.socket("twofold") as quick,
+        shared_hub.socket("twofold") as slow,
+        shared_hub.client("feeder") as feeder,
+    ):
         for line in (quick, slow):
             next_frame(line, "welcome")
         for n in range(200):
@@ -1535,7 +1584,9 @@ def test_a_body_is_asked_for_read_in_chunks_and_refused_before_it_comes_when_too
         b"POST /to/x HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 999999999\r\n\r\n",
         close=False,
     )
-    whole = shared_hub.talk(b"POST /to/x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 8000000\r\n\r\n" + b"x" * 8_000_000)
+    whole = shared_hub.talk(
+        b"POST /to/x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 8000000\r\n\r\n" + b"x" * 8_000_000
+    )
     assert whole.startswith(b"HTTP/1.1 413 "), "the answer is not lost to a reset while the body is still being sent"
     with pytest.raises(ah.PayloadTooLarge):
         shared_hub.client("chunker").send_message("x", "x" * 8_000_000)
@@ -1609,14 +1660,25 @@ def test_a_websocket_is_refused_before_the_upgrade(shared_hub: LiveHub) -> None:
     assert shared_hub.talk(start % (b"absent", b"")).startswith(b"HTTP/1.1 404 ")
     assert shared_hub.talk(start % (b"present", b"Origin: http://evil.example\r\n")).startswith(b"HTTP/1.1 403 ")
     assert shared_hub.talk(start % (b"present?token=present.wrong", b"")).startswith(b"HTTP/1.1 401 ")
+    with socket.create_connection(("127.0.0.1", shared_hub.port), timeout=20) as line:
+        line.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" + start % (b"present", b""))
+        answers = b""
+        while b" 101 " not in answers:
+            answers += line.recv(65536) or pytest.fail("closed")
+        assert b" 200 OK" in answers, "an upgrade behind an answered request is an upgrade"
     behind = b"POST /to/present HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\nx" + start % (b"present", b"")
-    assert shared_hub.talk(behind, close=False).count(b"HTTP/1.1 ") == 2, "the send is answered, the upgrade behind it refused"
+    assert shared_hub.talk(behind, close=False).count(b"HTTP/1.1 ") == 2, (
+        "the send is answered, the upgrade behind it refused"
+    )
 
 
 def test_a_websocket_opened_the_moment_the_hub_starts_is_served(live: object) -> None:
     pytest.importorskip("websockets")
     hub = live()
-    hub.talk(b"POST /api/v1/agents/register HTTP/1.1\r\nHost: localhost\r\nContent-Length: 20\r\n\r\n" + b'{"agent_id":"early"} ')
+    hub.talk(
+        b"POST /api/v1/agents/register HTTP/1.1\r\nHost: localhost\r\nContent-Length: 20\r\n\r\n"
+        + b'{"agent_id":"early"} '
+    )
     with hub.socket("early") as line:
         assert next_frame(line, "welcome")["agent_id"] == "early"
 
@@ -1739,13 +1801,14 @@ def test_a_full_disk_refuses_senders_reads_go_on_and_the_hub_recovers_by_itself(
             with pytest.raises(ah.StorageFull):
                 await client.send_message("a", str(n) * 100_000)
             assert server.hub.seq == 1
-        assert (await client.health())["status"] == "failing" if server.api.trouble else True
+        assert server.api.trouble and (await client.health())["status"] == "failing"
         assert [m["id"] for m in await client.messages()] == [kept["message_id"]] and (await client.heartbeat())[
             "unread"
         ] == 1
         size(1_000_000)
+        while (await client.health())["status"] != "ok":  # without anybody sending anything
+            await asyncio.sleep(0.05)
         assert (await client.send_message("a", "again"))["seq"] == 2
-        assert (await client.health())["status"] == "ok"
         await client.close()
         await server.stop()
 
@@ -1841,6 +1904,23 @@ def test_what_the_caller_does_not_work_through_is_handed_out_again(shared_hub: L
         assert envelope["message"] == 1
         break
     assert client.heartbeat()["unread"] == 1 and next(client.listen())["message"] == 1
+
+
+def test_closing_ends_listening(shared_hub: LiveHub) -> None:
+    client = shared_hub.client("quitter")
+    client.send_message("quitter", 1)
+    for _ in client.listen():
+        client.close()
+    again = shared_hub.client("quitter")
+    assert again.heartbeat()["unread"] == 0
+    listening = threading.Thread(target=lambda: list(again.listen()))
+    listening.start()
+    until(
+        lambda: shared_hub.client()._run(shared_hub.client()._pick(None, "GET", "/api/v1/agents/quitter"))["connected"]
+    )
+    again.close()
+    listening.join(20)
+    assert not listening.is_alive()
 
 
 def test_a_client_waits_where_it_is_told_to_slow_down(live: object) -> None:
@@ -1946,9 +2026,38 @@ def test_what_a_handler_raises_ends_listen_and_its_message_comes_again(error: ty
     assert asyncio.run(asyncio.wait_for(main(), 30)) == [1, 1]
 
 
+def test_a_hub_that_comes_back_without_its_file_is_registered_with_again(live: object) -> None:
+    async def main() -> None:
+        hub = live("--db", ":memory:", port=steady_port())
+        got: list = []
+        async with ah.AgentClient(hub.url, "constant") as agent:
+            await asyncio.gather(*(agent.health() for _ in range(20)))
+            listening = asyncio.ensure_future(agent.listen(lambda message: got.append(message["message"])))
+            await agent.send_message("constant", 1)
+            while not got:
+                await asyncio.sleep(0.01)
+            hub.stop(signal.SIGKILL)
+            await asyncio.sleep(1.2)  # several tries are in vain
+            await asyncio.to_thread(live, "--db", ":memory:", port=str(hub.port))
+            while True:
+                with contextlib.suppress(ah.UnknownAgent, ah.Unauthorized):
+                    await agent.send_message("constant", 2)
+                    break
+                await asyncio.sleep(0.05)
+            while len(got) < 2:
+                await asyncio.sleep(0.01)
+            await agent.leave()
+            await listening
+            with pytest.raises((ah.UnknownAgent, ah.Unauthorized)):
+                await agent.heartbeat()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
 def test_asking_holds_up_nothing_else_so_that_two_can_ask_each_other(shared_hub: LiveHub) -> None:
     async def main() -> None:
         async with ah.AgentClient(shared_hub.url, "left") as left, ah.AgentClient(shared_hub.url, "right") as right:
+
             async def answer_left(message: dict) -> None:
                 if message["type"] == "request":
                     await left.reply(message, "blue")
