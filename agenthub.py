@@ -94,6 +94,7 @@ PING_SECONDS = 20  # a WebSocket is asked for a sign of life this often, and cut
 COMMENT_SECONDS = 15  # an event stream says something this often, so that proxies keep it open
 SWEEP_SECONDS = 15  # presence, expiry; a sweep deletes SWEEP_BATCH messages at a time
 SWEEP_BATCH = 200  # messages deleted in one turn: under 5 ms, so that nobody waits for it
+LIBRARY_SECONDS = 0.05  # after the start websockets is imported, so that the first requests need not share the core
 TICK_SECONDS = 0.5  # how exact deadlines of connections are; one timer for all of them
 PRESENCE_SECONDS = 0.2  # presence changes are gathered this long, and 1 ms more for each agent that hears them
 PRESENCE_FRAMES = 200_000  # told at a time, over all readers: 20 MB, which a core writes in half a second
@@ -1336,15 +1337,13 @@ class Store:
             )
 
     def _migrate(self) -> None:
-        import secrets
-
         version = self._writer.execute("PRAGMA user_version").fetchone()[0]
         for number in range(version, len(MIGRATIONS)):
             self._writer.execute("BEGIN IMMEDIATE")
             for statement in MIGRATIONS[number].split(";")[:-1]:
                 self._writer.execute(statement)
             if number == 0:
-                row = [("epoch", secrets.token_hex(4)), ("seq", 0)]
+                row = [("epoch", os.urandom(4).hex()), ("seq", 0)]
                 self._writer.executemany("INSERT INTO meta VALUES (?,?)", row)
                 self._writer.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             self._writer.execute(f"PRAGMA user_version = {number + 1}")
@@ -1903,17 +1902,16 @@ class Handlers:
     (nothing above it is shown), `mint` makes the random part of tokens and sessions.
     """
 
-    def __init__(self, hub: Hub, log: Any, settings: Settings, mint: Callable[[], str] | None = None) -> None:
+    def __init__(self, hub: Hub, log: Any, settings: Settings, mint: Callable[[], str]) -> None:
         import hashlib
         import hmac
-        import secrets
 
         self.hub, self.log, self.settings = hub, log, settings
         self.committed, self.started_at = hub.seq, 0
         self.metrics: collections.Counter[str] = collections.Counter()  # by the names in METRICS
         self.answers: collections.Counter[int] = collections.Counter()
         self.request_seconds, self.commit_seconds = Histogram(), Histogram()
-        self._mint = mint or (lambda: secrets.token_urlsafe(32))
+        self._mint = mint
         self._sha256 = lambda text: hashlib.sha256(text.encode()).digest()
         self._digest = lambda text: hashlib.blake2b(text.encode(), digest_size=16).digest()
         self._same = hmac.compare_digest
@@ -3278,6 +3276,11 @@ class Clock:
         return int((self._offset + self.elapsed()) * 1000)
 
 
+def new_secret() -> str:
+    """256 random bits as text: what tokens, sessions and keys are made of."""
+    return os.urandom(32).hex()
+
+
 class Disk:
     """Does what waits for the disk: on the loop while the disk is quick, because waking a thread costs as much as a
     quick fsync; on a thread of its own while commits take over SLOW_COMMIT on average, or one has just stalled.
@@ -3337,7 +3340,7 @@ class Server:
         self.loop, self.clock, self.date = asyncio.get_running_loop(), Clock(), ""
         self.store, self.limits = store, settings.limits
         self.hub = Hub(settings.limits, store.load(), self.clock())
-        self.api = API(self.hub, store, settings)
+        self.api = API(self.hub, store, settings, new_secret)
         self.api.started_at = self.clock()
         self.api.probe = self._probe
         self.metrics = self.api.metrics
@@ -3615,8 +3618,10 @@ class Server:
     async def _take_in_websockets(self, sock: Any) -> Callable[[], Any]:
         """Have websockets serve on the same socket, so that each of its connections has its server and its handshake.
         Returns what makes such a connection; it takes over from an HttpConnection, whoever accepted that."""
+        import asyncio
         import importlib
 
+        await asyncio.sleep(LIBRARY_SECONDS)
         await self.loop.run_in_executor(None, importlib.import_module, "websockets.asyncio.server")
         from websockets.asyncio.server import ServerConnection, serve
         from websockets.server import ServerProtocol
@@ -4422,9 +4427,7 @@ def _key(args: Any) -> tuple[str, bool]:
             key = file.read().strip()
     if key or is_loopback(args.host):
         return key, False
-    import secrets
-
-    return secrets.token_urlsafe(32), True
+    return new_secret(), True
 
 
 def _fit_descriptors(limits: Any) -> Any:

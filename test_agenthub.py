@@ -54,7 +54,8 @@ class World:
         self.limits = ah.make_limits(**{"rate_limit": 0, "max_inbox": 5000, **limits})
         self.store = ah.Store(path)
         self.hub = ah.Hub(self.limits, self.store.load(), self.clock())
-        self.api = ah.API(self.hub, self.store, ah.Settings(self.limits, key, origins=("https://ok.example",)))
+        settings = ah.Settings(self.limits, key, origins=("https://ok.example",))
+        self.api = ah.API(self.hub, self.store, settings, ah.new_secret)
 
     def commit(self) -> list:
         events = self.hub.take_events()
