@@ -769,6 +769,59 @@ class Inbox:
         return runs
 
 
+class Pace:
+    """How fast everybody goes: a token bucket for each caller, and a sliding window for whoever may be in a loop."""
+
+    def __init__(self, limits: Any) -> None:
+        self.limits = limits
+        self._buckets: dict[str, tuple[float, int]] = {}
+        self._paces: dict[tuple, list[int]] = {}
+
+    def charge(self, who: str, at: int) -> None:
+        """Take one request out of the caller's bucket. Raises RateLimited."""
+        rate, burst = self.limits.rate_limit, self.limits.rate_burst
+        if float("inf") in (rate, burst):
+            return
+        tokens, since = self._buckets.get(who, (burst, at))
+        tokens = min(burst, tokens + (at - since) * rate / 1000)
+        if tokens < 1:
+            seconds = -int(-(1 - tokens) / rate // 1)
+            raise RateLimited(
+                f"more than {rate:g} requests a second: wait {seconds} s and send fewer, larger requests",
+                retry_after=seconds,
+            )
+        self._buckets[who] = (tokens - 1, at)
+
+    def guard(self, c: Send, to: str, inboxes: tuple[str, ...]) -> list[list[int]]:
+        """The paces this message adds to, or LoopSuspected where one of them is over its limit."""
+        limit, paces = self.limits.loop_guard, []
+        if limit == float("inf"):
+            return paces
+        keys: list[tuple] = [(IDENTICAL_REPEATS, c.sender, to, crc32(c.payload.encode()))]
+        if c.thread:
+            keys += [(limit, c.thread, *sorted((c.sender, name))) for name in inboxes]
+        for key in keys:
+            pace = self._paces.setdefault(key, [])
+            while pace and pace[0] <= c.at - LOOP_WINDOW * 1000:
+                del pace[0]
+            if len(pace) >= key[0]:
+                what = "the same message" if key is keys[0] else "a message of this thread"
+                raise LoopSuspected(
+                    f"{c.sender} has sent {what} to {to} {len(pace)} times in {LOOP_WINDOW} s, which looks like two"
+                    " agents going round in a loop: stop replying now, and tell your user if something is left to do",
+                    retry_after=(pace[0] - c.at) // 1000 + LOOP_WINDOW + 1,
+                )
+            paces.append(pace)
+        return paces
+
+    def sweep(self, at: int) -> None:
+        """Forget who has been slow for long enough that it makes no difference."""
+        if self._buckets:
+            full_in = self.limits.rate_burst / self.limits.rate_limit * 1000
+            self._buckets = {who: b for who, b in self._buckets.items() if at - b[1] < full_in}
+        self._paces = {key: p for key, p in self._paces.items() if p and at - p[-1] < LOOP_WINDOW * 1000}
+
+
 class Hub:
     """The rules. `apply` takes a command and changes everything it should at once, or raises HubError and nothing.
 
@@ -783,8 +836,7 @@ class Hub:
         self.active: set[str] = set()
         self._seen: dict[str, int] = {}
         self._unwritten: set[str] = set()
-        self._buckets: dict[str, tuple[float, int]] = {}
-        self._paces: dict[tuple, list[int]] = {}
+        self.pace = Pace(limits)
         self.load(snapshot, at)
 
     # state in and out
@@ -901,45 +953,6 @@ class Hub:
         seq, inboxes = receipt.message.seq, self.inboxes
         return {name for name in receipt.inboxes if name in inboxes and seq <= inboxes[name].pushed}
 
-    # pace
-
-    def charge(self, who: str, at: int) -> None:
-        """Take one request out of the caller's bucket. Raises RateLimited."""
-        rate, burst = self.limits.rate_limit, self.limits.rate_burst
-        if float("inf") in (rate, burst):
-            return
-        tokens, since = self._buckets.get(who, (burst, at))
-        tokens = min(burst, tokens + (at - since) * rate / 1000)
-        if tokens < 1:
-            seconds = -int(-(1 - tokens) / rate // 1)
-            raise RateLimited(
-                f"more than {rate:g} requests a second: wait {seconds} s and send fewer, larger requests",
-                retry_after=seconds,
-            )
-        self._buckets[who] = (tokens - 1, at)
-
-    def _guard_loop(self, c: Send, to: str, inboxes: tuple[str, ...]) -> list[list[int]]:
-        """The paces this message adds to, or LoopSuspected where one of them is over its limit."""
-        limit, paces = self.limits.loop_guard, []
-        if limit == float("inf"):
-            return paces
-        keys: list[tuple] = [(IDENTICAL_REPEATS, c.sender, to, crc32(c.payload.encode()))]
-        if c.thread:
-            keys += [(limit, c.thread, *sorted((c.sender, name))) for name in inboxes]
-        for key in keys:
-            pace = self._paces.setdefault(key, [])
-            while pace and pace[0] <= c.at - LOOP_WINDOW * 1000:
-                del pace[0]
-            if len(pace) >= key[0]:
-                what = "the same message" if key is keys[0] else "a message of this thread"
-                raise LoopSuspected(
-                    f"{c.sender} has sent {what} to {to} {len(pace)} times in {LOOP_WINDOW} s, which looks like two"
-                    " agents going round in a loop: stop replying now, and tell your user if something is left to do",
-                    retry_after=(pace[0] - c.at) // 1000 + LOOP_WINDOW + 1,
-                )
-            paces.append(pace)
-        return paces
-
     # rules
 
     def apply(self, command: Any) -> Any:
@@ -1031,7 +1044,7 @@ class Hub:
             return self._again(c, *c.known)
         inboxes, to = self._resolve(c)
         full = self._without_room(inboxes)
-        for pace in self._guard_loop(c, to, inboxes):
+        for pace in self.pace.guard(c, to, inboxes):
             pace.append(c.at)
         room = tuple(name for name in inboxes if name not in full) if full else inboxes
         message = self._deliver(c, to, room)
@@ -1143,10 +1156,7 @@ class Hub:
             self.events.append(Presence(name, self.agents[name].name, "offline"))
         self.events += [Seen(name, self._seen[name]) for name in sorted(self._unwritten) if name in self.agents]
         self._unwritten.clear()
-        if self._buckets:
-            full_in = self.limits.rate_burst / self.limits.rate_limit * 1000
-            self._buckets = {who: b for who, b in self._buckets.items() if c.at - b[1] < full_in}
-        self._paces = {key: p for key, p in self._paces.items() if p and c.at - p[-1] < LOOP_WINDOW * 1000}
+        self.pace.sweep(c.at)
         for name in [n for n, inbox in self.inboxes.items() if not inbox.unread and not self.known(n)]:
             del self.inboxes[name]
         done = sorted(name for name in self.departed if name not in self.inboxes)
@@ -2323,10 +2333,10 @@ class API(Handlers):
             params = self._params(route, head, body, given)
             actor = self._authorize(route, params.get(route.actor), self._token(head))
         except HubError:
-            self.hub.charge(address, at)
+            self.hub.pace.charge(address, at)
             raise
         if route.charged:
-            self.hub.charge(actor or (params.get("agent_id") if route.method == "POST" else None) or address, at)
+            self.hub.pace.charge(actor or (params.get("agent_id") if route.method == "POST" else None) or address, at)
         if self.trouble and route.writes:
             self.probe()
         if actor and self.hub.known(actor):
@@ -2435,7 +2445,7 @@ class API(Handlers):
         if frame.get("from", agent_id) != agent_id:
             raise Forbidden(f"this connection is that of `{agent_id}`: leave `from` out, or open another one")
         given = read_fields(SEND_FIELDS, {**frame, "from": agent_id})
-        self.hub.charge(agent_id, at)
+        self.hub.pace.charge(agent_id, at)
         body = self._send(agent_id, given, at).body
         if not callable(body):  # a heartbeat that names a recipient
             return self._heartbeat_frame(agent_id, frame, ref, at)
@@ -3327,39 +3337,25 @@ class Disk:
         return not (self._thread and self._thread.is_alive())
 
 
-class Server:
-    """The hub on the network: turns of the event loop become batches, batches commits, commits replies and pushes.
+class Batches:
+    """Turns of the event loop into transactions, with the law: nothing leaves before it is durable.
 
-    The law: nothing leaves before it is durable. Whatever one turn of the loop brought is one transaction; when it is
-    on disk its messages are pushed and its replies written, one write per connection. A lone sender waits for nothing.
+    What one turn of the loop brought is one transaction. When it is on disk, the server tells its events, the replies
+    that waited for it leave, and the next one begins. No timer: a lone sender waits for nothing.
     """
 
-    def __init__(self, store: Store, settings: Settings) -> None:
-        import asyncio
-
-        self.loop, self.clock, self.date = asyncio.get_running_loop(), Clock(), ""
-        self.store, self.limits = store, settings.limits
-        self.hub = Hub(settings.limits, store.load(), self.clock())
-        self.api = API(self.hub, store, settings, new_secret)
-        self.api.started_at = self.clock()
-        self.api.probe = self._probe
-        self.metrics = self.api.metrics
-        self.readers: dict[str, dict[Any, None]] = {}
-        self.connections: set[Any] = set()
-        self.dirty: dict[Any, None] = {}
-        self.held: list[Any] = []
-        self.closing = False
-        self._disk = Disk(self.loop)
+    def __init__(self, server: Any) -> None:
+        self._server, self.loop = server, server.loop
+        self.hub, self.api, self.store = server.hub, server.api, server.store
+        self.disk = Disk(self.loop)
         self._waiters: list[Callable[[HubError | None], None]] = []
         self._batch: list[Callable[[HubError | None], None]] | None = None  # who waits for the commit under way
-        self._scheduled = self._flushing = False
-        self._presence: dict[str, Presence] = {}
-        self._listeners: list[Any] = []
-        self.library: Any = None  # the task that takes websockets in
-        self._swept_at = self.loop.time()
-        self._tick()
+        self._scheduled = False
 
-    # batches
+    @property
+    def busy(self) -> bool:
+        """Whether something is not on disk yet."""
+        return self._batch is not None or bool(self.hub.events)
 
     def schedule(self) -> None:
         """See to it that what this turn changed is committed at its end."""
@@ -3405,18 +3401,16 @@ class Server:
             if error:
                 self._failed(error, waiters)
             else:
-                self.metrics["commits_total"] += 1
+                self.api.metrics["commits_total"] += 1
                 self.api.trouble = ""
                 self._committed(events, top, waiters)
 
-        self._disk.run(self.store.commit, done)
+        self.disk.run(self.store.commit, done)
 
     def _committed(self, events: list[Any], top: int, waiters: list) -> None:
         self.api.committed = top
         for event in events:
-            tell = self.TELL.get(type(event))
-            if tell:
-                self._each(tell, self, event)
+            self._each(self._server.tell, event)
         for leave in waiters:
             self._each(leave, None)
         self._end_turn()
@@ -3431,11 +3425,11 @@ class Server:
     def _failed(self, error: HubError, waiters: list) -> None:
         """Undo a batch that the disk refused: the hub is again what the disk says, and everybody who waited is told.
         What gathered meanwhile stood on it and goes with it."""
-        self.metrics["failed_commits_total"] += 1
+        self.api.metrics["failed_commits_total"] += 1
         self.api.trouble = error.message
         try:
             self.store.undo()
-            self.hub.load(self.store.load(), self.clock())
+            self.hub.load(self.store.load(), self._server.clock())
         except Exception:
             log_exception("reading the store again")
             os._exit(1)  # memory and disk disagree, and only a start can find out what is true
@@ -3445,19 +3439,70 @@ class Server:
         self._end_turn()
 
     def _end_turn(self) -> None:
-        self.flush()
+        self._server.end_turn()
         if self.store.pages > CHECKPOINT_PAGES:
             self._checkpoint()
-        held, self.held = self.held, []
-        for transport in held:
-            transport.resume_reading()
         self.schedule()
 
-    def _probe(self) -> None:
+    def probe(self) -> None:
         """Raise StorageFull while the disk takes nothing, before anything is changed."""
         if self._batch is None:
             self.store.probe()
             self.api.trouble = ""
+
+    def _checkpoint(self) -> None:
+        """Between two commits, as a batch of nobody's: where the disk is slow, the loop does not wait."""
+        self._batch = waiters = []
+
+        def done(error: HubError | None) -> None:
+            self._batch = None
+            for leave in waiters:
+                leave(None)  # what they waited for was durable before; that the file is not tidied harms nobody
+            self._end_turn()
+
+        self.disk.run(self.store.checkpoint, done)
+
+
+class Server:
+    """The hub on the network: listens, tells readers what was committed with one write each, and minds the time."""
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        import asyncio
+
+        self.loop, self.clock, self.date = asyncio.get_running_loop(), Clock(), ""
+        self.store, self.limits = store, settings.limits
+        self.hub = Hub(settings.limits, store.load(), self.clock())
+        self.api = API(self.hub, store, settings, new_secret)
+        self.api.started_at = self.clock()
+        self.batches = Batches(self)
+        self.schedule, self.when_durable = self.batches.schedule, self.batches.when_durable
+        self.api.probe = self.batches.probe
+        self.metrics = self.api.metrics
+        self.readers: dict[str, dict[Any, None]] = {}
+        self.connections: set[Any] = set()
+        self.dirty: dict[Any, None] = {}
+        self.held: list[Any] = []
+        self.closing = False
+        self._flushing = False
+        self._presence: dict[str, Presence] = {}
+        self._listeners: list[Any] = []
+        self.library: Any = None  # the task that takes websockets in
+        self._swept_at = self.loop.time()
+        self._tick()
+
+    # turns
+
+    def tell(self, event: Any) -> None:
+        """Let everybody know who should of an event that was committed."""
+        if type(event) in self.TELL:
+            self.TELL[type(event)](self, event)
+
+    def end_turn(self) -> None:
+        """A batch is done: what it brought is written, and lines that were held are read again."""
+        self.flush()
+        held, self.held = self.held, []
+        for transport in held:
+            transport.resume_reading()
 
     def hold_if_gathering(self, transport: Any) -> None:
         """Take no more from a line while the disk stalls and a great deal waits for it."""
@@ -3564,7 +3609,7 @@ class Server:
             connection.check(now)
         if self.api.trouble:
             try:
-                self._probe()
+                self.batches.probe()
             except StorageFull:
                 pass
         else:
@@ -3580,18 +3625,6 @@ class Server:
         due = self.store.expired(at, 0 if keep == float("inf") else int(at - keep), SWEEP_BATCH)
         if due:
             self.hub.apply(Expire(at, tuple(due)))
-
-    def _checkpoint(self) -> None:
-        """Between two commits, as a batch of nobody's: where the disk is slow, the loop does not wait."""
-        self._batch = waiters = []
-
-        def done(error: HubError | None) -> None:
-            self._batch = None
-            for leave in waiters:
-                leave(None)  # what they waited for was durable before; that the file is not tidied harms nobody
-            self._end_turn()
-
-        self._disk.run(self.store.checkpoint, done)
 
     # the way in
 
@@ -3654,7 +3687,7 @@ class Server:
         for readers in list(self.readers.values()):
             for poll in [reader for reader in readers if isinstance(reader, Poll)]:
                 poll.end()
-        while (self._batch is not None or self.hub.events) and self.loop.time() < deadline:
+        while self.batches.busy and self.loop.time() < deadline:
             self.schedule()
             await asyncio.sleep(0.005)
         for connection in list(self.connections):
@@ -3663,7 +3696,7 @@ class Server:
             await asyncio.sleep(0.005)
         for connection in list(self.connections):
             connection.transport.abort()
-        if not self._disk.close():
+        if not self.batches.disk.close():
             return  # it hangs in a commit, which nobody was told of; the next start finds it done or not
         try:
             self.hub.apply(Sweep(self.clock()))
