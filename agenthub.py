@@ -1077,7 +1077,7 @@ class Hub:
         for one in asked:
             inboxes, as_text = self._resolve_one(one, c.sender)
             found.update(dict.fromkeys(inboxes))
-            shown.append(as_text)
+            shown += [as_text] if as_text not in shown else []
         if len(shown) > 1:
             return tuple(found), dump(shown)
         return tuple(found), dump(shown[0])
@@ -3251,7 +3251,7 @@ class HubSocket:
     def check(self, now: float) -> None:
         """Ping what has been silent, cut what stays so, and what does not keep up."""
         late = self._partial_at is not None and now - self._partial_at > self.hub_server.limits.head_timeout
-        if self.stream and self.stream.too_slow(now):
+        if self.stream and not self.stream.closed and self.stream.too_slow(now):
             self.hub_server.metrics["slow_readers_total"] += 1
             self.end(1013, "too slow: reconnect, and what you missed will come")
         elif late or now - self._heard_at > 2 * PING_SECONDS:
@@ -3653,6 +3653,7 @@ class Server:
         Returns what makes such a connection; it takes over from an HttpConnection, whoever accepted that."""
         import asyncio
         import importlib
+        import logging
 
         await asyncio.sleep(LIBRARY_SECONDS)
         await self.loop.run_in_executor(None, importlib.import_module, "websockets.asyncio.server")
@@ -3661,14 +3662,16 @@ class Server:
 
         most = self.limits.max_message + FRAME_OVERHEAD
         max_size = None if most == float("inf") else int(most)
+        logger = logging.getLogger("agenthub.websockets")
+        logger.setLevel(logging.CRITICAL)  # what it reports is a peer that went away or broke the protocol
         kind = type("HubServerConnection", (HubSocket, ServerConnection), {})
         listener = await serve(
             self._run_socket, sock=sock, process_request=self.process_request, server_header=None,
-            create_connection=lambda *_, **options: HttpConnection(self), backlog=BACKLOG,
+            create_connection=lambda *_, **options: HttpConnection(self), backlog=BACKLOG, logger=logger,
         )  # fmt: skip
         self._listeners.append(listener.server)  # websockets' own close would wait for lines that `stop` closes
         options = {"ping_interval": None, "close_timeout": STOP_SECONDS}
-        return lambda: kind(ServerProtocol(max_size=max_size), listener, **options)
+        return lambda: kind(ServerProtocol(max_size=max_size, logger=logger), listener, **options)
 
     async def _run_socket(self, socket: Any) -> None:
         socket.open()

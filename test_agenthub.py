@@ -352,7 +352,7 @@ def test_a_message_goes_to_an_id_a_name_in_any_case_everyone_a_capability_or_a_l
     for to, inboxes, shown in [
         ("alpha-1", ("alpha-1",), '"alpha-1"'), ("ALPHA", ("alpha-1",), '"alpha-1"'),
         ("all", ("alpha-1", "gamma-3"), '"ALL"'), ("@analysis", (), '"@analysis"'), ("@detection", ("alpha-1",), '"@detection"'),
-        (("Alpha", "alpha-1", "ALL", "operator"), ("alpha-1", "gamma-3", "operator"), '["alpha-1","alpha-1","ALL","operator"]'),
+        (("Alpha", "alpha-1", "ALL", "operator"), ("alpha-1", "gamma-3", "operator"), '["alpha-1","ALL","operator"]'),
     ]:  # fmt: skip
         receipt = pair.send("beta-2", to)
         assert (receipt.inboxes, receipt.message.to) == (inboxes, shown)
