@@ -80,6 +80,7 @@ LIMITS = {
 ACTIVE_SECONDS = 90  # three missed heartbeats of the seed's 30 s
 IDENTICAL_REPEATS = 10  # the same words to the same ear in LOOP_WINDOW are a loop, not a conversation
 LOOP_WINDOW = 60  # seconds; long enough for two slow models to be seen going round
+MAX_PACES = 100_000  # messages remembered to see loops by, 30 MB; beyond, the older half is forgotten
 MAX_PEERS = 100  # shown to who registers; the list of agents has them all, and a crowd must not cost its square
 TOKENS_PER_AGENT = 8  # a refresh adds a token and ends none; the oldest of more than these goes
 MAX_WAIT = 60  # seconds a poll may wait: proxies and clients commonly cut at 60
@@ -785,7 +786,7 @@ class Pace:
         tokens, since = self._buckets.get(who, (burst, at))
         tokens = min(burst, tokens + (at - since) * rate / 1000)
         if tokens < 1:
-            seconds = -int(-(1 - tokens) / rate // 1)
+            seconds = int((1 - tokens) / rate) + 1
             raise RateLimited(
                 f"more than {rate:g} requests a second: wait {seconds} s and send fewer, larger requests",
                 retry_after=seconds,
@@ -797,6 +798,8 @@ class Pace:
         limit, paces = self.limits.loop_guard, []
         if limit == float("inf"):
             return paces
+        if len(self._paces) > MAX_PACES:
+            self._paces = dict(itertools.islice(self._paces.items(), MAX_PACES // 2, None))
         keys: list[tuple] = [(IDENTICAL_REPEATS, c.sender, to, crc32(c.payload.encode()))]
         if c.thread:
             keys += [(limit, c.thread, *sorted((c.sender, name))) for name in inboxes]
@@ -846,6 +849,7 @@ class Hub:
         self.epoch, self.seq, self.departed = snapshot.epoch, snapshot.seq, set(snapshot.departed)
         self.agents = {agent.agent_id: agent for agent in snapshot.agents}
         self.inboxes: dict[str, Inbox] = {}
+        self._strays: set[str] = set()  # inboxes under a name or id that nobody has had
         self._names: dict[str, set[str]] = {}
         self._close: dict[str, list[str]] = {}
         self._fresh: dict[str, tuple] = {}
@@ -927,8 +931,7 @@ class Hub:
     def seq_of(self, message_id: str) -> int:
         """The seq in an id that this hub made, or may yet make (`made_id`); 0 for any other."""
         epoch, _, number = message_id.partition("-")
-        made = epoch == self.epoch and len(number) == 13 and re.fullmatch("[0-9a-f]+", number)
-        return int(number, 16) if made else 0
+        return int(number, 16) if epoch == self.epoch and re.fullmatch("[0-9a-f]{13}", number) else 0
 
     def fresh(self, message_id: str) -> tuple[Message, tuple[str, ...]] | None:
         """A message under an id its sender gave, where it may not have reached the log yet."""
@@ -998,7 +1001,9 @@ class Hub:
         """Hand an agent what was sent to its name before anybody had it. Two agents of one name: the first gets it.
         What waits for an agent that left is not sent to a name, whatever it reads like."""
         fold = agent.name.casefold()
-        for name in [n for n in self.inboxes if n.casefold() == fold and not self.known(n) and n not in self.departed]:
+        self._strays.discard(agent.agent_id)
+        for name in [stray for stray in self._strays if stray.casefold() == fold]:
+            self._strays.discard(name)
             inbox, left = self._inbox(agent.agent_id), self.inboxes.pop(name)
             for seq in set(left.unread) & set(inbox.unread):
                 self._answered(seq)
@@ -1078,9 +1083,7 @@ class Hub:
             inboxes, as_text = self._resolve_one(one, c.sender)
             found.update(dict.fromkeys(inboxes))
             shown += [as_text] if as_text not in shown else []
-        if len(shown) > 1:
-            return tuple(found), dump(shown)
-        return tuple(found), dump(shown[0])
+        return tuple(found), dump(shown if len(shown) > 1 else shown[0])
 
     def _resolve_one(self, to: str, sender: str) -> tuple[Iterable[str], str]:
         if to in self.agents or to == OPERATOR:
@@ -1116,6 +1119,8 @@ class Hub:
         inbox = self.inboxes.get(name)
         if inbox is None:
             inbox = self.inboxes[name] = Inbox()
+            if not self.known(name) and name not in self.departed:
+                self._strays.add(name)
         return inbox
 
     def _ack(self, c: Ack) -> int:
@@ -1159,6 +1164,7 @@ class Hub:
         self.pace.sweep(c.at)
         for name in [n for n, inbox in self.inboxes.items() if not inbox.unread and not self.known(n)]:
             del self.inboxes[name]
+            self._strays.discard(name)
         done = sorted(name for name in self.departed if name not in self.inboxes)
         self.departed.difference_update(done)
         self.events += map(Forgotten, done)

@@ -462,6 +462,16 @@ def test_two_agents_that_thank_each_other_for_ever_are_told_to_stop(pair: World)
     refused(ah.LoopSuspected, pair, lambda: pair.send("alpha-1", "beta-2", '"thanks again"', thread="t"))
 
 
+def test_what_is_remembered_to_see_loops_by_is_bounded(pair: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ah, "MAX_PACES", 100)
+    for number in range(500):
+        pair.send("beta-2", "alpha-1", f'"{number}"')
+    assert len(pair.hub.pace._paces) <= 101
+    for _ in range(10):
+        pair.send("beta-2", "alpha-1", '"again"')
+    refused(ah.LoopSuspected, pair, lambda: pair.send("beta-2", "alpha-1", '"again"'))
+
+
 def test_an_honest_busy_pair_is_not_stopped(pair: World) -> None:
     for number in range(99):
         pair.send("beta-2", "alpha-1", f'"step {number}"')
