@@ -1063,10 +1063,11 @@ class Hub:
 
     def _without_room(self, inboxes: tuple[str, ...]) -> tuple[str, ...]:
         """Who can take no more. All of several: refused; some: the others get theirs, and the sender is told."""
-        full = tuple(name for name in inboxes if self.unread(name) >= self.limits.max_inbox)
+        most = self.limits.max_inbox
+        full = tuple([name for name in inboxes if self.unread(name) >= most])
         if full and len(full) == len(inboxes):
             raise InboxFull(
-                f"{', '.join(full[:3])} has {self.limits.max_inbox:.0f} unread messages and takes no more: wait until"
+                f"{', '.join(full[:3])} has {most:.0f} unread messages and takes no more: wait until"
                 " some are read, or ask the operator to raise --max-inbox",
                 recipients=list(full),
             )
@@ -2038,7 +2039,7 @@ class Handlers:
         asked = dump([to, kind, payload, reply_to, given.get("ttl")]) if id else ""
         receipt = self.hub.apply(
             Send(
-                at, sender, to, payload, kind, id, reply_to, self._thread(reply_to), expires_at,
+                at, sender, to, payload, kind, id, reply_to, self._thread(reply_to) if reply_to else "", expires_at,
                 self._digest(asked) if id else b"", self._find_given(id) if id else None,
             )
         )  # fmt: skip
@@ -2069,7 +2070,7 @@ class Handlers:
         return found
 
     def _thread(self, reply_to: str) -> str:
-        parent = self._find(reply_to) if reply_to else None
+        parent = self._find(reply_to)
         return (parent[0].thread or parent[0].id) if parent else reply_to
 
     def _receipt(self, receipt: Receipt) -> str:
@@ -2078,14 +2079,14 @@ class Handlers:
         pushed = hub.pushed(receipt)
         for name in (*receipt.inboxes, *receipt.full):
             state = "pushed" if name in pushed else "queued"
-            close = ""
+            shown, close = f'"{name}"', ""  # an agent_id needs no escaping
             if not hub.known(name):
-                state, found = "unknown", hub.close_to(name)
+                state, shown, found = "unknown", dump(name), hub.close_to(name)
                 close = f',"did_you_mean":{dump(found)}' if found else ""
             if name in receipt.full:
                 state = "inbox_full"
             lines.append(
-                f'{{"agent_id":{dump(name)},"state":"{state}","connected":{_BOOL[name in hub.connections]},'
+                f'{{"agent_id":{shown},"state":"{state}","connected":{_BOOL[name in hub.connections]},'
                 f'"unread":{hub.unread(name)}{close}}}'
             )
         warning = ""
@@ -2350,17 +2351,15 @@ class API(Handlers):
         return Call(head, body, params, actor, at)
 
     def _params(self, route: Route, head: Head, body: bytes, given: dict) -> dict[str, Any]:
-        for header, name in route.headers:
-            if header in head.headers:
-                given.setdefault(name, head.headers[header])
+        stated = {name: head.headers[header] for header, name in route.headers if header in head.headers}
         if head.query:
             in_path = {name: given[name] for name in given if f"{{{name}}}" in route.path}
             given = given | parse_query(head.query) | in_path
-        params = read_fields(route.query, self._from_text(route.query, given)) if route.query else {}
+        params = read_fields(route.query, self._from_text(route.query, stated | given)) if route.query else {}
         if route.method == "POST" and not route.raw:
             posted = self._json_body(head, body)
-            for _, name in route.headers:
-                posted[name] = given.get(name) if posted.get(name) is None else posted[name]
+            for name, value in stated.items():
+                posted[name] = value if posted.get(name) is None else posted[name]
             params.update(read_fields(route.body, posted))
         return params
 
@@ -3415,18 +3414,17 @@ class Batches:
 
     def _committed(self, events: list[Any], top: int, waiters: list) -> None:
         self.api.committed = top
-        for event in events:
-            self._each(self._server.tell, event)
-        for leave in waiters:
-            self._each(leave, None)
+        self._each(self._server.tell, events)
+        self._each(lambda leave: leave(None), waiters)
         self._end_turn()
 
-    def _each(self, tell: Callable, *args: Any) -> None:
-        """Tell one of many: a bug in what one of them hears must not keep the others from hearing."""
-        try:
-            tell(*args)
-        except Exception:
-            log_exception("telling what was committed")
+    def _each(self, tell: Callable[[Any], None], many: Iterable[Any]) -> None:
+        """Tell many: a bug in what one of them hears must not keep the others from hearing."""
+        for one in many:
+            try:
+                tell(one)
+            except Exception:
+                log_exception("telling what was committed")
 
     def _failed(self, error: HubError, waiters: list) -> None:
         """Undo a batch that the disk refused: the hub is again what the disk says, and everybody who waited is told.
@@ -3440,8 +3438,7 @@ class Batches:
             log_exception("reading the store again")
             os._exit(1)  # memory and disk disagree, and only a start can find out what is true
         waiters, self._waiters = waiters + self._waiters, []
-        for leave in waiters:
-            self._each(leave, error)
+        self._each(lambda leave: leave(error), waiters)
         self._end_turn()
 
     def _end_turn(self) -> None:
