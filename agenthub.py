@@ -2406,7 +2406,8 @@ class API(Handlers):
         if holder is None:
             if not route.actor and not self.settings.key:
                 return ""
-            raise Unauthorized("this token is not valid (any more): register again to get a new one, or leave it out")
+            key = ", or set AGENTHUB_KEY to the key that `serve` printed" if self.settings.key else ", or leave it out"
+            raise Unauthorized(f"this is no agent's token (any more): register again to get a new one{key}")
         if route.access == "key" and self.settings.key:
             raise Forbidden("this needs the hub's key, not an agent's token")
         if route.actor and actor not in (None, holder):
@@ -2835,6 +2836,12 @@ class SocketReader(Reader):
         if self._socket.protocol.state.name != "OPEN":  # after a close frame nothing may follow (RFC 6455 5.5.1)
             self.out.clear()
         super().flush()
+
+    def last_ping(self) -> None:
+        """Before the close frame: one pong for all that is out, so that an orderly end leaves no repeats."""
+        if self._written:
+            self._pinged, self._written = tuple(sorted((*self._pinged, *self._written))), []
+            self.ping()
 
     def unproven(self) -> bool:
         """Whether there is something to write, or to ask for again because the disk did not take its receipt."""
@@ -3271,6 +3278,7 @@ class HubSocket:
     def end(self, code: int, reason: str = "") -> None:
         """Close with the closing handshake; what does not answer it is cut by the library's timeout."""
         if self.stream:
+            self.stream.last_ping()
             self.stream.flush()
             self.stream.close()
         self._closing = self.hub_server.loop.create_task(self.close(code, reason))
@@ -4314,10 +4322,10 @@ class Identity:
     """
 
     def __init__(self, args: Any) -> None:
-        self.session = next(filter(None, map(os.environ.get, SESSION_VARIABLES)), "")
+        self.session = next(filter(None, map(os.environ.get, SESSION_VARIABLES)), "") or _terminal()
         self.client = Client(args.url)
         self.client.on_wait = lambda seconds, reason: _say(f"{reason} (trying again in {seconds:.1f} s)")
-        self.chosen = args.identity or os.environ.get("AGENTHUB_AGENT")
+        self.chosen = args.identity or os.environ.get("AGENTHUB_AGENT") or self.client.token.rpartition(".")[0]
         saved = self._load().get(self.client.url, {})
         self.client.agent_id = self.chosen or saved.get("sessions", {}).get(self.session)
         self.saved_token = saved.get("tokens", {}).get(self.client.agent_id or "", "")
@@ -4341,7 +4349,7 @@ class Identity:
         """Register, and remember id and token for this hub and session."""
         client = self.client
         client.name, client.capabilities = name or client.name, capabilities or None
-        client.session_id = self.session or None
+        client.session_id = None if self.session.startswith("/dev/") else self.session or None
         if not client.agent_id and not client.name:
             client.name = os.environ.get("USER") or os.environ.get("USERNAME") or "agent"
         answer = client.register()
@@ -4375,6 +4383,14 @@ class Identity:
 
 
 SESSION_VARIABLES = ("AGENTHUB_SESSION", "CLAUDE_CODE_SESSION_ID", "CLAUDE_SESSION_ID")
+
+
+def _terminal() -> str:
+    """The terminal a person types into, so that two of them are two agents; empty for a script or an agent's shell."""
+    try:
+        return os.ttyname(0)
+    except (OSError, AttributeError):
+        return ""
 
 
 def _say(text: str) -> None:
@@ -4578,7 +4594,12 @@ def _serve_arguments() -> tuple:
     """`serve`'s own options, and one for each limit."""
     own = (
         _arg("--host", default=os.environ.get("AGENTHUB_HOST", HOST), help=f"default {HOST}; any other makes a key"),
-        _arg("--port", type=_port, default=_env("AGENTHUB_PORT", _port, _env("PORT", _port, PORT)), help=f"{PORT}"),
+        _arg(
+            "--port",
+            type=port_number,
+            default=_env("AGENTHUB_PORT", port_number, _env("PORT", port_number, PORT)),
+            help=f"default {PORT}",
+        ),
         _arg("--db", default=os.environ.get("AGENTHUB_DB"), help="store file, or :memory:; default in the data folder"),
         _arg("--key", help="key mode with this key; AGENTHUB_KEY is not seen by other users' ps"),
         _arg("--key-file", help="a file with the key"),
@@ -4586,21 +4607,23 @@ def _serve_arguments() -> tuple:
         _arg("--cors-origin", action="append", metavar="ORIGIN", help="a web page's origin that may use this hub"),
     )
     limits = (
-        _arg(f"--{name.replace('_', '-')}", type=_amount, metavar="N",
-             default=_env(f"AGENTHUB_{name.upper()}", _amount),
+        _arg(f"--{name.replace('_', '-')}", type=amount, metavar="N",
+             default=_env(f"AGENTHUB_{name.upper()}", amount),
              help=f"{row.unit}, default {row.default:g}: {row.why}")
         for name, row in LIMITS.items()
     )  # fmt: skip
     return (*own, *limits)
 
 
-def _port(text: str) -> int:
+def port_number(text: str) -> int:
+    """A port from 0 (any that is free) to 65535. Raises ValueError."""
     if not 0 <= int(text) <= 65535:
         raise ValueError
     return int(text)
 
 
-def _amount(text: str) -> float:
+def amount(text: str) -> float:
+    """A finite number, 0 or more. Raises ValueError."""
     value = float(text)
     if not 0 <= value < float("inf"):
         raise ValueError

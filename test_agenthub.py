@@ -2122,6 +2122,48 @@ def test_a_session_from_the_shell(live: object) -> None:
     assert state.stat().st_mode & 0o777 == 0o700 and (state / "identity.json").stat().st_mode & 0o777 == 0o600
 
 
+def test_two_terminals_are_two_agents_and_a_token_names_its_agent(live: object) -> None:
+    import pty
+
+    hub = live()
+    ends = [pty.openpty() for _ in range(2)]
+    command = [sys.executable, str(FILE)]
+    run = lambda tty, *words: subprocess.run([*command, *words], stdin=tty, capture_output=True, text=True, env=hub.env)  # noqa: E731
+    for (_, tty), name in zip(ends, ("one", "two")):
+        assert run(tty, "register", name).returncode == 0
+    assert [json.loads(run(tty, "status", "--json").stdout)["agent_id"] for _, tty in ends] == ["one", "two"]
+    token = json.loads(hub.cli("register", "three", "--json").stdout)["token"]
+    with_token = hub.cli("status", "--json", AGENTHUB_TOKEN=token, XDG_STATE_HOME=str(hub.folder / "empty"))
+    assert json.loads(with_token.stdout)["agent_id"] == "three"
+    for end in [fd for pair in ends for fd in pair]:
+        os.close(end)
+
+
+def test_what_a_line_got_before_an_orderly_end_does_not_come_again(live: object) -> None:
+    pytest.importorskip("websockets")
+    from websockets.exceptions import ConnectionClosed
+
+    hub = live("--rate-limit", "0", port=steady_port())
+    hub.client("calm")
+    writer, got = hub.client("writer"), []
+
+    def read(line: object) -> None:
+        with contextlib.suppress(ConnectionClosed):
+            while True:
+                got.append(next_envelope(line)["seq"])
+
+    with hub.socket("calm") as line:
+        reading = threading.Thread(target=read, args=(line,))
+        reading.start()
+        for n in range(300):
+            writer.send_message("calm", n)
+        assert hub.stop() == 0
+        reading.join(20)
+    again = live(port=str(hub.port))
+    unread = [envelope["seq"] for envelope in again.client("calm").messages(unread=True, limit=1000)]
+    assert not set(unread) & set(got) and len(unread) + len(got) == 300
+
+
 def test_the_exit_status_says_what_happened(live: object) -> None:
     hub = live()
     for words, code in [
