@@ -2123,7 +2123,7 @@ class Handlers:
         """Messages, oldest first, the cursor after them, and whether a filter has more to look at."""
         filters = (want["type"] or "", want["from"] or "", want["thread"] or "")
         limit = want["limit"] or DEFAULT_LIMIT
-        step = 1000 if any(filters) else limit
+        step = MAX_PAGE if any(filters) else limit
         newest = want["after"] is None and not want["unread"]
         cursor = sys.maxsize if newest else want["after"] or 0
         found: list[Message] = []
@@ -2201,7 +2201,7 @@ class Handlers:
         hub, agent_id = self.hub, upgrade.agent_id
         return {
             "type": "welcome", "agent_id": agent_id, "hub": "agenthub", "version": VERSION, "epoch": hub.epoch,
-            "seq": hub.seq, "recovered": upgrade.recovered, "unread": hub.unread(agent_id),
+            "seq": self.committed, "recovered": upgrade.recovered, "unread": hub.unread(agent_id),
         }  # fmt: skip
 
 
@@ -2338,7 +2338,8 @@ class API(Handlers):
         """Read, authorize and charge a request. The order matters: who asks is known only from what is asked."""
         try:
             params = self._params(route, head, body, given)
-            actor = self._authorize(route, params.get(route.actor), self._token(head))
+            token = self._token(head) if route.access != "open" else ""  # a proxy in front may have a scheme of its own
+            actor = self._authorize(route, params.get(route.actor), token)
         except HubError:
             self.hub.pace.charge(address, at)
             raise
@@ -2472,7 +2473,7 @@ class API(Handlers):
         state = '"status":"ok"'
         if self.trouble:
             state = f'"status":"failing","reason":{dump(self.trouble)}'
-        if not self.settings.key or self._is_key(self._token(call.head)):
+        if not self.settings.key or self._is_key(call.head.headers.get("authorization", "").partition(" ")[2]):
             state += f',"uptime":{(call.at - self.started_at) // 1000},"agents":{len(self.hub.agents)}'
             state += f',"connections":{sum(self.hub.connections.values())},"store":"{self.settings.store}"'
         text = f'{{{state},"version":"{VERSION}"}}'
@@ -4415,12 +4416,8 @@ def _show_message(args: Any, envelope: dict) -> None:
     message = envelope["message"]
     text = message if isinstance(message, str) else dump(message)
     kind = "" if envelope["type"] in ("message", "broadcast") else f" ({envelope['type']})"
-    to = (
-        ""
-        if envelope["to"] == ""
-        else f" to {envelope['to'] if isinstance(envelope['to'], str) else ', '.join(envelope['to'])}"
-    )
-    _show(args, envelope, f"{envelope['timestamp'][11:19]} {envelope['from']}{to}{kind}: {text}")
+    to = envelope["to"] if isinstance(envelope["to"], str) else ", ".join(envelope["to"])
+    _show(args, envelope, f"{envelope['timestamp'][11:19]} {envelope['from']} to {to}{kind}: {text}")
 
 
 # the commands

@@ -1170,6 +1170,19 @@ def test_in_open_mode_a_token_is_not_needed_but_must_be_that_agents(pair: World)
     assert pair.call("GET", "/api/v1/messages?agent_id=alpha-1", Authorization=f"Bearer {token}")[0] == 401
 
 
+def test_what_is_open_to_all_does_not_mind_a_proxys_own_authorization(pair: World) -> None:
+    assert pair.call("GET", "/health", Authorization="Basic eA==")[0] == 200
+    assert pair.call("GET", "/api/v1/agents", Authorization="Basic eA==")[0] == 401
+
+
+def test_a_welcome_names_no_seq_that_is_not_on_disk_yet(pair: World) -> None:
+    pair.send("beta-2", "alpha-1")
+    upgrade = ah.Upgrade("alpha-1", None, False, True, "")
+    assert pair.api.welcome(upgrade)["seq"] == 0
+    pair.commit()
+    assert pair.api.welcome(upgrade)["seq"] == 1
+
+
 def test_in_key_mode_the_key_does_all_a_token_only_what_its_agent_may_and_nobody_else_anything() -> None:
     world = World(key="the-key")
     key = {"Authorization": "Bearer the-key"}
