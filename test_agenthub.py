@@ -497,6 +497,9 @@ def test_mail_of_an_agent_that_left_is_not_for_whoever_takes_its_id_as_a_name(pa
     assert (pair.hub.unread("mallory"), pair.hub.unread("alpha-1")) == (0, 1)
     pair.commit()
     assert pair.store.load().departed == ("alpha-1",)
+    again = ah.Hub(pair.limits, pair.store.load(), pair.clock())  # nor after a restart
+    again.apply(ah.Register(pair.clock(), "eve", None, "new", "ALPHA-1", None, None, b"t" * 32, True))
+    assert (again.unread("eve"), again.unread("alpha-1")) == (0, 1)
     pair.apply(ah.Ack, "mallory", up_to=9)
     pair.register("alpha-1")
     pair.apply(ah.Ack, "alpha-1", up_to=9)
@@ -2078,6 +2081,47 @@ def test_a_hub_that_comes_back_without_its_file_is_registered_with_again(live: o
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
+def test_what_was_handled_but_not_acknowledged_comes_again_and_is_not_handled_again(
+    live: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ah, "RETRY_SECONDS", 0)
+    hub, calls, waits = live(port=steady_port()), [], []
+
+    async def main() -> None:
+        async with ah.AgentClient(hub.url, "once") as agent:
+            agent.on_wait = lambda seconds, reason: waits.append(reason)
+            await agent.send_message("once", 1)
+
+            def handler(message: dict) -> None:
+                calls.append(message["message"])
+                hub.stop(signal.SIGKILL)  # so that it can't be acknowledged
+
+            listening = asyncio.ensure_future(agent.listen(handler))
+            while not waits:
+                await asyncio.sleep(0.01)
+            again = await asyncio.to_thread(live, port=str(hub.port))
+            other = ah.AgentClient(again.url, "once")
+            while (await other.heartbeat())["unread"]:
+                await asyncio.sleep(0.01)
+            await other.close()
+        await listening
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+    assert calls == [1]
+
+
+def test_a_line_that_the_hub_closed_for_idleness_is_not_tried_again(live: object) -> None:
+    async def main() -> None:
+        waits: list = []
+        async with ah.AgentClient(live("--idle-timeout", "1").url, "idler") as agent:
+            agent.on_wait = lambda seconds, reason: waits.append(reason)
+            while not agent._idle[0][0].at_eof():
+                await asyncio.sleep(0.01)
+            assert (await agent.health())["status"] == "ok" and not waits
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
 def test_asking_holds_up_nothing_else_so_that_two_can_ask_each_other(shared_hub: LiveHub) -> None:
     async def main() -> None:
         async with ah.AgentClient(shared_hub.url, "left") as left, ah.AgentClient(shared_hub.url, "right") as right:
@@ -2175,6 +2219,34 @@ def test_what_a_line_got_before_an_orderly_end_does_not_come_again(live: object)
     again = live(port=str(hub.port))
     unread = [envelope["seq"] for envelope in again.client("calm").messages(unread=True, limit=1000)]
     assert not set(unread) & set(got) and len(unread) + len(got) == 300
+
+
+def test_the_last_ping_before_the_close_proves_what_no_ping_had_stood_behind(live: object) -> None:
+    """A peer that answers no ping until the hub says goodbye: the first message has a ping, the second none."""
+    pytest.importorskip("websockets")
+    hub = live(port=steady_port())
+    writer = hub.client("late")
+    with socket.create_connection(("127.0.0.1", hub.port), timeout=20) as line:
+        line.sendall(
+            b"GET /ws/late HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+        )
+        got = b""
+
+        def read_until(end: bytes) -> None:
+            nonlocal got
+            while end not in got:
+                got += line.recv(65536) or pytest.fail("closed")
+
+        read_until(b"welcome")
+        for seq in (1, 2):
+            assert writer.send_message("late", seq)["pushed"] == 1
+            read_until(b'"seq":%d,"type":"message"' % seq)
+        hub.process.send_signal(signal.SIGTERM)
+        read_until(b"\x89\x012")  # a ping that says 2
+        line.sendall(b"\x8a\x81\0\0\0\x002" + b"\x88\x82\0\0\0\0\x03\xf4")  # its pong, and 1012 in return
+        assert hub.process.wait(20) == 0
+    assert live(port=str(hub.port)).client("late").heartbeat()["unread"] == 0
 
 
 def test_the_exit_status_says_what_happened(live: object) -> None:
