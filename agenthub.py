@@ -14,16 +14,25 @@ Read from top to bottom; a section uses only sections above it, and a test holds
     Errors      every refusal: its code on the wire and its HTTP status
     Model       agents, messages, the commands to the hub and the events out of it
     Fields      JSON, and the checks on what callers send
-    Hub         every rule of the house: commands in, events out, no I/O
+    Pace        who is too fast, who goes round in circles
+    Inboxes     what each recipient has not acknowledged
+    Agents      who is here, and whom a name means
+    Mail        what becomes of messages
+    Hub         the rules together: commands in, events out, no I/O
+    Schema      SQLite's tables, and what each event does to them
+    Search      full text over the log
     Store       events into SQLite and back
     HTTP        bytes to requests and responses to bytes, strictly
     Handlers    what each request does
-    API         who may ask for it: routes, frames, errors, metrics, OpenAPI
+    Routes      the table of requests, the hub about itself, OpenAPI, metrics
+    API         who may ask for what: requests, frames, errors
     Readers     who gets an inbox as it fills, and how those behind catch up
     Connections HTTP and WebSocket lines
-    Server      batches, commits, pushes, timers
+    Batches     turns of the event loop into commits
+    Server      listeners, pushes, timers
     Client      what both clients can do, and the blocking one
     AgentClient the asyncio one
+    Identity    who the command line is, and how it speaks
     CLI         the commands
 """
 
@@ -94,7 +103,13 @@ CHECKPOINT_PAGES = 1_000  # of write-ahead log, SQLite's own figure; a log that 
 PING_SECONDS = 20  # a WebSocket is asked for a sign of life this often, and cut after twice as long
 COMMENT_SECONDS = 15  # an event stream says something this often, so that proxies keep it open
 SWEEP_SECONDS = 15  # presence, expiry; a sweep deletes SWEEP_BATCH messages at a time
-SWEEP_BATCH = 200  # messages deleted in one turn: under 5 ms, so that nobody waits for it
+SWEEP_BATCH = 200  # messages that run out or are deleted in one turn: under 5 ms, so that nobody waits for it
+SWEEP_DELIVERIES = 2_000  # and no more inboxes than this may be concerned, unless it is by a single message
+SWEEP_PAUSE = 0.02  # seconds between two such turns while there is more: 10,000 messages a second may run out
+MAX_REQUESTS = 100_000  # unanswered requests minded at a time, 40 MB; beyond, the oldest's asker is not told any more
+INDEX_BATCH = 200  # messages taken into the search index in one turn: 5 ms, when nothing else is to be done
+CLOCK_DAY = 86_400  # seconds the wall's clock may have been set back before the hub believes it
+SEARCH_SCAN = 1_000  # messages one search looks at before it answers with a cursor to go on from: 10 ms
 LIBRARY_SECONDS = 0.05  # after the start websockets is imported, so that the first requests need not share the core
 TICK_SECONDS = 0.5  # how exact deadlines of connections are; one timer for all of them
 PRESENCE_SECONDS = 0.2  # presence changes are gathered this long, and 1 ms more for each agent that hears them
@@ -302,7 +317,8 @@ class Message(NamedTuple):
     """One stored message, however many inboxes it lies in.
 
     `to` and `payload` are JSON text, times are milliseconds since 1970. `digest` is there where the sender chose the
-    id: that of what it asked, to tell a retry from a reuse.
+    id: that of what it asked, to tell a retry from a reuse. `via` is the interface it came by, `due_at` is there where
+    it was sent with a delay. A negative `expires_at` says that it ran out then, and its payload is gone.
     """
 
     seq: int
@@ -316,6 +332,8 @@ class Message(NamedTuple):
     thread: str = ""
     expires_at: int = 0
     digest: bytes = b""
+    via: str = ""
+    due_at: int = 0
 
     def envelope(self, redelivered: bool = False) -> str:
         """The message as every interface shows it (JSON text); only `to` and `payload` could need escaping."""
@@ -323,13 +341,22 @@ class Message(NamedTuple):
         if self.thread:
             extra += f',"thread":"{self.thread}"'
         if self.expires_at:
-            extra += f',"expires_at":"{timestamp(self.expires_at)}"'
+            extra += f',"expires_at":"{timestamp(abs(self.expires_at))}"'
         if redelivered:
             extra += ',"redelivered":true'
         return (
             f'{{"id":"{self.id}","seq":{self.seq},"type":"{self.type}","from":"{self.sender}","to":{self.to},'
             f'"message":{self.payload},"timestamp":"{timestamp(self.sent_at)}"{extra}}}'
         )
+
+
+class Wanted(NamedTuple):
+    """Which messages a read is after; empty means any. `between` are two agents: what either sent the other."""
+
+    type: str = ""
+    sender: str = ""
+    thread: str = ""
+    between: tuple[str, str] = ("", "")
 
 
 class Receipt(NamedTuple):
@@ -341,16 +368,33 @@ class Receipt(NamedTuple):
     duplicate: bool = False
 
 
+class Asked(NamedTuple):
+    """A request that nobody has answered yet; as an event: it is minded from now on, or `told` changed.
+
+    `told` says that its asker knows that nobody who was asked is here any more.
+    """
+
+    id: str
+    seq: int
+    asker: str
+    thread: str
+    asked: tuple[str, ...]
+    told: bool = False
+
+
 class Snapshot(NamedTuple):
-    """All that the hub remembers between two runs."""
+    """All that the hub remembers between two runs. An unread message is (inbox, seq, written to a reader, claimed
+    until), a delayed one (seq, inboxes), a ping (seq, id, sender)."""
 
     epoch: str = ""
     seq: int = 0
     agents: tuple[Agent, ...] = ()
     seen: tuple[tuple[str, int], ...] = ()
-    unread: tuple[tuple[str, int], ...] = ()
+    unread: tuple[tuple[str, int, bool, int], ...] = ()
     pings: tuple[tuple[int, str, str], ...] = ()
     departed: tuple[str, ...] = ()
+    delayed: tuple[tuple[int, tuple[str, ...]], ...] = ()
+    requests: tuple[Asked, ...] = ()
 
 
 class Registered(NamedTuple):
@@ -387,16 +431,60 @@ class Adopted(NamedTuple):
 
 
 class Acknowledged(NamedTuple):
-    """Event: an inbox's messages from `first` to `last` were received."""
+    """Event: an inbox's messages from `first` to `last` were received, as told by the interface `via`."""
 
     inbox: str
     first: int
     last: int
     at: int
+    via: str
+
+
+class Pushed(NamedTuple):
+    """Event: unread messages were written to a live reader of their inbox for the first time."""
+
+    inbox: str
+    seqs: tuple[int, ...]
+    at: int
+    via: str
+
+
+class Claimed(NamedTuple):
+    """Event: messages of an inbox are hidden from its other claiming readers for a while."""
+
+    inbox: str
+    seqs: tuple[int, ...]
+    at: int
+    until: int
+
+
+class Delayed(NamedTuple):
+    """Event: a message was accepted for these inboxes and lies aside until its `due_at`."""
+
+    message: Message
+    inboxes: tuple[str, ...]
+
+
+class Released(NamedTuple):
+    """Event: the delayed message of this seq is due. It is sent with a new one, so that no cursor has passed it."""
+
+    seq: int
+
+
+class Answered(NamedTuple):
+    """Event: the request of this id is answered, or can't be any more."""
+
+    id: str
 
 
 class Expired(NamedTuple):
-    """Event: messages that ran out; `seq` is the newest ever given, which deleting must not make free again."""
+    """Event: messages past their own time, which nobody gets any more; what became of them can still be asked."""
+
+    seqs: tuple[int, ...]
+
+
+class Dropped(NamedTuple):
+    """Event: messages deleted for their age; `seq` is the newest ever given, which must not become free again."""
 
     seqs: tuple[int, ...]
     seq: int
@@ -469,6 +557,8 @@ class Send(NamedTuple):
     expires_at: int = 0
     digest: bytes = b""
     known: tuple[Message, tuple[str, ...]] | None = None
+    via: str = ""
+    due_at: int = 0
 
 
 class Ack(NamedTuple):
@@ -478,13 +568,46 @@ class Ack(NamedTuple):
     agent_id: str
     up_to: int = 0
     seqs: tuple[int, ...] = ()
+    via: str = ""
+
+
+class Push(NamedTuple):
+    """Command: messages, whose seqs ascend, were written to a live reader."""
+
+    at: int
+    agent_id: str
+    seqs: tuple[int, ...]
+    via: str
+
+
+class Claim(NamedTuple):
+    """Command: hide these messages from the other claiming readers of their inbox."""
+
+    at: int
+    agent_id: str
+    seqs: tuple[int, ...]
+    until: int
+
+
+class Release(NamedTuple):
+    """Command: these delayed messages, each with the inboxes it is for, are due."""
+
+    at: int
+    messages: tuple[tuple[Message, tuple[str, ...]], ...]
 
 
 class Expire(NamedTuple):
-    """Command: these messages, each with the inboxes it went to, are past their time."""
+    """Command: these messages, as (seq, id, inboxes), are past their own time."""
 
     at: int
-    messages: tuple[tuple[int, tuple[str, ...]], ...]
+    messages: tuple[tuple[int, str, tuple[str, ...]], ...]
+
+
+class Drop(NamedTuple):
+    """Command: these messages, as (seq, id, inboxes), have been kept for long enough."""
+
+    at: int
+    messages: tuple[tuple[int, str, tuple[str, ...]], ...]
 
 
 class Sweep(NamedTuple):
@@ -676,6 +799,9 @@ KINDS: dict[str, Kind] = {
     "limit": _number(1, MAX_PAGE, whole=True),
     "wait": _number(0, MAX_WAIT),
     "ttl": _number(0.001, 366 * 86_400),
+    "delay": _number(0, 366 * 86_400),
+    "claim": _number(1, 86_400),
+    "query": _printable(256),
     "flag": Kind({"type": "boolean"}, _flag),
     "status": _choice("active", "offline"),
     "format": _choice("sse", "json"),
@@ -733,41 +859,7 @@ def derived_id(name: str, session_id: str) -> str:
     return "-".join(part for part in (text, tail) if part).lstrip("._-") or "agent"
 
 
-# --- Hub --------------------------------------------------------------------------------------------------------------
-
-
-class Inbox:
-    """What one recipient has not acknowledged, as bare numbers: 8 bytes a message, whatever the message weighs.
-
-    `pushed` is the newest seq written to a live reader: what is unread up to there is redelivered when sent again.
-    """
-
-    __slots__ = ("unread", "pushed")
-
-    def __init__(self) -> None:
-        self.unread: array[int] = array("q")
-        self.pushed = 0
-
-    def take(self, low: int, high: int) -> array[int]:
-        """Remove and return what lies above `low` up to `high`."""
-        start, stop = bisect_right(self.unread, low), bisect_right(self.unread, high)
-        taken = self.unread[start:stop]
-        del self.unread[start:stop]
-        return taken
-
-    def take_all(self, seqs: tuple[int, ...]) -> list[array[int]]:
-        """Remove these, which ascend, and return them as runs between which nothing else was unread."""
-        runs: list[array[int]] = []
-        following = -1
-        for seq in seqs:
-            at = bisect_left(self.unread, seq)
-            if at < len(self.unread) and self.unread[at] == seq:
-                del self.unread[at]
-                if at != following:  # what follows a run's last one has moved up to its place
-                    runs.append(array("q"))
-                runs[-1].append(seq)
-                following = at
-        return runs
+# --- Pace -------------------------------------------------------------------------------------------------------------
 
 
 class Pace:
@@ -825,71 +917,156 @@ class Pace:
         self._paces = {key: p for key, p in self._paces.items() if p and at - p[-1] < LOOP_WINDOW * 1000}
 
 
-class Hub:
-    """The rules. `apply` takes a command and changes everything it should at once, or raises HubError and nothing.
+# --- Inboxes ----------------------------------------------------------------------------------------------------------
 
-    What must last is noted in `events`; connections, signs of life and pace are not, and are found again after a
-    restart. No clock, no I/O, no chance in here: the same commands in the same order give the same hub.
+
+def holds(seqs: array[int], seq: int) -> bool:
+    """Whether that is one of these, which ascend."""
+    at = bisect_left(seqs, seq)
+    return at < len(seqs) and seqs[at] == seq
+
+
+class Inbox:
+    """What one recipient has not acknowledged, as bare numbers: 8 bytes a message, whatever the message weighs.
+
+    `pushed` are those that were written to a live reader, and are redelivered when written again; `claims` says until
+    when (milliseconds since 1970) a claiming reader has a message for itself.
     """
 
-    def __init__(self, limits: Any, snapshot: Snapshot, at: int = 0) -> None:
-        self.limits = limits
-        self.events: list[Any] = []
+    __slots__ = ("unread", "pushed", "claims")
+
+    def __init__(self) -> None:
+        self.unread: array[int] = array("q")
+        self.pushed: array[int] = array("q")
+        self.claims: dict[int, int] = {}
+
+    def after(self, seq: int, up_to: int, limit: int, unclaimed_at: int | None = None) -> list[int]:
+        """Up to `limit` unread seqs above `seq`, up to `up_to`; where a time is given, only what nobody claims then."""
+        start, stop = bisect_right(self.unread, seq), bisect_right(self.unread, up_to)
+        if unclaimed_at is None or not self.claims:
+            return self.unread[start : min(start + limit, stop)].tolist()
+        some = self.unread[start:stop]
+        return list(itertools.islice((seq for seq in some if self.claims.get(seq, 0) <= unclaimed_at), limit))
+
+    def push(self, seqs: tuple[int, ...]) -> tuple[int, ...]:
+        """Note that these, which ascend, were written to a reader. Returns those that are unread and never were."""
+        last = self.pushed[-1] if self.pushed else 0
+        new = tuple([s for s in seqs if holds(self.unread, s) and not (s <= last and holds(self.pushed, s))])
+        if new and new[0] > last:
+            self.pushed.extend(new)
+        elif new:
+            self.pushed = array("q", sorted((*self.pushed, *new)))
+        return new
+
+    def take(self, low: int, high: int) -> array[int]:
+        """Remove and return what lies above `low` up to `high`."""
+        start, stop = bisect_right(self.unread, low), bisect_right(self.unread, high)
+        taken = self.unread[start:stop]
+        del self.unread[start:stop]
+        self._forget(taken)
+        return taken
+
+    def take_all(self, seqs: tuple[int, ...]) -> list[array[int]]:
+        """Remove these, which ascend, and return them as runs between which nothing else was unread."""
+        runs: list[array[int]] = []
+        following = -1
+        for seq in seqs:
+            at = bisect_left(self.unread, seq)
+            if at < len(self.unread) and self.unread[at] == seq:
+                del self.unread[at]
+                if at != following:  # what follows a run's last one has moved up to its place
+                    runs.append(array("q"))
+                runs[-1].append(seq)
+                following = at
+        for run in runs:
+            self._forget(run)
+        return runs
+
+    def adopt(self, seqs: array[int]) -> list[int]:
+        """Take in what lay elsewhere, as if it had just come. Returns what was here already."""
+        both = sorted(set(seqs) & set(self.unread))
+        self._forget(array("q", both))
+        self.unread = array("q", sorted({*self.unread, *seqs}))
+        return both
+
+    def _forget(self, gone: array[int]) -> None:
+        """Of what is not unread any more, nothing else is known either."""
+        if self.pushed and gone:
+            start, stop = bisect_left(self.pushed, gone[0]), bisect_right(self.pushed, gone[-1])
+            some = self.pushed[start:stop]
+            self.pushed[start:stop] = (
+                array("q") if some == gone else array("q", [s for s in some if not holds(gone, s)])
+            )
+        if self.claims:
+            for seq in gone:
+                self.claims.pop(seq, None)
+
+
+class Requests:
+    """What was asked and nobody has answered yet, by id and by everybody it concerns, oldest first."""
+
+    def __init__(self, some: Iterable[Asked] = ()) -> None:
+        self.open: dict[str, Asked] = {}
+        self._ids: dict[str, dict[str, None]] = {}
+        for request in some:
+            self.put(request)
+
+    def put(self, request: Asked) -> None:
+        """Mind a request, or what has changed of it."""
+        self.pop(request.id)
+        self.open[request.id] = request
+        for name in (request.asker, *request.asked):
+            self._ids.setdefault(name, {})[request.id] = None
+
+    def pop(self, request_id: str) -> Asked | None:
+        """Mind it no more. Returns it, if it was minded."""
+        request = self.open.pop(request_id, None)
+        for name in {request.asker, *request.asked} if request else ():
+            del self._ids[name][request_id]
+            if not self._ids[name]:
+                del self._ids[name]
+        return request
+
+    def of(self, agent_id: str) -> list[Asked]:
+        """Those that an agent has asked, or was asked."""
+        return [self.open[request_id] for request_id in self._ids.get(agent_id, ())]
+
+
+# --- Agents -----------------------------------------------------------------------------------------------------------
+
+
+class Agents:
+    """Who is here, and whom a name means: the half of the hub that knows nothing of messages."""
+
+    def __init__(self) -> None:
         self.connections: dict[str, int] = {}
         self.active: set[str] = set()
         self._seen: dict[str, int] = {}
-        self._unwritten: set[str] = set()
-        self.pace = Pace(limits)
-        self.load(snapshot, at)
 
-    # state in and out
-
-    def load(self, snapshot: Snapshot, at: int = 0) -> None:
-        """Become what the snapshot says. Who is connected and how fast everybody goes is not in it and stays."""
-        self.epoch, self.seq, self.departed = snapshot.epoch, snapshot.seq, set(snapshot.departed)
-        self.agents = {agent.agent_id: agent for agent in snapshot.agents}
-        self.inboxes: dict[str, Inbox] = {}
-        self._strays: set[str] = set()  # inboxes under a name or id that nobody has had
+    def take_in(self, agents: Iterable[Agent], seen: Iterable[tuple[str, int]], at: int) -> None:
+        """Become what was stored. Who is connected, and was seen since, stays."""
+        self.agents = {agent.agent_id: agent for agent in agents}
         self._names: dict[str, set[str]] = {}
         self._close: dict[str, list[str]] = {}
-        self._fresh: dict[str, tuple] = {}
-        self._settling: dict[str, tuple] = {}
-        self.events.clear()
-        for agent in snapshot.agents:
+        for agent in self.agents.values():
             self._names.setdefault(agent.name.casefold(), set()).add(agent.agent_id)
-        for agent_id, seen_at in snapshot.seen:
+        for agent_id, seen_at in seen:
             self._seen.setdefault(agent_id, seen_at)
-        waiting: dict[int, int] = {}
-        pings = {seq for seq, _, _ in snapshot.pings}
-        for name, seq in snapshot.unread:
-            self._inbox(name).unread.append(seq)
-            if seq in pings:
-                waiting[seq] = waiting.get(seq, 0) + 1
-        for inbox in self.inboxes.values():
-            inbox.pushed = inbox.unread[0] - 1
-        self._pings = {seq: [id, sender, waiting[seq]] for seq, id, sender in snapshot.pings if seq in waiting}
         self.active = {name for name in self.agents if self.status(name, at) == "active"}
 
-    def snapshot(self) -> Snapshot:
-        """What a store that wrote every event would load: equal hubs have equal snapshots."""
-        return Snapshot(
-            self.epoch,
-            self.seq,
-            tuple(sorted(self.agents.values())),
-            tuple(sorted((name, at) for name, at in self._seen.items() if name in self.agents)),
-            tuple((name, seq) for name in sorted(self.inboxes) for seq in self.inboxes[name].unread),
-            tuple((seq, id, sender) for seq, (id, sender, _) in sorted(self._pings.items())),
-            tuple(sorted(self.departed)),
-        )
+    def enter(self, agent: Agent) -> None:
+        """Note an agent, new or changed."""
+        self._forget_name(self.agents.get(agent.agent_id))
+        self.agents[agent.agent_id] = agent
+        self._names.setdefault(agent.name.casefold(), set()).add(agent.agent_id)
 
-    def take_events(self) -> list[Any]:
-        """Hand over what happened since the last call. Ids given by senders are kept until the call after the next:
-        by then those of this batch are committed, and whoever asks the log finds them."""
-        events, self.events = self.events, []
-        self._settling, self._fresh = self._fresh, {}
-        return events
-
-    # questions
+    def _forget_name(self, agent: Agent | None) -> None:
+        self._close.clear()
+        if agent:
+            holders = self._names[agent.name.casefold()]
+            holders.discard(agent.agent_id)
+            if not holders:
+                del self._names[agent.name.casefold()]
 
     def known(self, agent_id: str) -> bool:
         """Whether that is an agent here, or the operator."""
@@ -915,27 +1092,9 @@ class Hub:
         """The last sign of life, in milliseconds since 1970; 0 for never."""
         return self._seen.get(agent_id, 0)
 
-    def unread(self, agent_id: str) -> int:
-        """How many messages the inbox holds that nobody acknowledged."""
-        inbox = self.inboxes.get(agent_id)
-        return len(inbox.unread) if inbox else 0
-
-    def unread_after(self, agent_id: str, after: int, up_to: int, limit: int) -> list[int]:
-        """The seqs of up to `limit` unread messages above `after`, up to `up_to`."""
-        inbox = self.inboxes.get(agent_id)
-        if inbox is None:
-            return []
-        start = bisect_right(inbox.unread, after)
-        return inbox.unread[start : min(start + limit, bisect_right(inbox.unread, up_to))].tolist()
-
-    def seq_of(self, message_id: str) -> int:
-        """The seq in an id that this hub made, or may yet make (`made_id`); 0 for any other."""
-        epoch, _, number = message_id.partition("-")
-        return int(number, 16) if epoch == self.epoch and re.fullmatch("[0-9a-f]{13}", number) else 0
-
-    def fresh(self, message_id: str) -> tuple[Message, tuple[str, ...]] | None:
-        """A message under an id its sender gave, where it may not have reached the log yet."""
-        return self._fresh.get(message_id) or self._settling.get(message_id)
+    def named(self, name: str) -> list[str]:
+        """The ids of those that have that name, in any case."""
+        return sorted(self._names.get(name.casefold(), ()))
 
     def close_to(self, wanted: str) -> list[str]:
         """The ids of up to three agents whose id or name is much like `wanted`."""
@@ -951,10 +1110,359 @@ class Hub:
             self._close[wanted] = list(dict.fromkeys(ids[word] for word in found))[:3]
         return self._close[wanted]
 
-    def pushed(self, receipt: Receipt) -> set[str]:
-        """The inboxes of a receipt whose message was written to a live reader."""
-        seq, inboxes = receipt.message.seq, self.inboxes
-        return {name for name in receipt.inboxes if name in inboxes and seq <= inboxes[name].pushed}
+    def resolve(self, c: Send) -> tuple[tuple[str, ...], str]:
+        """The inboxes that `to` means, each once, and `to` as the envelope shows it (JSON text)."""
+        if c.to in self.agents:
+            return (c.to,), f'"{c.to}"'  # type: ignore[return-value]
+        asked = (c.to,) if isinstance(c.to, str) else c.to
+        found: dict[str, None] = {}
+        shown = []
+        for one in asked:
+            inboxes, as_text = self._resolve_one(one, c.sender)
+            found.update(dict.fromkeys(inboxes))
+            shown += [as_text] if as_text not in shown else []
+        return tuple(found), dump(shown if len(shown) > 1 else shown[0])
+
+    def _resolve_one(self, to: str, sender: str) -> tuple[Iterable[str], str]:
+        if to in self.agents or to == OPERATOR:
+            return (to,), to
+        if to.upper() == EVERYONE:
+            return [name for name in self.agents if name != sender], EVERYONE
+        if to[0] in "#@":  # nobody is in a channel yet
+            able = [a.agent_id for a in self.agents.values() if to[0] == "@" and to[1:] in a.capabilities]
+            return [name for name in able if name != sender], to
+        holders = self.named(to)
+        if len(holders) > 1:
+            raise AmbiguousRecipient(
+                f"{len(holders)} agents are named `{to}`: send to one of the ids {', '.join(holders[:10])}",
+                candidates=holders,
+            )
+        inbox = holders[0] if holders else to
+        return (inbox,), inbox
+
+
+# --- Mail -------------------------------------------------------------------------------------------------------------
+
+
+class Mail(Agents):
+    """What becomes of messages: into inboxes, to readers, acknowledged, answered, run out. The rules of it."""
+
+    def __init__(self, limits: Any) -> None:
+        super().__init__()
+        self.limits, self.pace = limits, Pace(limits)
+        self.events: list[Any] = []
+        self.later: list[Any] = []  # events not worth a commit of their own: they go with the next (`Hub.settle`)
+
+    def _take_in_mail(self, snapshot: Snapshot) -> None:
+        self.epoch, self.seq, self.departed = snapshot.epoch, snapshot.seq, set(snapshot.departed)
+        self.inboxes: dict[str, Inbox] = {}
+        self._strays: set[str] = set()  # inboxes under a name or id that nobody has had
+        self._fresh: dict[str, tuple] = {}
+        self._settling: dict[str, tuple] = {}
+        waiting: dict[int, int] = {}
+        pings = {seq for seq, _, _ in snapshot.pings}
+        for name, seq, pushed, until in snapshot.unread:
+            inbox = self._inbox(name)
+            inbox.unread.append(seq)
+            if pushed:
+                inbox.pushed.append(seq)
+            if until:
+                inbox.claims[seq] = until
+            if seq in pings:
+                waiting[seq] = waiting.get(seq, 0) + 1
+        self._pings = {seq: [id, sender, waiting[seq]] for seq, id, sender in snapshot.pings if seq in waiting}
+        self.delayed = dict(snapshot.delayed)
+        self._aside = collections.Counter(name for inboxes in self.delayed.values() for name in inboxes)
+        self.requests = Requests(snapshot.requests)
+
+    # questions
+
+    def unread(self, agent_id: str) -> int:
+        """How many messages the inbox holds that nobody acknowledged."""
+        inbox = self.inboxes.get(agent_id)
+        return len(inbox.unread) if inbox else 0
+
+    def unread_after(
+        self, agent_id: str, after: int, up_to: int, limit: int, unclaimed_at: int | None = None
+    ) -> list[int]:
+        """The seqs of up to `limit` unread messages above `after`, up to `up_to`: `Inbox.after`."""
+        inbox = self.inboxes.get(agent_id)
+        return inbox.after(after, up_to, limit, unclaimed_at) if inbox else []
+
+    def was_pushed(self, agent_id: str, seq: int) -> bool:
+        """Whether that message is unread and was written to a live reader of the inbox before."""
+        inbox = self.inboxes.get(agent_id)
+        return inbox is not None and bool(inbox.pushed) and holds(inbox.pushed, seq)
+
+    def oldest_unread(self, agent_id: str) -> int:
+        """The seq of the oldest message in the inbox; 0 where it is empty."""
+        inbox = self.inboxes.get(agent_id)
+        return inbox.unread[0] if inbox and inbox.unread else 0
+
+    def pushes(self, seq: int) -> dict[str, tuple[int, str]]:
+        """When and by what that message was written to readers, as far as this is not with the store yet."""
+        return {e.inbox: (e.at, e.via) for e in self.later if type(e) is Pushed and seq in e.seqs}
+
+    def seq_of(self, message_id: str) -> int:
+        """The seq in an id that this hub made, or may yet make (`made_id`); 0 for any other."""
+        epoch, _, number = message_id.partition("-")
+        return int(number, 16) if epoch == self.epoch and re.fullmatch("[0-9a-f]{13}", number) else 0
+
+    def fresh(self, message_id: str) -> tuple[Message, tuple[str, ...]] | None:
+        """A message under an id its sender gave, where it may not have reached the log yet."""
+        return self._fresh.get(message_id) or self._settling.get(message_id)
+
+    # rules
+
+    def _send(self, c: Send) -> Receipt:
+        self.expect(c.sender)
+        if c.known:
+            return self._again(c, *c.known)
+        inboxes, to = self.resolve(c)
+        full = self._without_room(inboxes)
+        for pace in self.pace.guard(c, to, inboxes):
+            pace.append(c.at)
+        room = tuple(name for name in inboxes if name not in full) if full else inboxes
+        return Receipt(self._deliver(c, to, room), room, full)
+
+    def _again(self, c: Send, message: Message, inboxes: tuple[str, ...]) -> Receipt:
+        """The answer to a retry: what the first one did. The same id for something else is refused."""
+        if message.sender != c.sender or message.digest != c.digest:
+            raise IdReused(f"the id `{message.id}` was used for another message: give every message an id of its own")
+        return Receipt(message, inboxes, duplicate=True)
+
+    def _without_room(self, inboxes: tuple[str, ...]) -> tuple[str, ...]:
+        """Who can take no more. All of several: refused; some: the others get theirs, and the sender is told."""
+        most = self.limits.max_inbox
+        aside = self._aside
+        full = tuple([name for name in inboxes if self.unread(name) + (aside[name] if aside else 0) >= most])
+        if full and len(full) == len(inboxes):
+            raise InboxFull(
+                f"{', '.join(full[:3])} has {most:.0f} unread messages and takes no more: wait until"
+                " some are read, or ask the operator to raise --max-inbox",
+                recipients=list(full),
+            )
+        return full
+
+    def _deliver(self, c: Send, to: str, inboxes: tuple[str, ...]) -> Message:
+        seq = self.seq = self.seq + 1
+        id = c.id or made_id(self.epoch, seq)
+        message = Message(
+            seq, id, c.type, c.sender, to, c.payload, c.at, c.reply_to, c.thread, c.expires_at, c.digest, c.via,
+            c.due_at,
+        )  # fmt: skip
+        if c.id:
+            self._fresh[c.id] = (message, inboxes)
+        if c.due_at:
+            self.delayed[seq] = inboxes
+            self._aside.update(inboxes)
+            self.events.append(Delayed(message, inboxes))
+        else:
+            self._enter(message, inboxes)
+        return message
+
+    def _enter(self, message: Message, inboxes: tuple[str, ...]) -> None:
+        """A message comes into inboxes, which is all that most of them do."""
+        seq = message.seq
+        for name in inboxes:
+            self._inbox(name).unread.append(seq)
+        self.events.append(Sent(message, inboxes))
+        if message.type == "ping" and inboxes:
+            self._pings[seq] = [message.id, message.sender, len(inboxes)]
+        elif message.type == "request" and inboxes:
+            self._mind(Asked(message.id, seq, message.sender, message.thread or message.id, inboxes))
+        if message.reply_to in self.requests.open and message.type not in ("ack", "error"):
+            if self.requests.open[message.reply_to].asker in inboxes:
+                self._close_request(message.reply_to)
+
+    def _release(self, c: Release) -> None:
+        """Each gets its seq now, and is for whoever has by now come for a name nobody had."""
+        for message, inboxes in c.messages:
+            if self.delayed.pop(message.seq, None) is None:
+                continue
+            self._aside -= collections.Counter(inboxes)
+            self.events.append(Released(message.seq))
+            self.seq += 1
+            now = [name if self.known(name) else next(iter(self.named(name)), name) for name in inboxes]
+            self._enter(message._replace(seq=self.seq), tuple(dict.fromkeys(now)))
+
+    def _mind(self, request: Asked) -> None:
+        """Remember that somebody waits for an answer; of too many, the oldest is forgotten."""
+        self.requests.put(request)
+        self.events.append(request)
+        if len(self.requests.open) > MAX_REQUESTS:
+            self._close_request(next(iter(self.requests.open)))
+
+    def _close_request(self, request_id: str) -> Asked | None:
+        request = self.requests.pop(request_id)
+        if request:
+            self.events.append(Answered(request_id))
+        return request
+
+    def _tell_asker(self, at: int, request: Asked, sender: str, code: str, words: str) -> None:
+        """The hub speaks for whoever was asked, as it does when it answers a ping."""
+        if self.known(request.asker):
+            payload = dump({"code": code, "message": words})
+            told = Send(at, sender, request.asker, payload, "error", None, request.id, request.thread, via="hub")
+            self._deliver(told, dump(request.asker), (request.asker,))
+
+    def _inbox(self, name: str) -> Inbox:
+        inbox = self.inboxes.get(name)
+        if inbox is None:
+            inbox = self.inboxes[name] = Inbox()
+            if not self.known(name) and name not in self.departed:
+                self._strays.add(name)
+        return inbox
+
+    def _ack(self, c: Ack) -> int:
+        """How many messages this newly acknowledged. A ping among them is answered to its sender."""
+        self.expect(c.agent_id)
+        runs = self._inbox(c.agent_id).take_all(c.seqs) if c.seqs else [self._inbox(c.agent_id).take(0, c.up_to)]
+        for run in filter(None, runs):
+            self.events.append(Acknowledged(c.agent_id, run[0], run[-1], c.at, c.via))
+            if self._pings:
+                self._answer_pings(c, run)
+        return sum(map(len, runs))
+
+    def _answer_pings(self, c: Ack, seqs: Iterable[int]) -> None:
+        for seq in [seq for seq in seqs if seq in self._pings]:
+            ping_id, pinger = self._ponged(seq)
+            reply = Send(c.at, c.agent_id, pinger, '"pong"', "ack", None, ping_id, ping_id, via="hub")
+            self._deliver(reply, dump(pinger), (pinger,))
+
+    def _ponged(self, seq: int) -> tuple[str, str]:
+        """One inbox less owes an answer to this ping, if it is one."""
+        ping = self._pings.get(seq, ["", "", 2])
+        ping[2] -= 1
+        if not ping[2]:
+            del self._pings[seq]
+        return ping[0], ping[1]
+
+    def _push(self, c: Push) -> None:
+        inbox = self.inboxes.get(c.agent_id)
+        new = inbox.push(c.seqs) if inbox else ()
+        if new:
+            self.later.append(Pushed(c.agent_id, new, c.at, c.via))
+
+    def _claim(self, c: Claim) -> None:
+        self._inbox(c.agent_id).claims.update(dict.fromkeys(c.seqs, c.until))
+        self.events.append(Claimed(c.agent_id, c.seqs, c.at, c.until))
+
+    def _expire(self, c: Expire) -> None:
+        self._run_out(c)
+        self.events.append(Expired(tuple(seq for seq, _, _ in c.messages)))
+
+    def _drop(self, c: Drop) -> None:
+        self._run_out(c)
+        self.events.append(Dropped(tuple(seq for seq, _, _ in c.messages), self.seq))
+
+    def _run_out(self, c: Expire | Drop) -> None:
+        for seq, id, inboxes in c.messages:
+            for name in inboxes:
+                if name in self.inboxes:
+                    self.inboxes[name].take(seq - 1, seq)
+            self._pings.pop(seq, None)
+            request = self._close_request(id)
+            if request:
+                sender = next(filter(self.known, request.asked), OPERATOR)
+                words = f"nobody answered this request in time: ask again, or somebody else than {request.asked[0]}"
+                self._tell_asker(c.at, request, sender, "expired", words)
+
+    def _adopt(self, agent: Agent) -> None:
+        """Hand an agent what was sent to its name before anybody had it. Two agents of one name: the first gets it.
+        What waits for an agent that left is not sent to a name, whatever it reads like."""
+        fold = agent.name.casefold()
+        self._strays.discard(agent.agent_id)
+        for name in [stray for stray in self._strays if stray.casefold() == fold]:
+            self._strays.discard(name)
+            inbox, left = self._inbox(agent.agent_id), self.inboxes.pop(name)
+            for seq in inbox.adopt(left.unread):
+                self._ponged(seq)
+            self.events.append(Adopted(name, agent.agent_id, tuple(left.unread)))
+            for request in self.requests.of(name):
+                if name in request.asked:
+                    asked = (agent.agent_id if one == name else one for one in request.asked)
+                    self._mind(request._replace(asked=tuple(dict.fromkeys(asked))))
+
+    def _went_offline(self, agent: Agent, at: int) -> None:
+        """Tell who is connected, and who waits for an answer that nobody is left to give."""
+        self.active.discard(agent.agent_id)
+        self.events.append(Presence(agent.agent_id, agent.name, "offline"))
+        for request in self.requests.of(agent.agent_id):
+            if agent.agent_id in request.asked and not request.told and not self.active.intersection(request.asked):
+                self._mind(request._replace(told=True))
+                words = "is offline and has not answered: the request waits in its inbox; ask somebody else, or wait on"
+                self._tell_asker(at, request, agent.agent_id, "offline", f"{agent.agent_id} {words}")
+
+    RULES: dict[type, Callable] = {
+        Send: _send,
+        Ack: _ack,
+        Push: _push,
+        Claim: _claim,
+        Release: _release,
+        Expire: _expire,
+        Drop: _drop,
+    }
+
+
+# --- Hub --------------------------------------------------------------------------------------------------------------
+
+
+class Hub(Mail):
+    """The rules. `apply` takes a command and changes everything it should at once, or raises HubError and nothing.
+
+    What must last is noted in `events`; connections, signs of life and pace are not, and are found again after a
+    restart. No clock, no I/O, no chance in here: the same commands in the same order give the same hub.
+    """
+
+    def __init__(self, limits: Any, snapshot: Snapshot, at: int = 0) -> None:
+        super().__init__(limits)
+        self._unwritten: set[str] = set()
+        self.load(snapshot, at)
+
+    # state in and out
+
+    def load(self, snapshot: Snapshot, at: int = 0) -> None:
+        """Become what the snapshot says. Who is connected and how fast everybody goes is not in it and stays."""
+        self.events.clear()
+        self.later.clear()
+        self.take_in(snapshot.agents, snapshot.seen, at)
+        self._take_in_mail(snapshot)
+        # whoever was asked counts as here until a sweep has looked: its asker may have to be told that it is not
+        self.active.update(name for r in snapshot.requests if not r.told for name in r.asked if name in self.agents)
+
+    def snapshot(self) -> Snapshot:
+        """What a store that wrote every event would load: equal hubs have equal snapshots."""
+        return Snapshot(
+            self.epoch,
+            self.seq,
+            tuple(sorted(self.agents.values())),
+            tuple(sorted((name, at) for name, at in self._seen.items() if name in self.agents)),
+            tuple(
+                (name, seq, holds(inbox.pushed, seq), inbox.claims.get(seq, 0))
+                for name, inbox in sorted(self.inboxes.items())
+                for seq in inbox.unread
+            ),
+            tuple((seq, id, sender) for seq, (id, sender, _) in sorted(self._pings.items())),
+            tuple(sorted(self.departed)),
+            tuple(sorted(self.delayed.items())),
+            tuple(sorted(self.requests.open.values(), key=lambda request: request.seq)),
+        )
+
+    def take_events(self) -> list[Any]:
+        """Hand over what happened since the last call. Ids given by senders are kept until the call after the next:
+        by then those of this batch are committed, and whoever asks the log finds them."""
+        if self.events:
+            self.events[:0] = self.later
+            self.later.clear()
+        events, self.events = self.events, []
+        self._settling, self._fresh = self._fresh, {}
+        return events
+
+    def settle(self) -> None:
+        """Have what could wait for the next commit committed now."""
+        self.events += self.later
+        self.later.clear()
 
     # rules
 
@@ -980,36 +1488,12 @@ class Hub:
             metadata=c.metadata if c.metadata is not None else base.metadata,
             tokens=(*base.tokens, c.token)[-TOKENS_PER_AGENT:],
         )
-        self._forget_name(held)
+        self.enter(agent)
         self.departed.discard(agent.agent_id)
-        self.agents[agent.agent_id] = agent
-        self._names.setdefault(agent.name.casefold(), set()).add(agent.agent_id)
         self.events.append(Registered(agent))
         self._adopt(agent)
         self._touch(Touch(c.at, agent.agent_id))
         return agent
-
-    def _forget_name(self, agent: Agent | None) -> None:
-        self._close.clear()
-        if agent:
-            holders = self._names[agent.name.casefold()]
-            holders.discard(agent.agent_id)
-            if not holders:
-                del self._names[agent.name.casefold()]
-
-    def _adopt(self, agent: Agent) -> None:
-        """Hand an agent what was sent to its name before anybody had it. Two agents of one name: the first gets it.
-        What waits for an agent that left is not sent to a name, whatever it reads like."""
-        fold = agent.name.casefold()
-        self._strays.discard(agent.agent_id)
-        for name in [stray for stray in self._strays if stray.casefold() == fold]:
-            self._strays.discard(name)
-            inbox, left = self._inbox(agent.agent_id), self.inboxes.pop(name)
-            for seq in set(left.unread) & set(inbox.unread):
-                self._answered(seq)
-            inbox.unread = array("q", sorted({*inbox.unread, *left.unread}))
-            inbox.pushed = min(inbox.pushed, min(left.unread, default=0) - 1)
-            self.events.append(Adopted(name, agent.agent_id, tuple(left.unread)))
 
     def _leave(self, c: Leave) -> None:
         if c.agent_id not in self.agents:
@@ -1021,9 +1505,11 @@ class Hub:
         self._unwritten.discard(c.agent_id)
         self.departed.add(c.agent_id)
         self.events.append(Left(c.agent_id))
+        for request in self.requests.of(c.agent_id):
+            if request.asker == c.agent_id:
+                self._close_request(request.id)
         if c.agent_id in self.active:
-            self.active.discard(c.agent_id)
-            self.events.append(Presence(agent.agent_id, agent.name, "offline"))
+            self._went_offline(agent, c.at)
 
     def _touch(self, c: Touch) -> None:
         self._seen[c.agent_id] = max(c.at, self._seen.get(c.agent_id, 0))
@@ -1043,123 +1529,10 @@ class Hub:
         if c.agent_id in self.agents:  # it may have left with its line still open
             self._touch(Touch(c.at, c.agent_id))
 
-    def _send(self, c: Send) -> Receipt:
-        self.expect(c.sender)
-        if c.known:
-            return self._again(c, *c.known)
-        inboxes, to = self._resolve(c)
-        full = self._without_room(inboxes)
-        for pace in self.pace.guard(c, to, inboxes):
-            pace.append(c.at)
-        room = tuple(name for name in inboxes if name not in full) if full else inboxes
-        message = self._deliver(c, to, room)
-        return Receipt(message, room, full)
-
-    def _again(self, c: Send, message: Message, inboxes: tuple[str, ...]) -> Receipt:
-        """The answer to a retry: what the first one did. The same id for something else is refused."""
-        if message.sender != c.sender or message.digest != c.digest:
-            raise IdReused(f"the id `{message.id}` was used for another message: give every message an id of its own")
-        return Receipt(message, inboxes, duplicate=True)
-
-    def _without_room(self, inboxes: tuple[str, ...]) -> tuple[str, ...]:
-        """Who can take no more. All of several: refused; some: the others get theirs, and the sender is told."""
-        most = self.limits.max_inbox
-        full = tuple([name for name in inboxes if self.unread(name) >= most])
-        if full and len(full) == len(inboxes):
-            raise InboxFull(
-                f"{', '.join(full[:3])} has {most:.0f} unread messages and takes no more: wait until"
-                " some are read, or ask the operator to raise --max-inbox",
-                recipients=list(full),
-            )
-        return full
-
-    def _resolve(self, c: Send) -> tuple[tuple[str, ...], str]:
-        """The inboxes that `to` means, each once, and `to` as the envelope shows it (JSON text)."""
-        if c.to in self.agents:
-            return (c.to,), f'"{c.to}"'  # type: ignore[return-value]
-        asked = (c.to,) if isinstance(c.to, str) else c.to
-        found: dict[str, None] = {}
-        shown = []
-        for one in asked:
-            inboxes, as_text = self._resolve_one(one, c.sender)
-            found.update(dict.fromkeys(inboxes))
-            shown += [as_text] if as_text not in shown else []
-        return tuple(found), dump(shown if len(shown) > 1 else shown[0])
-
-    def _resolve_one(self, to: str, sender: str) -> tuple[Iterable[str], str]:
-        if to in self.agents or to == OPERATOR:
-            return (to,), to
-        if to.upper() == EVERYONE:
-            return [name for name in self.agents if name != sender], EVERYONE
-        if to[0] in "#@":  # nobody is in a channel yet
-            able = [a.agent_id for a in self.agents.values() if to[0] == "@" and to[1:] in a.capabilities]
-            return [name for name in able if name != sender], to
-        holders = sorted(self._names.get(to.casefold(), ()))
-        if len(holders) > 1:
-            raise AmbiguousRecipient(
-                f"{len(holders)} agents are named `{to}`: send to one of the ids {', '.join(holders[:10])}",
-                candidates=holders,
-            )
-        inbox = holders[0] if holders else to
-        return (inbox,), inbox
-
-    def _deliver(self, c: Send, to: str, inboxes: tuple[str, ...]) -> Message:
-        seq = self.seq = self.seq + 1
-        id = c.id or made_id(self.epoch, seq)
-        message = Message(seq, id, c.type, c.sender, to, c.payload, c.at, c.reply_to, c.thread, c.expires_at, c.digest)
-        for name in inboxes:
-            self._inbox(name).unread.append(seq)
-        if c.type == "ping" and inboxes:
-            self._pings[seq] = [id, c.sender, len(inboxes)]
-        if c.id:
-            self._fresh[c.id] = (message, inboxes)
-        self.events.append(Sent(message, inboxes))
-        return message
-
-    def _inbox(self, name: str) -> Inbox:
-        inbox = self.inboxes.get(name)
-        if inbox is None:
-            inbox = self.inboxes[name] = Inbox()
-            if not self.known(name) and name not in self.departed:
-                self._strays.add(name)
-        return inbox
-
-    def _ack(self, c: Ack) -> int:
-        """How many messages this newly acknowledged. A ping among them is answered to its sender."""
-        self.expect(c.agent_id)
-        runs = self._inbox(c.agent_id).take_all(c.seqs) if c.seqs else [self._inbox(c.agent_id).take(0, c.up_to)]
-        for run in filter(None, runs):
-            self.events.append(Acknowledged(c.agent_id, run[0], run[-1], c.at))
-            if self._pings:
-                self._answer_pings(c, run)
-        return sum(map(len, runs))
-
-    def _answer_pings(self, c: Ack, seqs: Iterable[int]) -> None:
-        for seq in [seq for seq in seqs if seq in self._pings]:
-            ping_id, pinger = self._answered(seq)
-            reply = Send(c.at, c.agent_id, pinger, '"pong"', "ack", reply_to=ping_id, thread=ping_id)
-            self._deliver(reply, dump(pinger), (pinger,))
-
-    def _answered(self, seq: int) -> tuple[str, str]:
-        """One inbox less owes an answer to this ping, if it is one."""
-        ping = self._pings.get(seq, ["", "", 2])
-        ping[2] -= 1
-        if not ping[2]:
-            del self._pings[seq]
-        return ping[0], ping[1]
-
-    def _expire(self, c: Expire) -> None:
-        for seq, inboxes in c.messages:
-            for name in inboxes:
-                if name in self.inboxes:
-                    self.inboxes[name].take(seq - 1, seq)
-            self._pings.pop(seq, None)
-        self.events.append(Expired(tuple(seq for seq, _ in c.messages), self.seq))
-
     def _sweep(self, c: Sweep) -> None:
-        for name in [name for name in self.active if self.status(name, c.at) == "offline"]:
-            self.active.discard(name)
-            self.events.append(Presence(name, self.agents[name].name, "offline"))
+        self.settle()
+        for name in sorted(name for name in self.active if self.status(name, c.at) == "offline"):
+            self._went_offline(self.agents[name], c.at)
         self.events += [Seen(name, self._seen[name]) for name in sorted(self._unwritten) if name in self.agents]
         self._unwritten.clear()
         self.pace.sweep(c.at)
@@ -1170,21 +1543,20 @@ class Hub:
         self.departed.difference_update(done)
         self.events += map(Forgotten, done)
 
-    RULES = {
+    RULES = Mail.RULES | {
         Register: _register,
         Leave: _leave,
         Touch: _touch,
         Connect: _connect,
         Disconnect: _disconnect,
-        Send: _send,
-        Ack: _ack,
-        Expire: _expire,
         Sweep: _sweep,
     }
 
 
-# --- Store ------------------------------------------------------------------------------------------------------------
+# --- Schema -----------------------------------------------------------------------------------------------------------
 
+FSYNC_FAILED = (1034, 1290)  # SQLITE_IOERR_FSYNC and _DIR_FSYNC; Python says which from 3.11 on
+COPY_PREFIX = "agenthub-backup-"  # of copies that are being made
 APPLICATION_ID = 0x61676874  # "aght" in SQLite's header: how a file says whose it is
 MIGRATIONS = (  # the n-th brings a file from user_version n to n + 1; what has been released is never edited
     """
@@ -1201,6 +1573,24 @@ MIGRATIONS = (  # the n-th brings a file from user_version n to n + 1; what has 
     CREATE TABLE gaps (inbox TEXT PRIMARY KEY, seq INTEGER NOT NULL) WITHOUT ROWID;
     CREATE TABLE deliveries (inbox TEXT, seq INTEGER, acked_at INTEGER, PRIMARY KEY (inbox, seq)) WITHOUT ROWID;
     """,
+    """
+    ALTER TABLE messages ADD COLUMN via TEXT NOT NULL DEFAULT '';
+    ALTER TABLE messages ADD COLUMN due_at INTEGER NOT NULL DEFAULT 0;
+    CREATE INDEX message_senders ON messages (sender);
+    CREATE TABLE delayed (seq INTEGER PRIMARY KEY, id TEXT UNIQUE, type TEXT NOT NULL, sender TEXT NOT NULL,
+        recipient TEXT NOT NULL, payload TEXT NOT NULL, sent_at INTEGER NOT NULL, reply_to TEXT NOT NULL,
+        thread TEXT NOT NULL, expires_at INTEGER NOT NULL, digest BLOB NOT NULL, inboxes TEXT NOT NULL,
+        via TEXT NOT NULL, due_at INTEGER NOT NULL);
+    CREATE INDEX delayed_due ON delayed (due_at);
+    ALTER TABLE deliveries ADD COLUMN acked_via TEXT;
+    ALTER TABLE deliveries ADD COLUMN pushed_at INTEGER;
+    ALTER TABLE deliveries ADD COLUMN pushed_via TEXT;
+    ALTER TABLE deliveries ADD COLUMN claimed_at INTEGER;
+    ALTER TABLE deliveries ADD COLUMN claimed_until INTEGER;
+    ALTER TABLE deliveries ADD COLUMN expired_at INTEGER;
+    CREATE TABLE requests (id TEXT PRIMARY KEY, seq INTEGER NOT NULL, asker TEXT NOT NULL, thread TEXT NOT NULL,
+        asked TEXT NOT NULL, told INTEGER NOT NULL) WITHOUT ROWID;
+    """,
 )
 
 
@@ -1208,9 +1598,26 @@ def _agent_rows(batch: list[Registered]) -> list[tuple]:
     return [(*a[:3], dump(a.capabilities), a.metadata, b"".join(a.tokens), a.registered_at) for (a,) in batch]
 
 
-def _message_rows(batch: list[Sent]) -> list[tuple]:
-    """An id that the hub made follows from the seq and is not stored."""
-    return [(m.seq, m.id if m.digest else None, *m[2:], dump(inboxes)) for m, inboxes in batch]
+def _message_rows(batch: list[Any]) -> list[tuple]:
+    """An id that the hub made follows from the seq and is not stored, unless the seq is not the one it was made of."""
+    return [
+        (m.seq, m.id if m.digest or m.due_at else None, *m[2:11], dump(inboxes), m.via, m.due_at)
+        for m, inboxes in batch
+    ]
+
+
+def _each_seq(batch: list[Any]) -> list[tuple]:
+    return [(seq,) for event in batch for seq in event.seqs]
+
+
+_IN_ITS_INBOXES = (
+    "seq = ?1 AND inbox IN (SELECT value FROM messages, json_each(messages.inboxes) WHERE messages.seq = ?1)"
+)
+_GAP = (  # what came to an inbox and is not there any more
+    "INSERT INTO gaps SELECT value, seq FROM messages, json_each(messages.inboxes) WHERE messages.seq = ?"
+    " ON CONFLICT DO UPDATE SET seq = max(seq, excluded.seq)",
+    _each_seq,
+)
 
 
 # What each event does to the tables. An event that is not here is not meant to last.
@@ -1228,15 +1635,40 @@ WRITES: dict[type, tuple[tuple[str, Callable[[list], list[tuple]]], ...]] = {
     Forgotten: (("DELETE FROM agents WHERE agent_id = ? AND departed", list),),
     Seen: (("UPDATE agents SET seen_at = ? WHERE agent_id = ?", lambda batch: [(e.at, e.agent_id) for e in batch]),),
     Sent: (
-        ("INSERT INTO messages VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", _message_rows),
-        ("INSERT INTO deliveries VALUES (?,?,NULL)", lambda batch: [(name, e[0][0]) for e in batch for name in e[1]]),
-    ),
-    Acknowledged: (
+        ("INSERT INTO messages VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?)", _message_rows),
         (
-            "UPDATE deliveries SET acked_at = ? WHERE inbox = ? AND seq BETWEEN ? AND ? AND acked_at IS NULL",
-            lambda batch: [(e.at, e.inbox, e.first, e.last) for e in batch],
+            "INSERT INTO deliveries (inbox, seq) VALUES (?,?)",
+            lambda batch: [(name, e[0][0]) for e in batch for name in e[1]],
         ),
     ),
+    Delayed: (("INSERT INTO delayed VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?)", _message_rows),),
+    Released: (("DELETE FROM delayed WHERE seq = ?", list),),
+    Acknowledged: (
+        (
+            "UPDATE deliveries SET acked_at = ?, acked_via = ? WHERE inbox = ? AND seq BETWEEN ? AND ?"
+            " AND acked_at IS NULL AND expired_at IS NULL",
+            lambda batch: [(e.at, e.via, e.inbox, e.first, e.last) for e in batch],
+        ),
+    ),
+    Pushed: (
+        (
+            "UPDATE deliveries SET pushed_at = ?, pushed_via = ? WHERE inbox = ? AND seq = ?",
+            lambda batch: [(e.at, e.via, e.inbox, seq) for e in batch for seq in e.seqs],
+        ),
+    ),
+    Claimed: (
+        (
+            "UPDATE deliveries SET claimed_at = ?, claimed_until = ? WHERE inbox = ? AND seq = ?",
+            lambda batch: [(e.at, e.until, e.inbox, seq) for e in batch for seq in e.seqs],
+        ),
+    ),
+    Asked: (
+        (
+            "INSERT OR REPLACE INTO requests VALUES (?,?,?,?,?,?)",
+            lambda batch: [(*e[:4], dump(e.asked), e.told) for e in batch],
+        ),
+    ),
+    Answered: (("DELETE FROM requests WHERE id = ?", list),),
     Adopted: (
         (
             "UPDATE OR REPLACE deliveries SET inbox = ? WHERE inbox = ? AND seq = ?",
@@ -1249,20 +1681,158 @@ WRITES: dict[type, tuple[tuple[str, Callable[[list], list[tuple]]], ...]] = {
         ),
     ),
     Expired: (
+        _GAP,
         (
-            "INSERT INTO gaps SELECT value, seq FROM messages, json_each(messages.inboxes) WHERE messages.seq = ?"
-            " ON CONFLICT DO UPDATE SET seq = max(seq, excluded.seq)",
-            lambda batch: [(seq,) for e in batch for seq in e.seqs],
+            "UPDATE deliveries SET expired_at = (SELECT expires_at FROM messages WHERE seq = ?1)"
+            f" WHERE acked_at IS NULL AND {_IN_ITS_INBOXES}",
+            _each_seq,
         ),
-        (
-            "DELETE FROM deliveries WHERE seq = ?1 AND inbox IN"
-            " (SELECT value FROM messages, json_each(messages.inboxes) WHERE messages.seq = ?1)",
-            lambda batch: [(seq,) for e in batch for seq in e.seqs],
-        ),
-        ("DELETE FROM messages WHERE seq = ?", lambda batch: [(seq,) for e in batch for seq in e.seqs]),
+        ("UPDATE messages SET payload = 'null', expires_at = -expires_at WHERE seq = ?", _each_seq),
+    ),
+    Dropped: (
+        _GAP,
+        (f"DELETE FROM deliveries WHERE {_IN_ITS_INBOXES}", _each_seq),
+        ("DELETE FROM messages WHERE seq = ?", _each_seq),
         ("UPDATE meta SET value = max(value, ?) WHERE key = 'seq'", lambda batch: [(e.seq,) for e in batch]),
     ),
 }
+
+
+# --- Search -----------------------------------------------------------------------------------------------------------
+
+
+def words_of(text: str) -> list[str]:
+    """What is looked for: runs of letters and digits, without case and accents, as FTS5's unicode61 cuts them."""
+    if not text.isascii():
+        import unicodedata
+
+        plain = unicodedata.normalize("NFKD", text)
+        text = "".join(c for c in plain if not unicodedata.combining(c))
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+def text_of(value: Any) -> str:
+    """All that can be read in a JSON value: its texts, numbers and keys, a line each."""
+    if isinstance(value, dict):
+        return "\n".join(f"{key}\n{text_of(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return "\n".join(map(text_of, value))
+    return value if isinstance(value, str) else dump(value)
+
+
+class Query(NamedTuple):
+    """What a search asks for: phrases, each a list of words that stand in a row, the last of which may be a prefix."""
+
+    phrases: tuple[tuple[tuple[str, ...], bool], ...]
+
+    @classmethod
+    def read(cls, text: str) -> Query:
+        """`auth "race condition" refact*`: all of these. Raises InvalidRequest where there is no word in it."""
+        found = []
+        for quoted, star, bare in re.findall(r'"([^"]*)"(\*?)|(\S+)', text):
+            words = tuple(words_of(quoted or bare))
+            if words:
+                found.append((words, bool(star) or bare.endswith("*")))
+        if not found:
+            raise InvalidRequest('`q` must hold a word to look for, e.g. auth, "race condition" or refact*')
+        return cls(tuple(found))
+
+    def fts(self) -> str:
+        """The same in the words of FTS5, all quoted, so that nothing in it is an operator."""
+        return " AND ".join(f'"{" ".join(words)}"{"*" if prefix else ""}' for words, prefix in self.phrases)
+
+    def matches(self, text: str) -> bool:
+        """Whether the text holds all of it: what FTS5 would say."""
+        words = words_of(text)
+        return all(self._stands(words, list(phrase), prefix) for phrase, prefix in self.phrases)
+
+    def _stands(self, words: list[str], phrase: list[str], prefix: bool) -> bool:
+        *first, last = phrase
+        for at in range(len(words) - len(first)):
+            word = words[at + len(first)]
+            if words[at : at + len(first)] == first and (word.startswith(last) if prefix else word == last):
+                return True
+        return False
+
+
+class Search:
+    """Full text over the log. A send does not pay for it: messages are taken into the index (SQLite's FTS5, where it
+    is there) when the hub has nothing else to do, and those that are not in it yet are looked through one by one.
+    """
+
+    def __init__(self, writer: Any, reader: Any, failed: type[Exception]) -> None:
+        self._writer, self._reader = writer, reader
+        try:
+            writer.execute(
+                "CREATE VIRTUAL TABLE IF NOT EXISTS words USING fts5(text, tokenize = 'unicode61', columnsize = 0)"
+            )
+            writer.execute("INSERT OR IGNORE INTO meta VALUES ('indexed', 0)")
+            self.indexed = writer.execute("SELECT value FROM meta WHERE key = 'indexed'").fetchone()[0]
+        except failed:  # this SQLite was built without FTS5
+            self.indexed = -1
+
+    def lags(self, seq: int) -> bool:
+        """Whether so much is not in the index that it is worth a turn."""
+        return 0 <= self.indexed <= seq - INDEX_BATCH
+
+    def take_in(self, up_to: int) -> int:
+        """Index the next messages, up to a seq, within the caller's transaction. Returns what `indexed` is once that
+        is durable."""
+        query = "SELECT seq, payload FROM messages WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT ?"
+        rows = self._writer.execute(query, (self.indexed, up_to, INDEX_BATCH)).fetchall()
+        texts = [(seq, text_of(json.loads(payload))) for seq, payload in rows]
+        self._writer.executemany("INSERT INTO words (rowid, text) VALUES (?,?)", texts)
+        indexed = rows[-1][0] if len(rows) == INDEX_BATCH else up_to
+        self._writer.execute("UPDATE meta SET value = ? WHERE key = 'indexed'", (indexed,))
+        return indexed
+
+    def forget(self, seqs: list[tuple[int]]) -> None:
+        """What is deleted or past its time is not found any more, within the caller's transaction."""
+        if self.indexed >= 0:
+            self._writer.executemany("DELETE FROM words WHERE rowid = ?", seqs)
+
+    def find(self, query: Query, who: str, before: int, limit: int, now: int) -> tuple[list[int], int]:
+        """The seqs of up to `limit` messages below `before` that `who` sent or got and that match, newest first, and
+        the seq to go on before; 0 where there is no more."""
+        found: list[int] = []
+        for seq, mine, text in self._candidates(query, who, before, now):
+            before = seq
+            if mine and (text is None or query.matches(text_of(json.loads(text)))):
+                found.append(seq)
+                if len(found) == limit:
+                    return found, before
+        return found, 0 if before < 0 else before
+
+    def _candidates(self, query: Query, who: str, before: int, now: int) -> Iterator[tuple[int, bool, str | None]]:
+        """Messages below `before`, newest first: (seq, whether it is `who`'s, its payload where that is to be looked
+        at). SEARCH_SCAN of them; where these were all, a last one of seq -1."""
+        mine = (
+            "(m.sender = :who OR EXISTS (SELECT 1 FROM deliveries AS d WHERE d.inbox = :who AND d.seq = m.seq))"
+            " AND (m.expires_at = 0 OR m.expires_at > :now)"
+        )
+        given = {"who": who, "now": now, "before": before, "indexed": self.indexed, "most": SEARCH_SCAN}
+        looked = 0
+        for row in self._reader.execute(
+            f"SELECT seq, {mine}, payload FROM messages AS m WHERE seq < :before AND seq > :indexed"
+            " ORDER BY seq DESC LIMIT :most",
+            given,
+        ):
+            looked += 1
+            yield row
+        if self.indexed > 0 and looked < SEARCH_SCAN:
+            given |= {"words": query.fts(), "most": SEARCH_SCAN - looked}
+            for seq, is_mine in self._reader.execute(
+                f"SELECT m.seq, {mine} FROM words AS w CROSS JOIN messages AS m ON m.seq = w.rowid"
+                " WHERE words MATCH :words AND w.rowid < :before ORDER BY w.rowid DESC LIMIT :most",
+                given,
+            ):
+                looked += 1
+                yield seq, is_mine, None
+        if looked < SEARCH_SCAN:
+            yield -1, False, None
+
+
+# --- Store ------------------------------------------------------------------------------------------------------------
 
 
 class Store:
@@ -1279,6 +1849,7 @@ class Store:
         self.path, self._sqlite = path, sqlite3
         self._lock: Any = None
         self.pages = 0  # written to the log since the last checkpoint, about
+        self.broken = ""  # why nothing can be made durable any more until the next start
         try:
             if path != ":memory:":
                 self._prepare_file()
@@ -1292,6 +1863,7 @@ class Store:
             self._migrate()
             self._reader = self._writer if path == ":memory:" else self._connect(path)
             self._reader.execute("PRAGMA query_only = ON" if path != ":memory:" else "SELECT 1")
+            self.search = Search(self._writer, self._reader, sqlite3.OperationalError)
             self.epoch = self._reader.execute("SELECT value FROM meta WHERE key = 'epoch'").fetchone()[0]
         except (sqlite3.Error, OSError, TypeError) as error:
             self.close()
@@ -1378,12 +1950,15 @@ class Store:
 
     def write(self, events: list[Any]) -> None:
         """Begin a transaction with all that the events change; `commit` or `undo` must follow."""
+        self._check_whole()
         try:
             self._writer.execute("BEGIN IMMEDIATE")
             for kind, run in itertools.groupby(events, type):
                 batch = list(run)
                 for statement, rows in WRITES.get(kind, ()):
                     self._writer.executemany(statement, rows(batch))
+                if kind in (Expired, Dropped):
+                    self.search.forget(_each_seq(batch))
         except self._sqlite.Error as error:
             raise self._full(error) from error
         self.pages += 3 + len(events) // 16 + sum(len(e.message.payload) for e in events if type(e) is Sent) // 4096
@@ -1402,6 +1977,7 @@ class Store:
 
     def probe(self) -> None:
         """Raise StorageFull unless a small change can be made durable now."""
+        self._check_whole()
         try:
             self._writer.execute("INSERT OR REPLACE INTO meta VALUES ('probe', zeroblob(16384))")
             self._writer.execute("DELETE FROM meta WHERE key = 'probe'")
@@ -1416,10 +1992,60 @@ class Store:
         except self._sqlite.Error as error:
             raise self._full(error) from error
 
+    def index(self, up_to: int) -> None:
+        """Take some more messages, up to a seq, into the search index. Waits for the disk, like `commit`."""
+        self._check_whole()
+        try:
+            self._writer.execute("BEGIN IMMEDIATE")
+            indexed = self.search.take_in(up_to)
+            self._writer.execute("COMMIT")
+            self.search.indexed = indexed
+        except self._sqlite.Error as error:
+            failure = self._full(error)
+            self.undo()
+            raise failure from error
+
+    def _check_whole(self) -> None:
+        if self.broken:
+            raise StorageFull(self.broken)
+
     def _full(self, error: Exception) -> StorageFull:
+        """The error for a change that was refused. After an fsync that failed nothing is tried again: the system may
+        have thrown away what it could not write, and say of the next attempt that all is well."""
+        if getattr(error, "sqlite_errorcode", 0) in FSYNC_FAILED:
+            self.broken = (
+                "the hub's disk failed to make a change durable (fsync): the hub takes no more changes, so that nothing"
+                " is lost in silence; look after the disk, then start the hub again"
+            )
+            return StorageFull(self.broken)
         return StorageFull(
             f"the hub's disk refused the change ({error}): nothing was stored, free some space and retry"
         )
+
+    def backup(self) -> Any:
+        """A consistent copy of what is committed, as an open file without a name. Callable from any thread, while the
+        hub goes on writing. Raises StorageFull."""
+        import tempfile
+
+        memory = self.path == ":memory:"
+        handle, copy = tempfile.mkstemp(
+            ".db", COPY_PREFIX, None if memory else os.path.dirname(os.path.abspath(self.path))
+        )
+        try:
+            os.close(handle)
+            source = self._writer if memory else self._connect(self.path)
+            target = self._sqlite.connect(copy, check_same_thread=False)
+            try:
+                source.backup(target)
+            finally:
+                target.close()
+                if not memory:
+                    source.close()
+            return open(copy, "rb")
+        except (self._sqlite.Error, OSError) as error:
+            raise self._full(error) from error
+        finally:
+            os.unlink(copy)
 
     # the reading half: what is committed, and nothing else
 
@@ -1433,33 +2059,46 @@ class Store:
             agents.append(Agent(*head, tuple(json.loads(capabilities)), metadata, digests, at))
             seen.append((head[0], seen_at))
         pings = rows("SELECT seq, id, sender FROM messages WHERE type = 'ping' ORDER BY seq").fetchall()
-        unread = rows("SELECT inbox, seq FROM deliveries WHERE acked_at IS NULL ORDER BY inbox, seq").fetchall()
-        waiting = {seq for _, seq in unread} if pings else set()
-        top = rows("SELECT max((SELECT value FROM meta WHERE key = 'seq'), ifnull(max(seq), 0)) FROM messages")
+        unread = rows(
+            "SELECT inbox, seq, pushed_at > 0 AS pushed, ifnull(claimed_until, 0) FROM deliveries"
+            " WHERE acked_at IS NULL AND expired_at IS NULL ORDER BY inbox, seq"
+        ).fetchall()
+        waiting = {row[1] for row in unread} if pings else set()
+        top = rows(
+            "SELECT max(value, (SELECT ifnull(max(seq), 0) FROM messages), (SELECT ifnull(max(seq), 0) FROM delayed))"
+            " FROM meta WHERE key = 'seq'"
+        ).fetchone()[0]
+        requests = rows("SELECT * FROM requests ORDER BY seq")
         return Snapshot(
             self.epoch,
-            top.fetchone()[0],
+            top,
             tuple(agents),
             tuple(pair for pair in seen if pair[1]),
-            tuple(unread),
+            tuple((name, seq, bool(pushed), until) for name, seq, pushed, until in unread),
             tuple((seq, id or made_id(self.epoch, seq), who) for seq, id, who in pings if seq in waiting),
             tuple(name for (name,) in rows("SELECT agent_id FROM agents WHERE departed ORDER BY agent_id")),
+            tuple(
+                (seq, tuple(json.loads(names))) for seq, names in rows("SELECT seq, inboxes FROM delayed ORDER BY seq")
+            ),
+            tuple(Asked(*head, tuple(json.loads(asked)), bool(told)) for *head, asked, told in requests),
         )
 
     def _message(self, row: tuple) -> Message:
-        return Message(row[0], row[1] or made_id(self.epoch, row[0]), *row[2:11])
+        return Message(row[0], row[1] or made_id(self.epoch, row[0]), *row[2:11], *row[12:14])
 
     def messages(
-        self, seqs: Iterable[int], now: int, type: str = "", sender: str = "", thread: str = "", most: int = MAX_ANSWER
+        self, seqs: Iterable[int], now: int, want: Wanted = Wanted(), most: int = MAX_ANSWER
     ) -> tuple[list[Message], bool]:
-        """Those of the messages that are not past their time and match, in the order of `seqs`, and whether there are
+        """Those of the messages that are not past their time and wanted, in the order of `seqs`, and whether there are
         more than go into `most` bytes (one goes in any case)."""
         rows = self._reader.execute(
-            "SELECT m.* FROM json_each(?) AS wanted CROSS JOIN messages AS m ON m.seq = wanted.value"
-            " WHERE (m.expires_at = 0 OR m.expires_at > ?) AND (? = '' OR m.type = ?) AND (? = '' OR m.sender = ?)"
-            " AND (? = '' OR m.thread = ?) ORDER BY wanted.key",
-            (dump(seqs), now, type, type, sender, sender, thread, thread),
-        )
+            "SELECT m.* FROM json_each(:seqs) AS wanted CROSS JOIN messages AS m ON m.seq = wanted.value"
+            " WHERE (m.expires_at = 0 OR m.expires_at > :now) AND :type IN ('', m.type) AND :sender IN ('', m.sender)"
+            " AND :thread IN ('', m.thread) AND (:other IN ('', m.sender) OR m.sender = :me AND EXISTS"
+            " (SELECT 1 FROM deliveries AS d WHERE d.inbox = :other AND d.seq = m.seq)) ORDER BY wanted.key",
+            {"seqs": dump(seqs), "now": now, "type": want.type, "sender": want.sender, "thread": want.thread,
+             "me": want.between[0], "other": want.between[1]},
+        )  # fmt: skip
         found: list[Message] = []
         for row in rows:
             if most < 0 and found:
@@ -1478,27 +2117,74 @@ class Store:
         query = "SELECT seq FROM deliveries WHERE inbox = ? AND seq < ? ORDER BY seq DESC LIMIT ?"
         return [seq for (seq,) in self._reader.execute(query, (name, before, limit))]
 
+    def sent_before(self, name: str, before: int, limit: int) -> list[int]:
+        """The seqs of up to `limit` messages below `before` that an agent sent, newest first."""
+        query = "SELECT seq FROM messages WHERE sender = ? AND seq < ? ORDER BY seq DESC LIMIT ?"
+        return [seq for (seq,) in self._reader.execute(query, (name, before, limit))]
+
+    def sent_after(self, name: str, after: int, up_to: int, limit: int) -> list[int]:
+        """The seqs of up to `limit` messages above `after`, up to `up_to`, that an agent sent, oldest first."""
+        query = "SELECT seq FROM messages WHERE sender = ? AND seq > ? AND seq <= ? ORDER BY seq LIMIT ?"
+        return [seq for (seq,) in self._reader.execute(query, (name, after, up_to, limit))]
+
     def gap(self, name: str) -> int:
         """The newest seq that once lay in this inbox and is deleted; 0 where nothing is missing."""
         row = self._reader.execute("SELECT seq FROM gaps WHERE inbox = ?", (name,)).fetchone()
         return row[0] if row else 0
 
     def find(self, message_id: str, seq: int = 0) -> tuple[Message, tuple[str, ...]] | None:
-        """A message by its seq, or by the id its sender gave, and the inboxes it went to."""
+        """A message by its seq, or by an id that does not follow from it, and the inboxes it went or will go to."""
         where, key = ("seq", seq) if seq else ("id", message_id)
-        row = self._reader.execute(f"SELECT * FROM messages WHERE {where} = ?", (key,)).fetchone()
-        return (self._message(row), tuple(json.loads(row[11]))) if row else None
+        for table in ("messages", "delayed"):
+            row = self._reader.execute(f"SELECT * FROM {table} WHERE {where} = ?", (key,)).fetchone()
+            if row:
+                return self._message(row), tuple(json.loads(row[11]))
+        return None
 
-    def expired(self, now: int, sent_before: int, limit: int) -> list[tuple[int, tuple[str, ...]]]:
-        """Up to `limit` messages that are past their own time, or were sent before `sent_before`, with inboxes."""
-        rows = self._reader.execute(
-            "SELECT seq, inboxes FROM messages WHERE expires_at > 0 AND expires_at <= ? LIMIT ?", (now, limit)
-        ).fetchall()
-        oldest = self._reader.execute("SELECT sent_at FROM messages ORDER BY seq LIMIT 1").fetchone()
-        if oldest and oldest[0] < sent_before:
-            some = self._reader.execute("SELECT seq, inboxes, sent_at FROM messages ORDER BY seq LIMIT ?", (limit,))
-            rows += [(seq, inboxes) for seq, inboxes, at in some if at < sent_before]
-        return [(seq, tuple(json.loads(inboxes))) for seq, inboxes in dict(rows).items()]
+    def deliveries(self, seq: int) -> dict[str, dict[str, Any]]:
+        """What became of a message, by inbox: the columns of its delivery."""
+        query = f"SELECT * FROM deliveries WHERE {_IN_ITS_INBOXES}"
+        rows = self._reader.execute(query, (seq,))
+        names = [column[0] for column in rows.description]
+        return {row[0]: dict(zip(names, row)) for row in rows}
+
+    def latest(self) -> int:
+        """The newest time that is written down, in milliseconds since 1970."""
+        query = "SELECT ifnull((SELECT sent_at FROM messages ORDER BY seq DESC LIMIT 1), 0), ifnull(max(seen_at), 0)"
+        return max(self._reader.execute(f"{query} FROM agents").fetchone())
+
+    def sent_at(self, seqs: Iterable[int]) -> dict[int, int]:
+        """When these messages were sent."""
+        query = "SELECT seq, sent_at FROM messages WHERE seq IN (SELECT value FROM json_each(?))"
+        return dict(self._reader.execute(query, (dump(list(seqs)),)))
+
+    # what time brings about
+
+    def due(self, now: int, limit: int) -> list[tuple[Message, tuple[str, ...]]]:
+        """Up to `limit` delayed messages whose time has come, in the order in which it came."""
+        query = "SELECT * FROM delayed WHERE due_at <= ? ORDER BY due_at, seq LIMIT ?"
+        return [(self._message(row), tuple(json.loads(row[11]))) for row in self._reader.execute(query, (now, limit))]
+
+    def expired(self, now: int, limit: int) -> list[tuple[int, str, tuple[str, ...]]]:
+        """Some messages that are past their own time, as (seq, id, inboxes)."""
+        query = "SELECT seq, id, inboxes FROM messages WHERE expires_at > 0 AND expires_at <= ? LIMIT ?"
+        return self._some(self._reader.execute(query, (now, limit)))
+
+    def aged(self, sent_before: int, limit: int) -> list[tuple[int, str, tuple[str, ...]]]:
+        """Some of the oldest messages, if they were sent before then, as (seq, id, inboxes)."""
+        query = "SELECT seq, id, inboxes, sent_at FROM messages ORDER BY seq LIMIT ?"
+        return self._some(itertools.takewhile(lambda row: row[3] < sent_before, self._reader.execute(query, (limit,))))
+
+    def _some(self, rows: Iterable[tuple]) -> list[tuple[int, str, tuple[str, ...]]]:
+        """No more than can be written in one turn: it is the inboxes that cost."""
+        found, room = [], SWEEP_DELIVERIES
+        for seq, id, inboxes, *_ in rows:
+            names = tuple(json.loads(inboxes))
+            if found and len(names) > room:
+                break
+            room -= len(names)
+            found.append((seq, id or made_id(self.epoch, seq), names))
+        return found
 
 
 # --- HTTP -------------------------------------------------------------------------------------------------------------
@@ -1544,13 +2230,15 @@ class Request(NamedTuple):
 class Response(NamedTuple):
     """An answer. `body` is bytes, JSON text, another JSON value, or a function giving one when the answer leaves.
 
-    `settled` says that it shows nothing that is still on its way to the disk, so that it need not wait for it.
+    `settled` says that it shows nothing that is still on its way to the disk, so that it need not wait for it;
+    `changes` that the GET it answers changed something, so that it can't just be asked again where the disk refuses.
     """
 
     body: Any = b""
     status: int = 200
     headers: tuple[tuple[str, str], ...] = ()
     settled: bool = False
+    changes: bool = False
     content_type: str = "application/json"
 
     def encode(self, date: str, keep: bool = True, head_only: bool = False) -> bytes:
@@ -1848,15 +2536,19 @@ def parse_query(query: str) -> dict[str, str]:
     return {unquote(name.replace("+", " ")): unquote(value.replace("+", " ")) for name, _, value in pairs}
 
 
-# --- Handlers ---------------------------------------------------------------------------------------------------------
+# --- Reading ----------------------------------------------------------------------------------------------------------
 
 
 class Wait(NamedTuple):
-    """An answer that is not there yet: `attempt(final)` is asked when the inbox gets something, and at the end."""
+    """An answer that is not there yet: `attempt(final, at)` is asked when the inbox gets something, and at the end.
+
+    `claims` says that it is also worth asking when a claim has run out.
+    """
 
     agent_id: str
     seconds: float
-    attempt: Callable[[bool], Response | None]
+    attempt: Callable[[bool, int], Response | None]
+    claims: bool
 
 
 class Stream(NamedTuple):
@@ -1865,6 +2557,14 @@ class Stream(NamedTuple):
     agent_id: str
     after: int | None
     format: str
+    recovered: bool
+
+
+class Download(NamedTuple):
+    """An answer that is a file: `make` gives it, opened for reading bytes; it takes long and may run on any thread."""
+
+    make: Callable[[], Any]
+    content_type: str
 
 
 class Upgrade(NamedTuple):
@@ -1912,12 +2612,16 @@ class Histogram:
         self.total += seconds
 
 
-class Handlers:
-    """What each request does, once it is known who asks: commands to the hub, answers out of it and the log.
+class Reading:
+    """What is read, once it is known who asks: answers out of the hub and the log.
 
     Knows no socket and never waits; `log` is the reading half of a store, `committed` the newest seq that is durable
-    (nothing above it is shown), `mint` makes the random part of tokens and sessions.
+    (nothing above it is shown), `mint` makes the random part of tokens and sessions. `trouble` is why the hub can't
+    write, if it can't, and `probe` then raises StorageFull, or finds that it can again.
     """
+
+    trouble = ""
+    probe: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(self, hub: Hub, log: Any, settings: Settings, mint: Callable[[], str]) -> None:
         import hashlib
@@ -1932,6 +2636,208 @@ class Handlers:
         self._sha256 = lambda text: hashlib.sha256(text.encode()).digest()
         self._digest = lambda text: hashlib.blake2b(text.encode(), digest_size=16).digest()
         self._same = hmac.compare_digest
+
+    def _is_key(self, token: str) -> bool:
+        return bool(self.settings.key) and self._same(token.encode(), self.settings.key.encode())
+
+    # inboxes
+
+    def read(self, call: Call) -> Response | Wait:
+        """GET /api/v1/messages. A filtered read looks at MAX_SCAN deliveries at most, and `next` goes on from there."""
+        self.hub.expect(call.agent_id)
+        name, want = call.agent_id, call.params
+        claim, wait = want["claim"] or 0, want["wait"] or 0
+        after, recovered = self._resume(name, want["after"], want["epoch"] or "")
+        want = want | {"after": after, "unread": want["unread"] or claim or not recovered and after is None}
+        if claim and self.trouble:
+            self.probe()
+        extra = "" if recovered else ',"recovered":false'
+
+        def attempt(final: bool, at: int) -> Response | None:
+            found, cursor, more = self._page(name, want, at)
+            if not found and not more and not final:
+                return None
+            flagged = bool(want["unread"])
+            texts = [m.envelope(flagged and self.hub.was_pushed(name, m.seq)) for m in found]
+            seqs = tuple([message.seq for message in found])
+            if claim and seqs:
+                self.hub.apply(Claim(at, name, seqs, at + int(claim * 1000)))
+            if claim or wait:
+                self.hub.apply(Push(at, name, seqs, "poll"))
+            text = f'{{"messages":[{",".join(texts)}],"next":{cursor},"unread":{self.hub.unread(name)}{extra}}}'
+            return Response(text.encode(), settled=not claim, changes=bool(claim))
+
+        found = attempt(not wait, call.at)
+        return found if found else Wait(name, wait, attempt, bool(claim))
+
+    def _page(self, name: str, want: dict[str, Any], at: int) -> tuple[list[Message], int, bool]:
+        """Messages, oldest first, the cursor after them, and whether a filter has more to look at."""
+        other = want["with"] or ""
+        chosen = Wanted(want["type"] or "", want["from"] or "", want["thread"] or "", (name if other else "", other))
+        limit = want["limit"] or DEFAULT_LIMIT
+        step = limit if chosen == Wanted() else MAX_PAGE
+        newest = want["after"] is None and not want["unread"]
+        cursor = sys.maxsize if newest else want["after"] or 0
+        found: list[Message] = []
+        scanned, end = 0, False
+        while len(found) < limit and scanned < MAX_SCAN and not end:
+            seqs = self._seqs(name, want, cursor, step, newest, at)
+            some, cut = self.log.messages(seqs, at, chosen, MAX_ANSWER - sum(len(m.payload) for m in found))
+            found += some
+            end, scanned = cut or len(seqs) < step, scanned + len(seqs)
+            cursor = some[-1].seq if cut else seqs[-1] if seqs else cursor
+        if len(found) >= limit:
+            found, cursor = found[:limit], found[limit - 1].seq
+        more = scanned >= MAX_SCAN and not newest
+        found.sort()
+        return found, (found[-1].seq if found else 0) if newest else cursor, more
+
+    def _seqs(self, name: str, want: dict[str, Any], cursor: int, step: int, newest: bool, at: int) -> list[int]:
+        """What a page looks at next; newest first, or oldest first."""
+        if want["unread"]:
+            return self.hub.unread_after(name, cursor, self.committed, step, at if want["claim"] else None)
+        place = (min(cursor, self.committed + 1),) if newest else (cursor, self.committed)
+        got, sent = (self.log.inbox_before, self.log.sent_before) if newest else (self.log.inbox, self.log.sent_after)
+        found = got(name, *place, step)
+        if want["sent"] or want["with"]:
+            found = sorted({*found, *sent(name, *place, step)}, reverse=newest)[:step]
+        return found
+
+    def seqs_after(self, name: str, after: int, up_to: int, limit: int, unread: bool) -> list[int]:
+        """The seqs of up to `limit` durable messages above `after`, up to `up_to`: the unread ones, or all."""
+        return (self.hub.unread_after if unread else self.log.inbox)(name, after, min(up_to, self.committed), limit)
+
+    def search(self, call: Call) -> Response:
+        """GET /api/v1/messages/search: newest first. Looks at SEARCH_SCAN messages; `next` goes on, 0 is the end."""
+        self.hub.expect(call.agent_id)
+        query, before = Query.read(call.params["q"]), min(call.params["before"] or sys.maxsize, self.committed + 1)
+        limit = call.params["limit"] or DEFAULT_LIMIT
+        seqs, following = self.log.search.find(query, call.agent_id, before, limit, call.at)
+        found, cut = self.log.messages(seqs, call.at)
+        texts = ",".join([message.envelope() for message in found])
+        return Response(f'{{"messages":[{texts}],"next":{found[-1].seq if cut else following}}}', settled=True)
+
+    # one message
+
+    def _find(self, message_id: str) -> tuple[Message, tuple[str, ...]] | None:
+        seq = self.hub.seq_of(message_id)
+        found = self.log.find("", seq) if seq else self.hub.fresh(message_id)
+        return found if found and found[0].id == message_id else self.log.find(message_id)
+
+    def trace(self, call: Call) -> Response:
+        """GET /api/v1/messages/{message_id}: the envelope, and for each recipient what became of it."""
+        message_id = call.params["message_id"]
+        found = self._find(message_id)
+        if found is None:
+            raise NotFound(f"no message `{message_id}` is kept here (any more): check the id in the receipt")
+        message, inboxes = found
+        if call.agent_id not in (OPERATOR, message.sender, *inboxes):
+            raise Forbidden(f"only its sender and its recipients may trace a message, and `{call.agent_id}` is neither")
+        return Response(lambda: self._traced(message, inboxes, call.at))
+
+    def _traced(self, message: Message, inboxes: tuple[str, ...], at: int) -> dict:
+        rows, recent = self.log.deliveries(message.seq), self.hub.pushes(message.seq)
+        lines = []
+        for name in inboxes:
+            row = {"expired_at": 0, "due_at": 0 if rows else message.due_at, **rows.get(name, {})}
+            row["stored_at"] = (message.due_at or message.sent_at) if rows else 0
+            if name in recent:
+                row["pushed_at"], row["pushed_via"] = recent[name]
+            times = {shown: timestamp(row[column]) for column, shown in TRACED if row.get(column)}
+            vias = {f"{shown}_via": row[f"{column}_via"] for column, shown in TRACED_VIA if row.get(f"{column}_via")}
+            lines.append({"agent_id": name, "state": self._state(name, row, at), **times, **vias})
+        sent = {"via": message.via} if message.via else {}
+        return json.loads(message.envelope()) | sent | {"trace": lines}
+
+    def _state(self, name: str, row: dict[str, Any], at: int) -> str:
+        """The latest that is known of a delivery."""
+        if (row.get("claimed_until") or 0) <= at:
+            row = row | {"claimed_at": 0}
+        for column, state in STATES:
+            if row.get(column):
+                return state
+        return "queued" if self.hub.known(name) or name in self.hub.departed else "unknown"
+
+    def requests(self, call: Call) -> Response:
+        """GET /api/v1/requests: what an agent asked, or was asked, and nobody has answered, oldest first."""
+        self.hub.expect(call.agent_id)
+        some = {request.seq: request for request in self.hub.requests.of(call.agent_id)}
+        seqs = sorted(seq for seq in some if seq <= self.committed)[: call.params["limit"] or DEFAULT_LIMIT]
+        found, _ = self.log.messages(seqs, call.at)
+        shown = [json.loads(message.envelope()) | {"waiting_for": some[message.seq].asked} for message in found]
+        return Response({"requests": shown, "total": len(some)}, settled=True)
+
+    # readers that stay
+
+    def stream(self, call: Call) -> Stream:
+        """GET /api/v1/stream. Starts with what is unread, or after a seq."""
+        self.hub.expect(call.agent_id)
+        after, recovered = self._resume(call.agent_id, call.params["after"], call.params["epoch"] or "")
+        return Stream(call.agent_id, after, call.params["format"] or "sse", recovered)
+
+    def socket(self, call: Call) -> Upgrade:
+        """GET /ws/{agent_id}. Whoever may not is told before the upgrade."""
+        self.hub.expect(call.agent_id)
+        if call.head.headers.get("upgrade", "").lower() != "websocket":
+            raise InvalidRequest("this address is a WebSocket: open it with a WebSocket client")
+        if not self.settings.websockets:
+            raise NeedsWebsockets(
+                "this hub runs without websockets: `pip install websockets` there, or use /api/v1/stream"
+            )
+        key, version = (call.head.headers.get(f"sec-websocket-{name}", "") for name in ("key", "version"))
+        if version != "13" or not re.fullmatch("[A-Za-z0-9+/]{22}==", key) or call.head.method != "GET":
+            raise InvalidRequest("a WebSocket is opened (RFC 6455) by GET, Sec-WebSocket-Version 13, a key of 16 bytes")
+        after, recovered = self._resume(call.agent_id, call.params["after"], call.params["epoch"] or "")
+        return Upgrade(call.agent_id, after, call.params["ack"] == "explicit", recovered, key)
+
+    def _resume(self, agent_id: str, after: int | None, epoch: str) -> tuple[int | None, bool]:
+        """Where a reader goes on, and whether all after its cursor is still there. A cursor out of another log means
+        nothing here: what is unread is all there is to give."""
+        if after is None:
+            return None, True
+        if epoch not in ("", self.hub.epoch) or after > self.hub.seq:
+            return None, False
+        return after, after >= self.log.gap(agent_id)
+
+    def welcome(self, upgrade: Upgrade) -> dict:
+        """The first frame of a WebSocket."""
+        hub, agent_id = self.hub, upgrade.agent_id
+        return {
+            "type": "welcome", "agent_id": agent_id, "hub": "agenthub", "version": VERSION, "epoch": hub.epoch,
+            "seq": self.committed, "recovered": upgrade.recovered, "unread": hub.unread(agent_id),
+        }  # fmt: skip
+
+
+# The columns of a delivery as a trace shows them: the times, who told them, and the state they stand for.
+TRACED = (
+    ("due_at", "due"), ("stored_at", "stored"), ("pushed_at", "pushed"), ("claimed_at", "claimed"),
+    ("claimed_until", "claimed_until"), ("acked_at", "acknowledged"), ("expired_at", "expired"),
+)  # fmt: skip
+TRACED_VIA = (("pushed", "pushed"), ("acked", "acknowledged"))
+STATES = (
+    ("acked_at", "acknowledged"), ("expired_at", "expired"), ("claimed_at", "claimed"), ("pushed_at", "pushed"),
+    ("due_at", "delayed"),
+)  # fmt: skip
+
+
+@functools.lru_cache(64)
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address can only be this machine."""
+    return host.lower() == "localhost" or host in ("::1", "[::1]") or bool(re.fullmatch(r"127(\.\d{1,3}){3}", host))
+
+
+def log_exception(where: str) -> None:
+    """A bug: its traceback, for whoever runs the hub."""
+    import traceback
+
+    print(f"agenthub: failed at {_shown(where)}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+
+
+# --- Handlers ---------------------------------------------------------------------------------------------------------
+
+
+class Handlers(Reading):
+    """What changes something: commands to the hub, and the answers to them."""
 
     # agents
 
@@ -1968,33 +2874,39 @@ class Handlers:
         """GET /api/v1/agents."""
         want = call.params
         found = [
-            self._shown_agent(agent, call.at)
+            agent
             for agent in self.hub.agents.values()
             if want["capability"] in (None, *agent.capabilities)
             and want["status"] in (None, self.hub.status(agent.agent_id, call.at))
         ]
-        return Response({"agents": found, "total": len(found)})
+        return Response({"agents": self._shown_agents(found, call.at), "total": len(found)})
 
     def agent(self, call: Call) -> Response:
         """GET /api/v1/agents/{agent_id}."""
         self.hub.expect(call.params["agent_id"])
         agent = self.hub.agents.get(call.params["agent_id"], Agent(OPERATOR, "", "Operator"))
-        return Response(self._shown_agent(agent, call.at))
+        return Response(self._shown_agents([agent], call.at)[0])
 
-    def _shown_agent(self, agent: Agent, at: int) -> dict:
-        name = agent.agent_id
-        shown = {
-            "agent_id": name,
-            "session_id": agent.session_id,
-            "name": agent.name,
-            "status": self.hub.status(name, at),
-            "capabilities": agent.capabilities,
-            "last_heartbeat": timestamp(self.hub.seen_at(name)),
-            "registered_at": timestamp(agent.registered_at),
-            "connected": name in self.hub.connections,
-            "unread": self.hub.unread(name),
-        }
-        return shown | ({"metadata": json.loads(agent.metadata)} if agent.metadata else {})
+    def _shown_agents(self, agents: list[Agent], at: int) -> list[dict]:
+        hub = self.hub
+        oldest = {agent.agent_id: hub.oldest_unread(agent.agent_id) for agent in agents}
+        sent_at = self.log.sent_at(filter(None, oldest.values()))
+        return [
+            {
+                "agent_id": name,
+                "session_id": agent.session_id,
+                "name": agent.name,
+                "status": hub.status(name, at),
+                "capabilities": agent.capabilities,
+                "last_heartbeat": timestamp(hub.seen_at(name)),
+                "registered_at": timestamp(agent.registered_at),
+                "connected": name in hub.connections,
+                "unread": hub.unread(name),
+                **({"unread_age": (at - sent_at.get(oldest[name], at)) // 1000} if oldest[name] else {}),
+                **({"metadata": json.loads(agent.metadata)} if agent.metadata else {}),
+            }
+            for name, agent in ((agent.agent_id, agent) for agent in agents)
+        ]
 
     def leave(self, call: Call) -> Response:
         """DELETE /api/v1/agents/{agent_id}."""
@@ -2024,7 +2936,7 @@ class Handlers:
                 raise InvalidRequest("the body must be text in UTF-8, or JSON with that Content-Type") from None
         return self._send(call.agent_id, {**call.params, "to": call.params["recipient"], "message": message}, call.at)
 
-    def _send(self, sender: str, given: dict[str, Any], at: int) -> Response:
+    def _send(self, sender: str, given: dict[str, Any], at: int, via: str = "http") -> Response:
         """A message from a route or a frame. What was pushed is known, and told, only when the answer leaves."""
         message = given["message"]
         payload = self._payload(message)
@@ -2035,12 +2947,15 @@ class Handlers:
             return Response({"success": True, "last_heartbeat": timestamp(self.hub.seen_at(sender))}, settled=True)
         to, id, reply_to = given["to"], given.get("id"), given.get("reply_to") or ""
         kind = kind or ("broadcast" if isinstance(to, str) and to.upper() == EVERYONE else "message")
-        expires_at = at + max(1, int(given["ttl"] * 1000)) if given.get("ttl") else 0
-        asked = dump([to, kind, payload, reply_to, given.get("ttl")]) if id else ""
+        ttl, delay = given.get("ttl") or 0, given.get("delay") or 0
+        if 0 < ttl <= delay:
+            raise InvalidRequest("`ttl` must be longer than `delay`, or the message runs out before it is delivered")
+        expires_at, due_at = (at + max(1, int(seconds * 1000)) if seconds else 0 for seconds in (ttl, delay))
+        asked = dump([to, kind, payload, reply_to, given.get("ttl"), *([delay] if delay else [])]) if id else ""
         receipt = self.hub.apply(
             Send(
                 at, sender, to, payload, kind, id, reply_to, self._thread(reply_to) if reply_to else "", expires_at,
-                self._digest(asked) if id else b"", self._find_given(id) if id else None,
+                self._digest(asked) if id else b"", self._find_given(id) if id else None, via, due_at,
             )
         )  # fmt: skip
         return Response(lambda: self._receipt(receipt))
@@ -2058,10 +2973,6 @@ class Handlers:
             )
         return payload
 
-    def _find(self, message_id: str) -> tuple[Message, tuple[str, ...]] | None:
-        seq = self.hub.seq_of(message_id)
-        return self.log.find("", seq) if seq else self.hub.fresh(message_id) or self.log.find(message_id)
-
     def _find_given(self, message_id: str) -> tuple[Message, tuple[str, ...]] | None:
         """What is stored under an id that a sender gives, which must not look like one the hub has yet to make."""
         found = self._find(message_id)
@@ -2076,7 +2987,10 @@ class Handlers:
     def _receipt(self, receipt: Receipt) -> str:
         """The receipt as JSON text, written by hand: it is most of what a sender costs."""
         hub, message, lines = self.hub, receipt.message, []
-        pushed = hub.pushed(receipt)
+        pushed = {name for name in receipt.inboxes if hub.was_pushed(name, message.seq)}
+        if receipt.duplicate:  # some may have been acknowledged since
+            pushed |= {name for name, row in self.log.deliveries(message.seq).items() if row["pushed_at"]}
+            pushed.update(hub.pushes(message.seq))
         for name in (*receipt.inboxes, *receipt.full):
             state = "pushed" if name in pushed else "queued"
             shown, close = f'"{name}"', ""  # an agent_id needs no escaping
@@ -2094,7 +3008,8 @@ class Handlers:
             warning = f"nobody else is in {json.loads(message.to)} now: the message was kept for no one"
         elif receipt.full:
             warning = f"no room in the inbox of {', '.join(receipt.full[:5])}: send it to them again later"
-        extra = f',"warning":{dump(warning)}' if warning else ""
+        extra = f',"due_at":"{timestamp(message.due_at)}"' if message.due_at else ""
+        extra += f',"warning":{dump(warning)}' if warning else ""
         extra += ',"duplicate":true' if receipt.duplicate else ""
         return (
             f'{{"success":true,"message_id":"{message.id}","seq":{message.seq},'
@@ -2103,125 +3018,30 @@ class Handlers:
             f"{extra}}}"
         )
 
-    def read(self, call: Call) -> Response | Wait:
-        """GET /api/v1/messages. A filtered read looks at MAX_SCAN deliveries at most, and `next` goes on from there."""
-        self.hub.expect(call.agent_id)
-        want = call.params
-
-        def attempt(final: bool) -> Response | None:
-            found, cursor, more = self._page(call.agent_id, want, call.at)
-            if not found and not more and not final:
-                return None
-            texts = ",".join(message.envelope() for message in found)
-            text = f'{{"messages":[{texts}],"next":{cursor},"unread":{self.hub.unread(call.agent_id)}}}'
-            return Response(text.encode(), settled=True)
-
-        found = attempt(not want["wait"])
-        return found if found else Wait(call.agent_id, want["wait"], attempt)
-
-    def _page(self, name: str, want: dict[str, Any], at: int) -> tuple[list[Message], int, bool]:
-        """Messages, oldest first, the cursor after them, and whether a filter has more to look at."""
-        filters = (want["type"] or "", want["from"] or "", want["thread"] or "")
-        limit = want["limit"] or DEFAULT_LIMIT
-        step = MAX_PAGE if any(filters) else limit
-        newest = want["after"] is None and not want["unread"]
-        cursor = sys.maxsize if newest else want["after"] or 0
-        found: list[Message] = []
-        scanned, end = 0, False
-        while len(found) < limit and scanned < MAX_SCAN and not end:
-            seqs = self._seqs(name, cursor, step, newest, bool(want["unread"]))
-            some, cut = self.log.messages(seqs, at, *filters, most=MAX_ANSWER - sum(len(m.payload) for m in found))
-            found += some
-            end, scanned = cut or len(seqs) < step, scanned + len(seqs)
-            cursor = some[-1].seq if cut else seqs[-1] if seqs else cursor
-        if len(found) >= limit:
-            found, cursor = found[:limit], found[limit - 1].seq
-        more = scanned >= MAX_SCAN and not newest
-        found.sort()
-        return found, (found[-1].seq if found else 0) if newest else cursor, more
-
-    def _seqs(self, name: str, cursor: int, step: int, newest: bool, unread: bool) -> list[int]:
-        if newest:
-            return self.log.inbox_before(name, min(cursor, self.committed + 1), step)
-        return self.seqs_after(name, cursor, self.committed, step, unread)
-
-    def seqs_after(self, name: str, after: int, up_to: int, limit: int, unread: bool) -> list[int]:
-        """The seqs of up to `limit` durable messages above `after`, up to `up_to`: the unread ones, or all."""
-        return (self.hub.unread_after if unread else self.log.inbox)(name, after, min(up_to, self.committed), limit)
-
     def ack(self, call: Call) -> Response:
         """POST /api/v1/messages/ack."""
-        count = self._ack(call.agent_id, call.params, call.at)
+        count = self._ack(call.agent_id, call.params, call.at, "http")
         return Response({"success": True, "acknowledged": count, "unread": self.hub.unread(call.agent_id)})
 
-    def _ack(self, agent_id: str, given: dict[str, Any], at: int) -> int:
+    def _ack(self, agent_id: str, given: dict[str, Any], at: int, via: str) -> int:
         up_to, ids = given["up_to"], given["ids"]
         if (up_to is None) == (ids is None):
             raise InvalidRequest("`up_to` or `ids` is needed, one of them: the newest seq you have, or a list of ids")
         found = [self._find(one) for one in ids or ()]
         seqs = tuple(sorted(one[0].seq for one in found if one))
-        count = self.hub.apply(Ack(at, agent_id, up_to or 0, seqs))
+        count = self.hub.apply(Ack(at, agent_id, up_to or 0, seqs, via))
         self.metrics["acknowledged_total"] += count
         return count
 
-    # readers that stay
-
-    def stream(self, call: Call) -> Stream:
-        """GET /api/v1/stream. Starts with what is unread, or after a seq."""
-        self.hub.expect(call.agent_id)
-        after, _ = self._resume(call.agent_id, call.params["after"], "")
-        return Stream(call.agent_id, after, call.params["format"] or "sse")
-
-    def socket(self, call: Call) -> Upgrade:
-        """GET /ws/{agent_id}. Whoever may not is told before the upgrade."""
-        self.hub.expect(call.agent_id)
-        if call.head.headers.get("upgrade", "").lower() != "websocket":
-            raise InvalidRequest("this address is a WebSocket: open it with a WebSocket client")
-        if not self.settings.websockets:
-            raise NeedsWebsockets(
-                "this hub runs without websockets: `pip install websockets` there, or use /api/v1/stream"
-            )
-        key, version = (call.head.headers.get(f"sec-websocket-{name}", "") for name in ("key", "version"))
-        if version != "13" or not re.fullmatch("[A-Za-z0-9+/]{22}==", key) or call.head.method != "GET":
-            raise InvalidRequest("a WebSocket is opened (RFC 6455) by GET, Sec-WebSocket-Version 13, a key of 16 bytes")
-        after, recovered = self._resume(call.agent_id, call.params["after"], call.params["epoch"] or "")
-        return Upgrade(call.agent_id, after, call.params["ack"] == "explicit", recovered, key)
-
-    def _resume(self, agent_id: str, after: int | None, epoch: str) -> tuple[int | None, bool]:
-        """Where a reader goes on, and whether all after its cursor is still there. A cursor out of another log means
-        nothing here: what is unread is all there is to give."""
-        if after is None:
-            return None, True
-        if epoch not in ("", self.hub.epoch) or after > self.hub.seq:
-            return None, False
-        return after, after >= self.log.gap(agent_id)
-
-    def welcome(self, upgrade: Upgrade) -> dict:
-        """The first frame of a WebSocket."""
-        hub, agent_id = self.hub, upgrade.agent_id
-        return {
-            "type": "welcome", "agent_id": agent_id, "hub": "agenthub", "version": VERSION, "epoch": hub.epoch,
-            "seq": self.committed, "recovered": upgrade.recovered, "unread": hub.unread(agent_id),
-        }  # fmt: skip
+    def backup(self, call: Call) -> Download:
+        """POST /api/v1/backup: a consistent copy of the store, made while the hub goes on."""
+        return Download(self.log.backup, "application/vnd.sqlite3")
 
 
 _BOOL = {True: "true", False: "false"}
 
 
-@functools.lru_cache(64)
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address can only be this machine."""
-    return host.lower() == "localhost" or host in ("::1", "[::1]") or bool(re.fullmatch(r"127(\.\d{1,3}){3}", host))
-
-
-def log_exception(where: str) -> None:
-    """A bug: its traceback, for whoever runs the hub."""
-    import traceback
-
-    print(f"agenthub: failed at {_shown(where)}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-
-
-# --- API --------------------------------------------------------------------------------------------------------------
+# --- Routes -----------------------------------------------------------------------------------------------------------
 
 
 class Route(NamedTuple):
@@ -2237,12 +3057,253 @@ class Route(NamedTuple):
     access: str = "agent"
     charged: bool = True
     headers: tuple[tuple[str, str], ...] = ()  # headers that stand for a field which is left out
-    raw: bool = False  # the body is the message itself, and who names no sender is the operator
+    raw: bool = False  # the body is the message itself
+    default_actor: str = ""  # who acts where nobody is named
 
     @property
     def writes(self) -> bool:
         """Whether it changes what the store keeps. A heartbeat does not, and goes on while the disk is full."""
-        return self.method != "GET" and self.handler is not Handlers.heartbeat
+        return self.method != "GET" and self.handler not in (Handlers.heartbeat, Handlers.backup)
+
+
+class About(Handlers):
+    """The hub about itself."""
+
+    def health(self, call: Call) -> Response:
+        """GET /health."""
+        state = '"status":"ok"'
+        if self.trouble:
+            state = f'"status":"failing","reason":{dump(self.trouble)}'
+        if not self.settings.key or self._is_key(call.head.headers.get("authorization", "").partition(" ")[2]):
+            state += f',"uptime":{(call.at - self.started_at) // 1000},"agents":{len(self.hub.agents)}'
+            state += f',"connections":{sum(self.hub.connections.values())},"store":"{self.settings.store}"'
+        text = f'{{{state},"version":"{VERSION}","time":"{timestamp(call.at)}"}}'
+        return Response(text, 503 if self.trouble else 200, settled=True)
+
+    def show_metrics(self, call: Call) -> Response:
+        """GET /metrics: Prometheus' text format 0.0.4."""
+        lines = []
+        for name, kind, words, read in METRICS:
+            value = read(self, call.at) if read else self.metrics[name]
+            lines += [f"# HELP agenthub_{name} {words}", f"# TYPE agenthub_{name} {kind}"]
+            if isinstance(value, dict):
+                lines += [f'agenthub_{name}{{status="{label}"}} {count}' for label, count in sorted(value.items())]
+            elif isinstance(value, Histogram):
+                running = itertools.accumulate(value.counts)
+                bounds = [*map(str, Histogram.BOUNDS), "+Inf"]
+                lines += [f'agenthub_{name}_bucket{{le="{le}"}} {count}' for le, count in zip(bounds, running)]
+                lines += [f"agenthub_{name}_sum {value.total:.6f}", f"agenthub_{name}_count {sum(value.counts)}"]
+            else:
+                lines.append(f"agenthub_{name} {value}")
+        text = "\n".join(lines) + "\n"
+        return Response(text.encode(), settled=True, content_type="text/plain; version=0.0.4; charset=utf-8")
+
+    def oldest_unread(self, at: int) -> float:
+        """How long the oldest unread message of all has waited, in seconds."""
+        seqs = list(filter(None, map(self.hub.oldest_unread, self.hub.inboxes)))
+        sent_at = self.log.sent_at([min(seqs)] if seqs else [])
+        return (at - min(sent_at.values(), default=at)) / 1000
+
+    def openapi(self, call: Call) -> Response:
+        """GET /openapi.json: OpenAPI 3.1, made from ROUTES."""
+        return Response(openapi_document(), settled=True)
+
+    def source(self, call: Call) -> Response:
+        """GET /agenthub.py: this file, which is all a sandbox needs."""
+        with open(__file__, "rb") as file:
+            return Response(file.read(), settled=True, content_type="text/x-python; charset=utf-8")
+
+
+_AGENT = Field("agent_id", "agent_id", doc="who this is; implied by a token")
+_EPOCH = Field("epoch", "name", doc="the epoch of the welcome the cursor comes from")
+SEND_FIELDS = (
+    Field("from", "agent_id", doc="the sender; implied by a token, and on a WebSocket"),
+    Field("to", "recipient", True, RECIPIENTS),
+    Field("message", "json", True, "the payload, any JSON value"),
+    Field("type", "type", doc="default: the payload's own type, else broadcast for ALL, else message"),
+    Field("id", "message_id", doc="an idempotency key: the same id again gives the first answer"),
+    Field("reply_to", "message_id", doc="the id of the message this answers"),
+    Field("ttl", "ttl", doc="seconds after which it is not delivered any more"),
+    Field("delay", "delay", doc="seconds to keep it aside before it is delivered"),
+)
+ACK_FIELDS = (
+    Field("up_to", "seq", doc="everything up to this seq was received"),
+    Field("ids", "message_ids", doc="these were received"),
+)
+_REGISTER_FIELDS = (
+    Field("agent_id", "new_agent_id", doc="default: made from name and session_id"),
+    Field("session_id", "session_id", doc="default: one is made"),
+    Field("name", "name", doc="default: the agent_id"),
+    Field("capabilities", "capabilities", doc="what @capability finds it by"),
+    Field("metadata", "metadata", doc="anything else others should know"),
+)
+_READ_FIELDS = (
+    _AGENT,
+    Field("after", "seq", doc="the cursor: only messages with a higher seq, acknowledged or not"),
+    Field("unread", "flag", doc="only what is not acknowledged"),
+    Field("limit", "limit", doc=f"default {DEFAULT_LIMIT}"),
+    Field("wait", "wait", doc="seconds to wait for something to be there"),
+    Field("claim", "claim", doc="seconds for which other claiming readers do not get what this one gets"),
+    Field("type", "type"),
+    Field("from", "agent_id", doc="only of this sender"),
+    Field("thread", "message_id", doc="only of this thread"),
+    Field("sent", "flag", doc="also what this agent sent"),
+    Field("with", "agent_id", doc="only what this agent and that one sent each other"),
+    _EPOCH,
+)
+_STREAM_FIELDS = (
+    _AGENT,
+    Field("after", "seq"),
+    _EPOCH,
+    Field("format", "format", doc="sse (default), or json: one a line"),
+)
+_SOCKET_FIELDS = (
+    _AGENT,
+    Field("after", "seq", doc="the cursor to go on from; default: all that is unread"),
+    _EPOCH,
+    Field("ack", "ack_mode", doc="auto (default): on receipt; explicit: when an ack frame says so"),
+)
+_LIST_FIELDS = (Field("status", "status"), Field("capability", "capability"))
+_SEARCH_FIELDS = (
+    _AGENT,
+    Field("q", "query", True, 'words, "phrases" and prefix*, all of which must be there'),
+    Field("before", "seq", doc="the cursor: only messages with a lower seq"),
+    Field("limit", "limit", doc=f"default {DEFAULT_LIMIT}"),
+)
+_TRACE_FIELDS = (_AGENT, Field("message_id", "message_id", True))
+_REQUESTS_FIELDS = (_AGENT, Field("limit", "limit", doc=f"default {DEFAULT_LIMIT}"))
+_TO_FIELDS = (Field("recipient", "recipient", True), *(f for f in SEND_FIELDS if f.name not in ("to", "message")))
+
+ROUTES = (
+    Route("POST", "/api/v1/agents/register", Handlers.register, "Register, refresh or take over an agent",
+          body=_REGISTER_FIELDS, access="key"),
+    Route("GET", "/api/v1/agents", Handlers.agents, "List the agents", query=_LIST_FIELDS, access="any"),
+    Route("GET", "/api/v1/agents/{agent_id}", Handlers.agent, "One agent", query=(_AGENT,), access="any"),
+    Route("DELETE", "/api/v1/agents/{agent_id}", Handlers.leave, "Leave the hub", query=(_AGENT,), actor="agent_id"),
+    Route("POST", "/api/v1/agents/{agent_id}/heartbeat", Handlers.heartbeat, "Say that an agent is alive",
+          query=(_AGENT,), actor="agent_id", charged=False),
+    Route("POST", "/api/v1/messages", Handlers.send, "Send a message", body=SEND_FIELDS, actor="from",
+          headers=(("idempotency-key", "id"),)),
+    Route("POST", "/to/{recipient}", Handlers.send_to, "Send the body as it is", query=_TO_FIELDS,
+          actor="from", default_actor=OPERATOR, raw=True, headers=(("idempotency-key", "id"), ("x-from", "from"))),
+    Route("GET", "/api/v1/messages", Handlers.read, "Read an inbox", query=_READ_FIELDS, actor="agent_id"),
+    Route("POST", "/api/v1/messages/ack", Handlers.ack, "Acknowledge messages", body=(_AGENT, *ACK_FIELDS),
+          actor="agent_id", charged=False),
+    Route("GET", "/api/v1/messages/search", Handlers.search, "Search what an agent sent or got", query=_SEARCH_FIELDS,
+          actor="agent_id"),
+    Route("GET", "/api/v1/messages/{message_id}", Handlers.trace, "A message and what became of it",
+          query=_TRACE_FIELDS, actor="agent_id", default_actor=OPERATOR),
+    Route("GET", "/api/v1/requests", Handlers.requests, "Requests nobody has answered", query=_REQUESTS_FIELDS,
+          actor="agent_id"),
+    Route("GET", "/api/v1/stream", Handlers.stream, "An inbox as it fills", query=_STREAM_FIELDS,
+          actor="agent_id", headers=(("last-event-id", "after"),)),
+    Route("GET", "/ws/{agent_id}", Handlers.socket, "A WebSocket", query=_SOCKET_FIELDS, actor="agent_id"),
+    Route("POST", "/api/v1/backup", Handlers.backup, "A copy of the store", access="key"),
+    Route("GET", "/health", About.health, "Whether the hub is well", access="open", charged=False),
+    Route("GET", "/metrics", About.show_metrics, "Figures for Prometheus", access="key", charged=False),
+    Route("GET", "/openapi.json", About.openapi, "This API", access="key", charged=False),
+    Route("GET", "/agenthub.py", About.source, "The program itself", access="open", charged=False),
+)  # fmt: skip
+
+# Name, type, help, and what gives the value; None: it is counted under its name.
+METRICS: tuple[tuple[str, str, str, Callable[[About, int], Any] | None], ...] = (
+    ("info", "gauge", "Always 1; see /health for the version.", lambda api, at: 1),
+    ("start_time_seconds", "gauge", "When the hub started, since 1970.", lambda api, at: api.started_at / 1000),
+    ("agents", "gauge", "Agents registered, by status.", lambda api, at: _by_status(api.hub, at)),
+    ("connections", "gauge", "Open readers: WebSockets, streams, waiting polls.",
+     lambda api, at: sum(api.hub.connections.values())),
+    ("unread_messages", "gauge", "Messages not acknowledged, over all inboxes.",
+     lambda api, at: sum(map(api.hub.unread, api.hub.inboxes))),
+    ("oldest_unread_seconds", "gauge", "How long the oldest message not acknowledged has waited.",
+     lambda api, at: api.oldest_unread(at)),
+    ("open_requests", "gauge", "Requests nobody has answered.", lambda api, at: len(api.hub.requests.open)),
+    ("delayed_messages", "gauge", "Messages kept aside until they are due.", lambda api, at: len(api.hub.delayed)),
+    ("seq", "gauge", "The newest seq given.", lambda api, at: api.hub.seq),
+    ("store_failing", "gauge", "1 while the store takes no changes.", lambda api, at: int(bool(api.trouble))),
+    ("messages_total", "counter", "Messages stored.", None),
+    ("deliveries_total", "counter", "Messages put into inboxes.", None),
+    ("pushes_total", "counter", "Unread messages written to live readers, the first time.", None),
+    ("acknowledged_total", "counter", "Deliveries acknowledged.", None),
+    ("expired_total", "counter", "Messages past their own time or kept for long enough.", None),
+    ("http_responses_total", "counter", "HTTP answers, by status.", lambda api, at: api.answers or {200: 0}),
+    ("websocket_frames_total", "counter", "Frames received on WebSockets.", None),
+    ("slow_readers_total", "counter", "Readers cut off as too slow.", None),
+    ("commits_total", "counter", "Batches made durable.", None),
+    ("failed_commits_total", "counter", "Batches the disk refused.", None),
+    ("request_duration_seconds", "histogram", "From a request's arrival to its answer.",
+     lambda api, at: api.request_seconds),
+    ("commit_duration_seconds", "histogram", "From a batch's start until it is durable.",
+     lambda api, at: api.commit_seconds),
+)  # fmt: skip
+
+
+def _by_status(hub: Hub, at: int) -> dict[str, int]:
+    active = sum(hub.status(name, at) == "active" for name in hub.agents)
+    return {"active": active, "offline": len(hub.agents) - active}
+
+
+def _index_routes() -> tuple[dict[str, dict[str, Route]], list]:
+    """The routes for looking up: plain paths by their text, those with parameters as patterns."""
+    plain: dict[str, dict[str, Route]] = {}
+    patterns: dict[str, dict[str, Route]] = {}
+    for route in ROUTES:
+        (patterns if "{" in route.path else plain).setdefault(route.path, {})[route.method] = route
+    named = [(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", path), methods) for path, methods in patterns.items()]
+    return plain, [(re.compile(path).fullmatch, methods) for path, methods in named]
+
+
+PATHS, PATTERNS = _index_routes()
+
+
+def openapi_document() -> dict:
+    """The API as OpenAPI 3.1."""
+    paths: dict[str, dict] = {}
+    for route in ROUTES:
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
+    error = {"type": "object", "required": ["code", "message"]}
+    error["properties"] = {
+        "code": {"enum": [code for code, kind in ERRORS.items() if kind.status]},
+        "message": {"type": "string"},
+    }
+    schema = {"type": "object", "properties": {"success": {"const": False}, "error": error}, "required": ["error"]}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "agenthub", "version": VERSION, "license": {"name": "MIT", "identifier": "MIT"}},
+        "paths": paths,
+        "components": {
+            "schemas": {"Error": schema},
+            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{}, {"bearer": []}],
+    }
+
+
+def _operation(route: Route) -> dict:
+    """One route in OpenAPI's words."""
+    in_path = set(re.findall(r"\{(\w+)\}", route.path))
+    params = [
+        {"name": f.name, "in": "path" if f.name in in_path else "query", "required": f.required or f.name in in_path}
+        | {"schema": KINDS[f.kind].schema, "description": f.doc}
+        for f in route.query
+    ]
+    failed = {
+        "description": "Refused",
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+    }
+    operation = {"operationId": route.handler.__name__, "summary": route.summary, "parameters": params}
+    operation["responses"] = {"200": {"description": "Done"}, "default": failed}
+    if route.method == "POST" and route.raw:
+        operation["requestBody"] = {"required": True, "content": {"text/plain": {}, "application/json": {}}}
+    elif route.method == "POST" and route.body:
+        properties = {f.name: {**KINDS[f.kind].schema, "description": f.doc} for f in route.body}
+        schema = {"type": "object", "properties": properties, "required": [f.name for f in route.body if f.required]}
+        if not schema["required"]:
+            del schema["required"]
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    return operation
+
+
+# --- API --------------------------------------------------------------------------------------------------------------
 
 
 class Frame(NamedTuple):
@@ -2261,19 +3322,14 @@ def error_frame(error: HubError, ref: dict) -> Frame:
     return Frame({"type": "error", **ref, "error": error.wire()["error"]}, ref)
 
 
-class API(Handlers):
-    """Who may ask for what: reads, authorizes and charges requests and frames, and turns errors into answers.
-
-    `trouble` is why the hub can't write, if it can't, and `probe` then raises StorageFull, or finds that it can again.
-    """
-
-    trouble = ""
-    probe: Callable[[], None] = staticmethod(lambda: None)
+class API(About):
+    """Who may ask for what: reads, authorizes and charges requests and frames, and turns errors into answers."""
 
     # the one place where requests come in and errors become answers
 
-    def dispatch(self, head: Head, body: bytes, address: str, at: int) -> Response | Wait | Stream | Upgrade:
-        """Answer one HTTP request. Never raises: a HubError becomes its status, all else is logged and `internal`."""
+    def dispatch(self, head: Head, body: bytes, address: str, at: int) -> Any:
+        """Answer one HTTP request: a Response, Wait, Stream, Download or Upgrade. Never raises: a HubError becomes its
+        status, all else is logged and `internal`."""
         try:
             self._check_site(head)
             methods, given = self._match(head)
@@ -2398,8 +3454,8 @@ class API(Handlers):
                 "this hub has a key: send `Authorization: Bearer` with your agent's token or the key (AGENTHUB_KEY)"
             )
         if not token or self._is_key(token) or route.access == "open":
-            if route.raw and actor is None:
-                return OPERATOR
+            if route.default_actor and actor is None:
+                return route.default_actor
             if route.actor and actor is None:
                 raise InvalidRequest(f"`{route.actor}` is missing: say which agent this is")
             return actor or ""
@@ -2414,9 +3470,6 @@ class API(Handlers):
         if route.actor and actor not in (None, holder):
             raise Forbidden(f"this token is that of `{holder}`: it can't act as `{actor}`")
         return holder
-
-    def _is_key(self, token: str) -> bool:
-        return bool(self.settings.key) and self._same(token.encode(), self.settings.key.encode())
 
     def holder(self, token: str) -> str | None:
         """Whose token that is. A token begins with the agent's id, so that looking it up needs no table."""
@@ -2453,219 +3506,21 @@ class API(Handlers):
             raise Forbidden(f"this connection is that of `{agent_id}`: leave `from` out, or open another one")
         given = read_fields(SEND_FIELDS, {**frame, "from": agent_id})
         self.hub.pace.charge(agent_id, at)
-        body = self._send(agent_id, given, at).body
+        body = self._send(agent_id, given, at, "websocket").body
         if not callable(body):  # a heartbeat that names a recipient
             return self._heartbeat_frame(agent_id, frame, ref, at)
         head = dump({"type": "sent", **ref})[:-1]
         return Frame(lambda: f"{head},{body()[1:]}", ref)
 
     def _ack_frame(self, agent_id: str, frame: dict, ref: dict, at: int) -> Frame:
-        self._ack(agent_id, read_fields(ACK_FIELDS, frame), at)
+        self._ack(agent_id, read_fields(ACK_FIELDS, frame), at, "websocket")
         return Frame("", ref)
 
     def _heartbeat_frame(self, agent_id: str, frame: dict, ref: dict, at: int) -> Frame:
         return Frame({"type": "heartbeat", **ref, "timestamp": timestamp(at)}, ref, settled=True)
 
-    # the hub about itself
-
-    def health(self, call: Call) -> Response:
-        """GET /health."""
-        state = '"status":"ok"'
-        if self.trouble:
-            state = f'"status":"failing","reason":{dump(self.trouble)}'
-        if not self.settings.key or self._is_key(call.head.headers.get("authorization", "").partition(" ")[2]):
-            state += f',"uptime":{(call.at - self.started_at) // 1000},"agents":{len(self.hub.agents)}'
-            state += f',"connections":{sum(self.hub.connections.values())},"store":"{self.settings.store}"'
-        text = f'{{{state},"version":"{VERSION}"}}'
-        return Response(text, 503 if self.trouble else 200, settled=True)
-
-    def show_metrics(self, call: Call) -> Response:
-        """GET /metrics: Prometheus' text format 0.0.4."""
-        lines = []
-        for name, kind, words, read in METRICS:
-            value = read(self, call.at) if read else self.metrics[name]
-            lines += [f"# HELP agenthub_{name} {words}", f"# TYPE agenthub_{name} {kind}"]
-            if isinstance(value, dict):
-                lines += [f'agenthub_{name}{{status="{label}"}} {count}' for label, count in sorted(value.items())]
-            elif isinstance(value, Histogram):
-                running = itertools.accumulate(value.counts)
-                bounds = [*map(str, Histogram.BOUNDS), "+Inf"]
-                lines += [f'agenthub_{name}_bucket{{le="{le}"}} {count}' for le, count in zip(bounds, running)]
-                lines += [f"agenthub_{name}_sum {value.total:.6f}", f"agenthub_{name}_count {sum(value.counts)}"]
-            else:
-                lines.append(f"agenthub_{name} {value}")
-        text = "\n".join(lines) + "\n"
-        return Response(text.encode(), settled=True, content_type="text/plain; version=0.0.4; charset=utf-8")
-
-    def openapi(self, call: Call) -> Response:
-        """GET /openapi.json: OpenAPI 3.1, made from ROUTES."""
-        return Response(openapi_document(), settled=True)
-
-    def source(self, call: Call) -> Response:
-        """GET /agenthub.py: this file, which is all a sandbox needs."""
-        with open(__file__, "rb") as file:
-            return Response(file.read(), settled=True, content_type="text/x-python; charset=utf-8")
-
-
-_AGENT = Field("agent_id", "agent_id", doc="who this is; implied by a token")
-SEND_FIELDS = (
-    Field("from", "agent_id", doc="the sender; implied by a token, and on a WebSocket"),
-    Field("to", "recipient", True, RECIPIENTS),
-    Field("message", "json", True, "the payload, any JSON value"),
-    Field("type", "type", doc="default: the payload's own type, else broadcast for ALL, else message"),
-    Field("id", "message_id", doc="an idempotency key: the same id again gives the first answer"),
-    Field("reply_to", "message_id", doc="the id of the message this answers"),
-    Field("ttl", "ttl", doc="seconds after which it is not delivered any more"),
-)
-ACK_FIELDS = (
-    Field("up_to", "seq", doc="everything up to this seq was received"),
-    Field("ids", "message_ids", doc="these were received"),
-)
-_REGISTER_FIELDS = (
-    Field("agent_id", "new_agent_id", doc="default: made from name and session_id"),
-    Field("session_id", "session_id", doc="default: one is made"),
-    Field("name", "name", doc="default: the agent_id"),
-    Field("capabilities", "capabilities", doc="what @capability finds it by"),
-    Field("metadata", "metadata", doc="anything else others should know"),
-)
-_READ_FIELDS = (
-    _AGENT,
-    Field("after", "seq", doc="the cursor: only messages with a higher seq, acknowledged or not"),
-    Field("unread", "flag", doc="only what is not acknowledged"),
-    Field("limit", "limit", doc=f"default {DEFAULT_LIMIT}"),
-    Field("wait", "wait", doc="seconds to wait for something to be there"),
-    Field("type", "type"),
-    Field("from", "agent_id", doc="only of this sender"),
-    Field("thread", "message_id", doc="only of this thread"),
-)
-_STREAM_FIELDS = (_AGENT, Field("after", "seq"), Field("format", "format", doc="sse (default), or json: one a line"))
-_SOCKET_FIELDS = (
-    _AGENT,
-    Field("after", "seq", doc="the cursor to go on from; default: all that is unread"),
-    Field("epoch", "name", doc="the epoch of the welcome the cursor comes from"),
-    Field("ack", "ack_mode", doc="auto (default): on receipt; explicit: when an ack frame says so"),
-)
-_LIST_FIELDS = (Field("status", "status"), Field("capability", "capability"))
-_TO_FIELDS = (Field("recipient", "recipient", True), *(f for f in SEND_FIELDS if f.name not in ("to", "message")))
-
-ROUTES = (
-    Route("POST", "/api/v1/agents/register", Handlers.register, "Register, refresh or take over an agent",
-          body=_REGISTER_FIELDS, access="key"),
-    Route("GET", "/api/v1/agents", Handlers.agents, "List the agents", query=_LIST_FIELDS, access="any"),
-    Route("GET", "/api/v1/agents/{agent_id}", Handlers.agent, "One agent", query=(_AGENT,), access="any"),
-    Route("DELETE", "/api/v1/agents/{agent_id}", Handlers.leave, "Leave the hub", query=(_AGENT,), actor="agent_id"),
-    Route("POST", "/api/v1/agents/{agent_id}/heartbeat", Handlers.heartbeat, "Say that an agent is alive",
-          query=(_AGENT,), actor="agent_id", charged=False),
-    Route("POST", "/api/v1/messages", Handlers.send, "Send a message", body=SEND_FIELDS, actor="from",
-          headers=(("idempotency-key", "id"),)),
-    Route("POST", "/to/{recipient}", Handlers.send_to, "Send the body as it is", query=_TO_FIELDS,
-          actor="from", raw=True, headers=(("idempotency-key", "id"), ("x-from", "from"))),
-    Route("GET", "/api/v1/messages", Handlers.read, "Read an inbox", query=_READ_FIELDS, actor="agent_id"),
-    Route("POST", "/api/v1/messages/ack", Handlers.ack, "Acknowledge messages", body=(_AGENT, *ACK_FIELDS),
-          actor="agent_id", charged=False),
-    Route("GET", "/api/v1/stream", Handlers.stream, "An inbox as it fills", query=_STREAM_FIELDS,
-          actor="agent_id", headers=(("last-event-id", "after"),)),
-    Route("GET", "/ws/{agent_id}", Handlers.socket, "A WebSocket", query=_SOCKET_FIELDS, actor="agent_id"),
-    Route("GET", "/health", API.health, "Whether the hub is well", access="open", charged=False),
-    Route("GET", "/metrics", API.show_metrics, "Figures for Prometheus", access="key", charged=False),
-    Route("GET", "/openapi.json", API.openapi, "This API", access="key", charged=False),
-    Route("GET", "/agenthub.py", API.source, "The program itself", access="open", charged=False),
-)  # fmt: skip
 
 FRAMES = {"heartbeat": API._heartbeat_frame, "ack": API._ack_frame}
-
-# Name, type, help, and what gives the value; None: it is counted under its name.
-METRICS: tuple[tuple[str, str, str, Callable[[API, int], Any] | None], ...] = (
-    ("info", "gauge", "Always 1; see /health for the version.", lambda api, at: 1),
-    ("start_time_seconds", "gauge", "When the hub started, since 1970.", lambda api, at: api.started_at / 1000),
-    ("agents", "gauge", "Agents registered, by status.", lambda api, at: _by_status(api.hub, at)),
-    ("connections", "gauge", "Open readers: WebSockets, streams, waiting polls.",
-     lambda api, at: sum(api.hub.connections.values())),
-    ("unread_messages", "gauge", "Messages not acknowledged, over all inboxes.",
-     lambda api, at: sum(map(api.hub.unread, api.hub.inboxes))),
-    ("seq", "gauge", "The newest seq given.", lambda api, at: api.hub.seq),
-    ("store_failing", "gauge", "1 while the store takes no changes.", lambda api, at: int(bool(api.trouble))),
-    ("messages_total", "counter", "Messages stored.", None),
-    ("deliveries_total", "counter", "Messages put into inboxes.", None),
-    ("pushes_total", "counter", "Messages written to live readers.", None),
-    ("acknowledged_total", "counter", "Deliveries acknowledged.", None),
-    ("expired_total", "counter", "Messages deleted because their time was over.", None),
-    ("http_responses_total", "counter", "HTTP answers, by status.", lambda api, at: api.answers or {200: 0}),
-    ("websocket_frames_total", "counter", "Frames received on WebSockets.", None),
-    ("slow_readers_total", "counter", "Readers cut off as too slow.", None),
-    ("commits_total", "counter", "Batches made durable.", None),
-    ("failed_commits_total", "counter", "Batches the disk refused.", None),
-    ("request_duration_seconds", "histogram", "From a request's arrival to its answer.",
-     lambda api, at: api.request_seconds),
-    ("commit_duration_seconds", "histogram", "From a batch's start until it is durable.",
-     lambda api, at: api.commit_seconds),
-)  # fmt: skip
-
-
-def _by_status(hub: Hub, at: int) -> dict[str, int]:
-    active = sum(hub.status(name, at) == "active" for name in hub.agents)
-    return {"active": active, "offline": len(hub.agents) - active}
-
-
-def _index_routes() -> tuple[dict[str, dict[str, Route]], list]:
-    """The routes for looking up: plain paths by their text, those with parameters as patterns."""
-    plain: dict[str, dict[str, Route]] = {}
-    patterns: dict[str, dict[str, Route]] = {}
-    for route in ROUTES:
-        (patterns if "{" in route.path else plain).setdefault(route.path, {})[route.method] = route
-    named = [(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", path), methods) for path, methods in patterns.items()]
-    return plain, [(re.compile(path).fullmatch, methods) for path, methods in named]
-
-
-PATHS, PATTERNS = _index_routes()
-
-
-def openapi_document() -> dict:
-    """The API as OpenAPI 3.1."""
-    paths: dict[str, dict] = {}
-    for route in ROUTES:
-        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
-    error = {"type": "object", "required": ["code", "message"]}
-    error["properties"] = {
-        "code": {"enum": [code for code, kind in ERRORS.items() if kind.status]},
-        "message": {"type": "string"},
-    }
-    schema = {"type": "object", "properties": {"success": {"const": False}, "error": error}, "required": ["error"]}
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "agenthub", "version": VERSION, "license": {"name": "MIT", "identifier": "MIT"}},
-        "paths": paths,
-        "components": {
-            "schemas": {"Error": schema},
-            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
-        },
-        "security": [{}, {"bearer": []}],
-    }
-
-
-def _operation(route: Route) -> dict:
-    """One route in OpenAPI's words."""
-    in_path = set(re.findall(r"\{(\w+)\}", route.path))
-    params = [
-        {"name": f.name, "in": "path" if f.name in in_path else "query", "required": f.required or f.name in in_path}
-        | {"schema": KINDS[f.kind].schema, "description": f.doc}
-        for f in route.query
-    ]
-    failed = {
-        "description": "Refused",
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
-    }
-    operation = {"operationId": route.handler.__name__, "summary": route.summary, "parameters": params}
-    operation["responses"] = {"200": {"description": "Done"}, "default": failed}
-    if route.method == "POST" and route.raw:
-        operation["requestBody"] = {"required": True, "content": {"text/plain": {}, "application/json": {}}}
-    elif route.method == "POST" and route.body:
-        properties = {f.name: {**KINDS[f.kind].schema, "description": f.doc} for f in route.body}
-        schema = {"type": "object", "properties": properties, "required": [f.name for f in route.body if f.required]}
-        if not schema["required"]:
-            del schema["required"]
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-    return operation
 
 
 # --- Readers ----------------------------------------------------------------------------------------------------------
@@ -2708,6 +3563,8 @@ class Reader:
     committed. A peer that stops taking puts it back behind, so that memory holds one buffer of it and no more.
     """
 
+    via = "stream"
+
     def __init__(self, server: Any, agent_id: str, after: int | None, encode: Callable, transport: Any) -> None:
         self.server, self.agent_id, self.encode, self.transport = server, agent_id, encode, transport
         self.cursor = after or 0
@@ -2716,8 +3573,6 @@ class Reader:
         self.out: list[bytes] = []
         self.queued = self.owed = 0
         self.paused_since = 0.0
-        inbox = server.hub.inboxes.get(agent_id)
-        self.redelivered = inbox.pushed if inbox and after is None else 0
         server.add_reader(self)
 
     def push(self, message: Message, frames: dict[Callable, bytes]) -> bool:
@@ -2774,11 +3629,12 @@ class Reader:
         seqs = api.seqs_after(self.agent_id, self.cursor, up_to, CATCH_UP_PAGE, unread)
         messages, cut = api.log.messages(seqs, self.server.clock(), most=READ_AHEAD)
         for message in messages:
-            self.write(self.encode(message, message.envelope(message.seq <= self.redelivered)))
+            again = self.server.hub.was_pushed(self.agent_id, message.seq)
+            self.write(self.encode(message, message.envelope(again)))
             self.wrote(message.seq)
         end = not cut and len(seqs) < CATCH_UP_PAGE
         if messages:
-            self.server.pushed(self.agent_id, messages[-1].seq, len(messages))
+            self.server.pushed(self.agent_id, tuple([message.seq for message in messages]), self.via)
         self.cursor = messages[-1].seq if cut else up_to if unread and end else seqs[-1] if seqs else self.cursor
         self.live = end and not unread
         self.flush()
@@ -2817,6 +3673,8 @@ class Reader:
 
 class SocketReader(Reader):
     """A WebSocket's reader. Receipt is proven by a pong: all that was sent before its ping has then arrived."""
+
+    via = "websocket"
 
     def __init__(self, server: Any, upgrade: Upgrade, socket: Any) -> None:
         super().__init__(server, upgrade.agent_id, upgrade.after, _socket_frame, socket.transport)
@@ -2865,7 +3723,7 @@ class SocketReader(Reader):
             self._written += seqs
         elif server.hub.known(self.agent_id):
             server.hub.apply(Touch(at, self.agent_id))
-            server.metrics["acknowledged_total"] += server.hub.apply(Ack(at, self.agent_id, seqs=seqs))
+            server.metrics["acknowledged_total"] += server.hub.apply(Ack(at, self.agent_id, 0, seqs, self.via))
             server.when_durable(lambda error: error and self._written.extend(seqs))
             if self._written:
                 self.flush()
@@ -2883,18 +3741,21 @@ class SocketReader(Reader):
 class Poll:
     """A waiting `GET /api/v1/messages`: answered by the first message that it wants, or when its time is over."""
 
+    via = "poll"
+
     def __init__(self, server: Any, wait: Wait, answer: Callable[[Response], None]) -> None:
         self.server, self.agent_id, self._wait, self._answer = server, wait.agent_id, wait, answer
+        self.claims = wait.claims
         self._timer = server.loop.call_later(wait.seconds, self.end)
         server.add_reader(self)
 
     def push(self, message: Message | None, frames: dict) -> bool:
-        """Ask again whether there is an answer now."""
-        answer = self._wait.attempt(False)
+        """Ask again whether there is an answer now. What goes out with it has been noted as pushed when it was made."""
+        answer = self._wait.attempt(False, self.server.clock())
         if answer:
             self.close()
             self._answer(answer)
-        return answer is not None
+        return False
 
     def fall_behind(self, seq: int) -> None:
         """Something older came into the inbox."""
@@ -2906,7 +3767,7 @@ class Poll:
     def end(self) -> None:
         """Answer with what there is: time is over, the agent left, or the hub stops."""
         self.close()
-        self._answer(self._wait.attempt(True))  # type: ignore[arg-type]
+        self._answer(self._wait.attempt(True, self.server.clock()))  # type: ignore[arg-type]
 
     def close(self) -> None:
         """The client went, or has its answer."""
@@ -2932,6 +3793,7 @@ class HttpConnection:
         self.blocked = self.paused = self.last = self.ended = self.handed_over = False
         self.stream: Reader | None = None
         self.poll: Poll | None = None
+        self.file: Any = None
         self.since = server.loop.time()
         self.unsent = 0
         self._said_at, self._comment = self.since, b""
@@ -2970,6 +3832,8 @@ class HttpConnection:
         self.paused = False
         if self.stream:
             self.stream.resume()
+        elif self.file:
+            self._send_file()
         else:
             self._go_on()
 
@@ -2983,6 +3847,7 @@ class HttpConnection:
         """The line is gone."""
         self.last = True
         self.server.connections.discard(self)
+        self._drop_file()
         for reader in (self.stream, self.poll):
             if reader:
                 reader.close()
@@ -3028,7 +3893,7 @@ class HttpConnection:
     def _answer_response(self, request: Request, answer: Response, slot: list[bytes], started: float) -> None:
         def leave(error: HubError | None) -> None:
             final = answer
-            if error and request.head.method == "GET":  # it changed nothing, so it can simply be asked again
+            if error and request.head.method == "GET" and not answer.changes:  # so it can simply be asked again
                 final = self.server.process_request(self, request)
             elif error:
                 final = error_response(error)
@@ -3039,6 +3904,7 @@ class HttpConnection:
             self._fill(request, answer, slot, started)
         else:
             self.server.when_durable(leave)
+            self.server.schedule()
 
     def _fill(self, request: Request, answer: Response, slot: list[bytes], started: float) -> None:
         head, server = request.head, self.server
@@ -3056,7 +3922,7 @@ class HttpConnection:
 
         def leave(answer: Response) -> None:
             self.poll, self.blocked = None, False
-            self._fill(request, answer, slot, started)
+            self._answer_response(request, answer, slot, started)
             self._send_ready()
             self._go_on()
 
@@ -3078,7 +3944,62 @@ class HttpConnection:
         self.stream = Reader(self.server, stream.agent_id, stream.after, encode, self.transport)
         self._comment = _chunk(":\n\n" if stream.format == "sse" else "\n")
         self.stream.write(self._comment)
+        if not stream.recovered:
+            text = dump(self.server.api.welcome(stream))
+            self.stream.write(_chunk(f"event: welcome\ndata: {text}\n\n" if stream.format == "sse" else f"{text}\n"))
         self.stream.catch_up()
+
+    def _answer_download(self, request: Request, download: Download, slot: list[bytes], started: float) -> None:
+        """Have the file made on a thread, then send it as fast as the peer takes it."""
+        self.slots.pop()
+        self.blocked = True
+        self._send_ready()
+        if self.slots:
+            return self._refuse(InvalidRequest("ask for a file on a connection with no unanswered request"))
+
+        def make() -> Any:
+            try:
+                return download.make()
+            except HubError as error:
+                return error
+            except Exception:
+                log_exception("making a file to send")
+                return HubError("the hub failed at this request; its log says why")
+
+        def made(future: Any) -> None:
+            self.file = future.result()
+            if isinstance(self.file, HubError):
+                answer, self.file, self.blocked = error_response(self.file), None, False
+                self.slots.append(slot)
+                self._fill(request, answer, slot, started)
+                self._send_ready()
+                self._go_on()
+            elif self.transport.is_closing():
+                self._drop_file()
+            else:
+                size = (("Content-Length", str(os.fstat(self.file.fileno()).st_size)),)
+                self.transport.write(plain_head(200, download.content_type, size, self.server.date))
+                self._send_file()
+
+        self.server.loop.run_in_executor(None, make).add_done_callback(made)
+
+    def _send_file(self) -> None:
+        """Pieces of a download, until the peer takes no more or it is whole."""
+        while self.file and not self.paused and not self.transport.is_closing():
+            piece = self.file.read(READ_AHEAD)
+            self.since = self.server.loop.time()
+            if piece:
+                self.transport.write(piece)
+            else:
+                self._drop_file()
+                self.blocked = False
+                self._send_ready()
+                self._go_on()
+
+    def _drop_file(self) -> None:
+        if self.file:
+            self.file.close()
+            self.file = None
 
     def _answer_upgrade(self, request: Request, upgrade: Upgrade, slot: list[bytes], started: float) -> None:
         """Let websockets have the line, as soon as it is there: the hub may have just started."""
@@ -3107,7 +4028,13 @@ class HttpConnection:
         head = f"GET / HTTP/1.1\r\n{fields}Sec-WebSocket-Key: {upgrade.key}\r\n\r\n"
         socket.data_received(head.encode() + bytes(self.reader.buffer))
 
-    HOW = {Response: _answer_response, Wait: _answer_wait, Stream: _answer_stream, Upgrade: _answer_upgrade}
+    HOW = {
+        Response: _answer_response,
+        Wait: _answer_wait,
+        Stream: _answer_stream,
+        Download: _answer_download,
+        Upgrade: _answer_upgrade,
+    }
 
     def _refuse(self, error: HubError) -> None:
         """Answer what could not be read, and read no more: where the next request begins is unknown. What still comes
@@ -3145,6 +4072,8 @@ class HttpConnection:
                 self._said_at = now
                 self.stream.write(self._comment)
                 self.stream.flush()
+        elif self.file and now - self.since > limits.idle_timeout:
+            self.transport.abort()
         elif not self.blocked and (self.paused or not self.slots):
             short = self.reader.started or self.last
             most = SLOW_SECONDS if self.refused else limits.head_timeout if short else limits.idle_timeout
@@ -3285,24 +4214,7 @@ class HubSocket:
         self._closing = self.hub_server.loop.create_task(self.close(code, reason))
 
 
-# --- Server -----------------------------------------------------------------------------------------------------------
-
-
-class Clock:
-    """Milliseconds since 1970 that never go back or jump: the wall's at the start, and from then on what has passed."""
-
-    def __init__(self) -> None:
-        source = getattr(time, "CLOCK_BOOTTIME", None)  # goes on counting while a laptop sleeps
-        self.elapsed = time.monotonic if source is None else functools.partial(time.clock_gettime, source)
-        self._offset = time.time() - self.elapsed()
-
-    def __call__(self) -> int:
-        return int((self._offset + self.elapsed()) * 1000)
-
-
-def new_secret() -> str:
-    """256 random bits as text: what tokens, sessions and keys are made of."""
-    return os.urandom(32).hex()
+# --- Batches ----------------------------------------------------------------------------------------------------------
 
 
 class Disk:
@@ -3424,6 +4336,7 @@ class Batches:
     def _committed(self, events: list[Any], top: int, waiters: list) -> None:
         self.api.committed = top
         self._each(self._server.tell, events)
+        self._server.told()
         self._each(lambda leave: leave(None), waiters)
         self._end_turn()
 
@@ -3453,7 +4366,7 @@ class Batches:
     def _end_turn(self) -> None:
         self._server.end_turn()
         if self.store.pages > CHECKPOINT_PAGES:
-            self._checkpoint()
+            self._tidy(self.store.checkpoint)
         self.schedule()
 
     def probe(self) -> None:
@@ -3462,17 +4375,49 @@ class Batches:
             self.store.probe()
             self.api.trouble = ""
 
-    def _checkpoint(self) -> None:
+    def index(self) -> None:
+        """Take messages into the search index, if there are many that are not, and the disk has nothing to do."""
+        if self._batch is None and not self.hub.events and self.store.search.lags(self.api.committed):
+            self._tidy(functools.partial(self.store.index, self.api.committed))
+
+    def _tidy(self, work: Callable[[], None]) -> None:
         """Between two commits, as a batch of nobody's: where the disk is slow, the loop does not wait."""
         self._batch = waiters = []
 
         def done(error: HubError | None) -> None:
             self._batch = None
             for leave in waiters:
-                leave(None)  # what they waited for was durable before; that the file is not tidied harms nobody
+                leave(None)  # what they waited for was durable before; that something is not tidied harms nobody
             self._end_turn()
 
-        self.disk.run(self.store.checkpoint, done)
+        self.disk.run(work, done)
+
+
+# --- Server -----------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Milliseconds since 1970 that never go back or jump: the wall's at the start, and from then on what has passed."""
+
+    def __init__(self) -> None:
+        source = getattr(time, "CLOCK_BOOTTIME", None)  # goes on counting while a laptop sleeps
+        self.elapsed = time.monotonic if source is None else functools.partial(time.clock_gettime, source)
+        self._offset = time.time() - self.elapsed()
+
+    def __call__(self) -> int:
+        return int((self._offset + self.elapsed()) * 1000)
+
+    def not_before(self, ms: int) -> None:
+        """Go on from a time that was written down, should the wall's have been set back since: by up to CLOCK_DAY,
+        because a clock that was wrong by more was wrong then, and is right now."""
+        behind = ms / 1000 - self._offset - self.elapsed()
+        if 0 < behind < CLOCK_DAY:
+            self._offset += behind
+
+
+def new_secret() -> str:
+    """256 random bits as text: what tokens, sessions and keys are made of."""
+    return os.urandom(32).hex()
 
 
 class Server:
@@ -3483,6 +4428,7 @@ class Server:
 
         self.loop, self.clock, self.date = asyncio.get_running_loop(), Clock(), ""
         self.store, self.limits = store, settings.limits
+        self.clock.not_before(store.latest())
         self.hub = Hub(settings.limits, store.load(), self.clock())
         self.api = API(self.hub, store, settings, new_secret)
         self.api.started_at = self.clock()
@@ -3497,6 +4443,7 @@ class Server:
         self.closing = False
         self._flushing = False
         self._presence: dict[str, Presence] = {}
+        self._pushes: dict[tuple[str, str], list[int]] = {}
         self._listeners: list[Any] = []
         self.library: Any = None  # the task that takes websockets in
         self._swept_at = self.loop.time()
@@ -3542,8 +4489,15 @@ class Server:
         frames: dict[Callable, bytes] = {}
         for name in event.inboxes:
             readers = self.readers.get(name)
-            if readers and any([reader.push(event.message, frames) for reader in list(readers)]):
-                self.pushed(name, event.message.seq)
+            took = [reader.via for reader in list(readers) if reader.push(event.message, frames)] if readers else ()
+            if took:
+                self._pushes.setdefault((name, took[0]), []).append(event.message.seq)
+
+    def told(self) -> None:
+        """All of a batch was told: note what was pushed, before the receipts leave that tell of it."""
+        pushes, self._pushes = self._pushes, {}
+        for (name, via), seqs in pushes.items():
+            self.pushed(name, tuple(seqs), via)
 
     def _tell_adopted(self, event: Adopted) -> None:
         for reader in list(self.readers.get(event.agent_id, ())):
@@ -3572,8 +4526,11 @@ class Server:
         for reader in list(self.readers.get(event.agent_id, ())):
             reader.end()
 
-    def _tell_expired(self, event: Expired) -> None:
+    def _tell_expired(self, event: Expired | Dropped) -> None:
         self.metrics["expired_total"] += len(event.seqs)
+
+    def _tell_pushed(self, event: Pushed) -> None:
+        self.metrics["pushes_total"] += len(event.seqs)
 
     TELL = {
         Sent: _tell_sent,
@@ -3581,16 +4538,15 @@ class Server:
         Presence: _tell_presence,
         Left: _tell_left,
         Expired: _tell_expired,
+        Dropped: _tell_expired,
+        Pushed: _tell_pushed,
     }
 
     # readers
 
-    def pushed(self, agent_id: str, seq: int, count: int = 1) -> None:
+    def pushed(self, agent_id: str, seqs: tuple[int, ...], via: str) -> None:
         """Remember what was written to a live reader: receipts tell it, and what is sent again says so."""
-        self.metrics["pushes_total"] += count
-        inbox = self.hub.inboxes.get(agent_id)
-        if inbox:
-            inbox.pushed = max(inbox.pushed, seq)
+        self.hub.apply(Push(self.clock(), agent_id, seqs, via))
 
     def add_reader(self, reader: Any) -> None:
         """Count a reader in: its agent is connected now."""
@@ -3628,15 +4584,37 @@ class Server:
             if now - self._swept_at >= SWEEP_SECONDS:
                 self._swept_at = now
                 self.hub.apply(Sweep(self.clock()))
-            self._expire()
+            self.hub.settle()
+            self._bring_due()
+            self._claims_over()
+            self.batches.index()
         self.schedule()
 
-    def _expire(self) -> None:
-        at = self.clock()
-        keep = self.limits.retention * 1000
-        due = self.store.expired(at, 0 if keep == float("inf") else int(at - keep), SWEEP_BATCH)
-        if due:
-            self.hub.apply(Expire(at, tuple(due)))
+    def _bring_due(self) -> None:
+        """What time has brought about: delayed messages are sent, others run out. As much as a turn may take of it, and
+        the rest in SWEEP_PAUSE, so that nobody waits for it."""
+        if self.closing or self.api.trouble or self.batches.busy:
+            return
+        at, kept = self.clock(), self.limits.retention * 1000
+        found = {
+            Release: self.store.due(at, CATCH_UP_PAGE),
+            Expire: self.store.expired(at, SWEEP_BATCH),
+            Drop: self.store.aged(int(at - kept), SWEEP_BATCH) if kept < float("inf") else [],
+        }
+        for kind, some in found.items():
+            if some:
+                self.hub.apply(kind(at, tuple(some)))
+                self.schedule()
+        if any(found.values()):
+            self.loop.call_later(SWEEP_PAUSE, self._bring_due)
+
+    def _claims_over(self) -> None:
+        """A claim that has run out is news for whoever waits to claim."""
+        for name, readers in list(self.readers.items()):
+            inbox = self.hub.inboxes.get(name)
+            if inbox and inbox.claims:
+                for poll in [reader for reader in readers if isinstance(reader, Poll) and reader.claims]:
+                    poll.push(None, {})
 
     # the way in
 
@@ -4292,20 +5270,7 @@ def _has_websockets() -> bool:
     return any(os.path.exists(os.path.join(folder, "asyncio", "server.py")) for folder in folders)
 
 
-# --- CLI --------------------------------------------------------------------------------------------------------------
-
-
-class Command(NamedTuple):
-    """A row of the command table: what it does, its arguments, an example."""
-
-    run: Callable[[Any], int]
-    help: str
-    arguments: tuple[tuple[tuple[str, ...], dict], ...]
-    example: str
-
-
-def _arg(*names: str, **options: Any) -> tuple[tuple[str, ...], dict]:
-    return names, options
+# --- Identity ---------------------------------------------------------------------------------------------------------
 
 
 def state_folder(kind: str) -> str:
@@ -4418,6 +5383,22 @@ def _show_message(args: Any, envelope: dict) -> None:
     kind = "" if envelope["type"] in ("message", "broadcast") else f" ({envelope['type']})"
     to = envelope["to"] if isinstance(envelope["to"], str) else ", ".join(envelope["to"])
     _show(args, envelope, f"{envelope['timestamp'][11:19]} {envelope['from']} to {to}{kind}: {text}")
+
+
+# --- CLI --------------------------------------------------------------------------------------------------------------
+
+
+class Command(NamedTuple):
+    """A row of the command table: what it does, its arguments, an example."""
+
+    run: Callable[[Any], int]
+    help: str
+    arguments: tuple[tuple[tuple[str, ...], dict], ...]
+    example: str
+
+
+def _arg(*names: str, **options: Any) -> tuple[tuple[str, ...], dict]:
+    return names, options
 
 
 # the commands
