@@ -30,10 +30,13 @@ Read from top to bottom; a section uses only sections above it, and a test holds
     Connections HTTP and WebSocket lines
     Batches     turns of the event loop into commits
     Server      listeners, pushes, timers
-    Client      what both clients can do, and the blocking one
+    Calls       what both clients can do
+    Client      the blocking one
     AgentClient the asyncio one
     Identity    who the command line is, and how it speaks
-    CLI         the commands
+    Commands    what the subcommands do
+    Doctor      the one that looks for what is wrong
+    CLI         serve, the table of commands, main
 """
 
 from __future__ import annotations
@@ -254,6 +257,10 @@ class Unreachable(HubError, status=0):
 
 class TimedOut(HubError, status=0):
     """Nothing came within the time given."""
+
+
+class Unanswered(HubError, status=0):
+    """A request will not be answered; `answer` is the envelope that says so, if one does."""
 
 
 class StoreError(Exception):
@@ -2654,7 +2661,7 @@ class Reading:
         extra = "" if recovered else ',"recovered":false'
 
         def attempt(final: bool, at: int) -> Response | None:
-            found, cursor, more = self._page(name, want, at)
+            found, cursor, more, previous = self._page(name, want, at)
             if not found and not more and not final:
                 return None
             flagged = bool(want["unread"])
@@ -2664,20 +2671,23 @@ class Reading:
                 self.hub.apply(Claim(at, name, seqs, at + int(claim * 1000)))
             if claim or wait:
                 self.hub.apply(Push(at, name, seqs, "poll"))
-            text = f'{{"messages":[{",".join(texts)}],"next":{cursor},"unread":{self.hub.unread(name)}{extra}}}'
+            text = (
+                f'{{"messages":[{",".join(texts)}],"next":{cursor},"unread":{self.hub.unread(name)}{previous}{extra}}}'
+            )
             return Response(text.encode(), settled=not claim, changes=bool(claim))
 
         found = attempt(not wait, call.at)
         return found if found else Wait(name, wait, attempt, bool(claim))
 
-    def _page(self, name: str, want: dict[str, Any], at: int) -> tuple[list[Message], int, bool]:
-        """Messages, oldest first, the cursor after them, and whether a filter has more to look at."""
+    def _page(self, name: str, want: dict[str, Any], at: int) -> tuple[list[Message], int, bool, str]:
+        """Messages, oldest first, the cursor after them, whether a filter has more to look at; and where the newest
+        were asked for, the field that says before which seq there may be older ones."""
         other = want["with"] or ""
         chosen = Wanted(want["type"] or "", want["from"] or "", want["thread"] or "", (name if other else "", other))
         limit = want["limit"] or DEFAULT_LIMIT
         step = limit if chosen == Wanted() else MAX_PAGE
         newest = want["after"] is None and not want["unread"]
-        cursor = sys.maxsize if newest else want["after"] or 0
+        cursor = (want["before"] or sys.maxsize) if newest else want["after"] or 0
         found: list[Message] = []
         scanned, end = 0, False
         while len(found) < limit and scanned < MAX_SCAN and not end:
@@ -2688,9 +2698,11 @@ class Reading:
             cursor = some[-1].seq if cut else seqs[-1] if seqs else cursor
         if len(found) >= limit:
             found, cursor = found[:limit], found[limit - 1].seq
-        more = scanned >= MAX_SCAN and not newest
+            end = False
         found.sort()
-        return found, (found[-1].seq if found else 0) if newest else cursor, more
+        if newest:
+            return found, found[-1].seq if found else 0, False, f',"previous":{0 if end else cursor}'
+        return found, cursor, scanned >= MAX_SCAN, ""
 
     def _seqs(self, name: str, want: dict[str, Any], cursor: int, step: int, newest: bool, at: int) -> list[int]:
         """What a page looks at next; newest first, or oldest first."""
@@ -3140,6 +3152,7 @@ _REGISTER_FIELDS = (
 _READ_FIELDS = (
     _AGENT,
     Field("after", "seq", doc="the cursor: only messages with a higher seq, acknowledged or not"),
+    Field("before", "seq", doc="without after and unread: the newest ones below this seq"),
     Field("unread", "flag", doc="only what is not acknowledged"),
     Field("limit", "limit", doc=f"default {DEFAULT_LIMIT}"),
     Field("wait", "wait", doc="seconds to wait for something to be there"),
@@ -4702,7 +4715,7 @@ class Server:
             self.store.close()
 
 
-# --- Client -----------------------------------------------------------------------------------------------------------
+# --- Calls ------------------------------------------------------------------------------------------------------------
 
 HEARTBEAT_SECONDS = 30  # a third of ACTIVE_SECONDS: two may get lost
 IDLE_LINES = 8  # kept by an AgentClient: as many calls as one agent has under way at a time, most likely
@@ -4767,6 +4780,10 @@ class _Calls:
             self._pick("agents", "GET", "/api/v1/agents", query={"status": status, "capability": capability})
         )
 
+    def agent(self, agent_id: str) -> Any:
+        """One agent, as a dict."""
+        return self._run(self._pick(None, "GET", f"/api/v1/agents/{quote(agent_id)}"))
+
     def leave(self) -> Any:
         """Leave the hub; `listen` ends. What is unread stays there until it expires."""
         return self._run(self._leave())
@@ -4782,50 +4799,113 @@ class _Calls:
 
     def send_message(
         self, to: str | list[str], message: Any, type: str | None = None, id: str | None = None,
-        reply_to: str | None = None, ttl: float | None = None,
+        reply_to: str | None = None, ttl: float | None = None, delay: float | None = None,
     ) -> Any:  # fmt: skip
-        """Send any JSON value and return the receipt. Safe to repeat: a message without an id gets one here."""
-        body = {
-            "from": self._me(),
-            "to": to,
-            "type": type,
-            "id": id or new_message_id(),
-            "reply_to": reply_to,
-            "ttl": ttl,
-        }
+        """Send any JSON value and return the receipt. Safe to repeat: a message without an id gets one here. After
+        `ttl` seconds nobody gets it any more, before `delay` seconds nobody gets it yet."""
+        body = {"from": self._me(), "to": to, "type": type, "id": id or new_message_id(), "reply_to": reply_to}
+        body |= {"ttl": ttl, "delay": delay}
         return self._run(self._pick(None, "POST", "/api/v1/messages", _given(body) | {"message": message}))
 
-    def reply(self, envelope: dict, message: Any, type: str = "response") -> Any:
-        """Answer a message one got."""
-        return self.send_message(envelope["from"], message, type, reply_to=envelope["id"])
+    def reply(self, to: dict | str, message: Any, type: str = "response") -> Any:
+        """Answer a message one got: its envelope, or its id. Returns the receipt."""
+        return self._run(self._reply(to, message, type))
 
-    def ask(self, to: str | list[str], message: Any, wait: float = 60) -> Any:
-        """Send a request and return the envelope that answers it. Raises TimedOut after `wait` seconds."""
-        return self._run(self._ask(to, message, wait))
+    def _reply(self, to: dict | str, message: Any, type: str) -> Generator:
+        envelope = to
+        if isinstance(to, str):
+            envelope = yield "GET", f"/api/v1/messages/{quote(to)}", None, {"agent_id": self._me()}, None
+        body = {"from": self._me(), "to": envelope["from"], "type": type, "id": new_message_id()}
+        body |= {"reply_to": envelope["id"], "message": message}
+        return (yield "POST", "/api/v1/messages", body, {}, None)
 
-    def _ask(self, to: str | list[str], message: Any, wait: float) -> Generator:
-        me, id = self._me(), new_message_id()
-        body = {"from": me, "to": to, "type": "request", "id": id, "message": message}
-        receipt = yield "POST", "/api/v1/messages", body, {}, None
-        end, after = time.monotonic() + wait, receipt["seq"]
+    def ask(self, to: str | list[str], message: Any, wait: float = 60, ttl: float | None = None) -> Any:
+        """Send a request and return the envelope that answers it. Raises as `answer_to` does."""
+        return self._run(self._ask(to, message, wait, "request", ttl))
+
+    def ping(self, to: str, wait: float = 10) -> Any:
+        """Send a ping and return the seconds until its recipient had acknowledged it. Raises TimedOut."""
+        return self._run(self._ping(to, wait))
+
+    def answer_to(self, receipt: dict, wait: float = 60) -> Any:
+        """Wait for the answer to a request that was sent. Raises TimedOut after `wait` seconds, and Unanswered where
+        nobody got it, whoever was asked went offline, it ran out, or the answer is an `error`."""
+        return self._run(self._answer_to(receipt, wait, ""))
+
+    def _ask(self, to: str | list[str], message: Any, wait: float, type: str, ttl: float | None) -> Generator:
+        body = {"from": self._me(), "to": to, "type": type, "id": new_message_id(), "ttl": ttl}
+        receipt = yield "POST", "/api/v1/messages", _given(body) | {"message": message}, {}, None
+        return (yield from self._answer_to(receipt, wait, "ack" if type == "ping" else ""))
+
+    def _ping(self, to: str, wait: float) -> Generator:
+        started = time.monotonic()
+        yield from self._ask(to, "ping", wait, "ping", wait)
+        return time.monotonic() - started
+
+    def _answer_to(self, receipt: dict, wait: float, type: str) -> Generator:
+        """The first message that answers, of that type if it is named; an `ack` on the way to an answer is none."""
+        if not receipt["recipients"]:
+            raise Unanswered(receipt["warning"])
+        me, id, after = self._me(), receipt["message_id"], receipt["seq"]
+        end = time.monotonic() + wait
         while (left := end - time.monotonic()) > 0:
             query = {"agent_id": me, "after": after, "thread": id, "wait": min(MAX_WAIT, round(left + 0.001, 3))}
             page = yield "GET", "/api/v1/messages", None, query, None
             after = page["next"]
             for answer in page["messages"]:
-                if answer.get("reply_to") == id:
+                if answer.get("reply_to") == id and (answer["type"] == type or not type and answer["type"] != "ack"):
                     yield "POST", "/api/v1/messages/ack", {"agent_id": me, "ids": [answer["id"]]}, {}, None
+                    if answer["type"] == "error":
+                        words = answer["message"]
+                        words = words["message"] if isinstance(words, dict) and "message" in words else dump(words)
+                        raise Unanswered(words, answer=answer)
                     return answer
-        raise TimedOut(f"{to} has not answered within {wait:g} s")
+        whom = ", ".join(line["agent_id"] for line in receipt["recipients"])
+        raise TimedOut(f"{whom} has not answered within {wait:g} s: the answer will come to the inbox of {me}")
 
     def messages(
         self, after: int | None = None, unread: bool = False, limit: int | None = None, wait: float | None = None,
-        type: str | None = None, sender: str | None = None, thread: str | None = None,
+        type: str | None = None, sender: str | None = None, thread: str | None = None, claim: float | None = None,
     ) -> Any:  # fmt: skip
-        """Envelopes out of this agent's inbox, oldest first; reading acknowledges nothing."""
+        """Envelopes out of this agent's inbox, oldest first; reading acknowledges nothing. For `claim` seconds other
+        claiming readers do not get the same ones."""
         query = {"agent_id": self._me(), "after": after, "unread": "true" if unread else None, "limit": limit}
-        query |= {"wait": wait, "type": type, "from": sender, "thread": thread}
+        query |= {"wait": wait, "type": type, "from": sender, "thread": thread, "claim": claim}
         return self._run(self._pick("messages", "GET", "/api/v1/messages", query=query))
+
+    def history(
+        self, other: str | None = None, thread: str | None = None, type: str | None = None,
+        limit: int = DEFAULT_LIMIT, after: int | None = None,
+    ) -> Any:  # fmt: skip
+        """The newest `limit` envelopes that this agent sent or got, read or not, oldest first: of all, or with one
+        other agent, or of a thread. With `after`, the first ones above that seq."""
+        query = {"agent_id": self._me(), "with": other, "thread": thread, "type": type, "sent": "true"}
+        return self._run(self._pages("", query, "after" if after is not None else "before", after, limit))
+
+    def search(self, words: str, limit: int = DEFAULT_LIMIT) -> Any:
+        """The newest `limit` envelopes that this agent sent or got and that hold these words, newest first."""
+        return self._run(self._pages("/search", {"agent_id": self._me(), "q": words}, "before", None, limit))
+
+    def _pages(self, path: str, query: dict, by: str, start: int | None, limit: int) -> Generator:
+        """Envelopes of as many pages as it takes: one looks at so many messages only."""
+        found: list[dict] = []
+        cursor, step = start, "next" if path or by == "after" else "previous"
+        while len(found) < limit:
+            page = yield "GET", "/api/v1/messages" + path, None, query | {by: cursor, "limit": limit - len(found)}, None
+            found = [*page["messages"], *found] if step == "previous" else [*found, *page["messages"]]
+            if not page[step] or page[step] == cursor:
+                break
+            cursor = page[step]
+        return found
+
+    def trace(self, message_id: str) -> Any:
+        """A message's envelope and, as `trace`, what became of it with each recipient and when."""
+        query = {"agent_id": self.agent_id}
+        return self._run(self._pick(None, "GET", f"/api/v1/messages/{quote(message_id)}", query=query))
+
+    def requests(self) -> Any:
+        """Requests that this agent asked, or was asked, and nobody has answered, with `waiting_for`."""
+        return self._run(self._pick("requests", "GET", "/api/v1/requests", query={"agent_id": self._me()}))
 
     def ack(self, up_to: int | None = None, ids: Iterable[str] | None = None) -> Any:
         """Acknowledge everything up to a seq, or these ids. Returns how many were new."""
@@ -4916,6 +4996,7 @@ class _Calls:
         """What to do about a stream that failed: the seconds to wait before the next, or the error, raised."""
         if isinstance(error, (UnknownAgent, Unauthorized)) and not self._lost:  # the hub lost its file: come in again
             self._lost, self.token = True, ""
+            self.on_wait(_pause(tries), f"{self.url} has lost its store, or has another: what was unread there is gone")
             return _pause(tries)
         reason = error if isinstance(error, HubError) else self._unreachable(error)
         if not isinstance(reason, (RateLimited, ShuttingDown, StorageFull, Unreachable)):
@@ -4948,6 +5029,9 @@ def _given(fields: dict) -> dict:
 def _pause(tries: int) -> float:
     """Seconds to wait before the next try: growing up to 5, and never the same for two clients (no stampede)."""
     return min(5.0, 0.1 * 2 ** min(tries, 6)) * (0.5 + os.urandom(1)[0] / 255)
+
+
+# --- Client -----------------------------------------------------------------------------------------------------------
 
 
 class Client(_Calls):
@@ -5023,6 +5107,42 @@ class Client(_Calls):
         else:
             line.close()
         return self._result(reader, body)
+
+    def open_stream(self, after: int) -> None:
+        """See that an event stream can be opened, and its first bytes arrive."""
+        with self._connect() as line:
+            line.sendall(self._request("GET", "/api/v1/stream", None, {"agent_id": self._me(), "after": after}))
+            reader, body = ResponseReader(), b""
+            while not (body and reader.status == 200) and not reader.done:
+                data = line.recv(RECEIVE)
+                if not data:
+                    raise self._unreachable(EOFError("the line broke"))
+                body += reader.feed(data)
+            if reader.status != 200:
+                self._result(reader, body)
+
+    def backup(self, path: str) -> int:
+        """Write a consistent copy of the hub's store to a new file, and return its size in bytes. The file is there
+        only when it is whole. Raises FileExistsError, or the hub's error."""
+        part = f"{path}.part"
+        with self._connect() as line, open(os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), "r+b") as file:
+            try:
+                line.sendall(self._request("POST", "/api/v1/backup", None, {}, self.key or None))
+                reader = ResponseReader()
+                while not reader.done:
+                    data = line.recv(RECEIVE)
+                    if not data:
+                        raise self._unreachable(EOFError("the line broke: the copy is not whole"))
+                    file.write(reader.feed(data))
+                file.seek(0)
+                if reader.status != 200:
+                    self._result(reader, file.read())
+                file.flush()
+                os.fsync(file.fileno())
+                os.link(part, path)
+                return os.path.getsize(path)
+            finally:
+                os.unlink(part)
 
     def listen(self) -> Iterator[dict]:
         """Envelopes as they come, beginning with what is unread, for ever; reconnects by itself.
@@ -5181,7 +5301,7 @@ class AgentClient(_Calls):
 
         self._listening = asyncio.current_task()
         try:
-            await self._listen(handler, self._read_socket if _has_websockets() else self._read_stream)
+            await self._listen(handler, self._read_socket if has_websockets() else self._read_stream)
         except asyncio.CancelledError:
             if not self._closed:  # else it was `close` that ended us, wherever we were
                 raise
@@ -5261,7 +5381,7 @@ class AgentClient(_Calls):
         raise EOFError("the hub closed the stream")
 
 
-def _has_websockets() -> bool:
+def has_websockets() -> bool:
     """Whether a websockets that we can use (13.1 or newer) is installed."""
     from importlib.util import find_spec
 
@@ -5292,16 +5412,18 @@ class Identity:
         self.client = Client(args.url)
         self.client.on_wait = lambda seconds, reason: _say(f"{reason} (trying again in {seconds:.1f} s)")
         self.chosen = args.identity or os.environ.get("AGENTHUB_AGENT") or self.client.token.rpartition(".")[0]
-        saved = self._load().get(self.client.url, {})
-        self.client.agent_id = self.chosen or saved.get("sessions", {}).get(self.session)
-        self.saved_token = saved.get("tokens", {}).get(self.client.agent_id or "", "")
+        self.client.agent_id, self.saved_token = self._saved()
         self.client.token = self.client.token or self.saved_token
 
     def act(self, do: Callable[[Client], Any]) -> Any:
         """Do something as this agent, which is registered first where it is not yet."""
         client = self.client
         if not client.agent_id:
-            self.register()
+            with self._locked():  # two first uses at the same instant are one agent
+                client.agent_id, self.saved_token = self._saved()
+                client.token = client.token or self.saved_token
+                if not client.agent_id:
+                    self._register()
         try:
             return do(client)
         except (UnknownAgent, Unauthorized) as error:
@@ -5313,8 +5435,12 @@ class Identity:
 
     def register(self, name: str | None = None, capabilities: list[str] | None = None) -> dict:
         """Register, and remember id and token for this hub and session."""
+        self.client.name, self.client.capabilities = name or self.client.name, capabilities or None
+        with self._locked():
+            return self._register()
+
+    def _register(self) -> dict:
         client = self.client
-        client.name, client.capabilities = name or client.name, capabilities or None
         client.session_id = None if self.session.startswith("/dev/") else self.session or None
         if not client.agent_id and not client.name:
             client.name = os.environ.get("USER") or os.environ.get("USERNAME") or "agent"
@@ -5326,6 +5452,24 @@ class Identity:
             hub.setdefault("sessions", {})[self.session] = client.agent_id
         self._save(state)
         return answer
+
+    def _saved(self) -> tuple[str | None, str]:
+        """The agent_id chosen, or saved for this hub and session, and the token saved for it, where there are."""
+        saved = self._load().get(self.client.url, {})
+        agent_id = self.chosen or saved.get("sessions", {}).get(self.session)
+        return agent_id, saved.get("tokens", {}).get(agent_id or "", "")
+
+    def _locked(self) -> Any:
+        """One command at a time changes who is saved (the lock ends with the file); where there are no locks to be had,
+        none is taken."""
+        try:
+            import fcntl
+
+            file = open(os.open(self._path() + "-lock", os.O_RDWR | os.O_CREAT, 0o600), "r+")
+            fcntl.flock(file, fcntl.LOCK_EX)
+            return file
+        except (ImportError, OSError):
+            return open(os.devnull)
 
     def _path(self) -> str:
         return os.path.join(state_folder("STATE"), "identity.json")
@@ -5385,6 +5529,313 @@ def _show_message(args: Any, envelope: dict) -> None:
     _show(args, envelope, f"{envelope['timestamp'][11:19]} {envelope['from']} to {to}{kind}: {text}")
 
 
+# --- Commands ---------------------------------------------------------------------------------------------------------
+
+
+def ago(seconds: float) -> str:
+    """A duration as people say it: 45 s, 12 min, 3 h, 2 d."""
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds // length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _register_command(args: Any) -> int:
+    identity = Identity(args)
+    if args.id:
+        identity.client.agent_id = args.id
+    answer = identity.register(args.name, args.capability)
+    peers = ", ".join(peer["agent_id"] for peer in answer["peers"] if peer["status"] == "active") or "nobody else"
+    _show(args, answer, f"registered as {answer['agent_id']}; active now: {peers}; unread: {answer['unread']}")
+    return 0
+
+
+def _message(args: Any) -> Any:
+    """The message that `TEXT` stands for."""
+    text = sys.stdin.buffer.read() if args.text == "-" else os.fsencode(args.text)
+    try:
+        return parse_json(text, LIMITS["max_depth"].default) if args.json_message else text.decode()
+    except UnicodeDecodeError:
+        raise InvalidRequest("the text is not UTF-8: send it base64-encoded, or as a file's path") from None
+
+
+def _to(args: Any) -> Any:
+    """The recipient that `TO` stands for: one, or several with commas."""
+    return args.to.split(",") if "," in args.to else args.to
+
+
+def _send_command(args: Any) -> int:
+    message, id = _message(args), args.id or new_message_id()
+    receipt = Identity(args).act(
+        lambda client: client.send_message(_to(args), message, args.type, id, args.reply_to, args.ttl, args.delay)
+    )
+    _warn(receipt)
+    due = f", due at {receipt['due_at'][:19]}Z" if "due_at" in receipt else ""
+    states = ", ".join(f"{line['agent_id']} ({line['state']})" for line in receipt["recipients"]) or "nobody"
+    _show(args, receipt, f"sent {receipt['message_id']} to {states}{due}")
+    return 0
+
+
+def _warn(receipt: dict) -> None:
+    """Say on stderr what a sender should know of a receipt."""
+    for line in receipt["recipients"]:
+        if line["state"] == "unknown":
+            close = f" (did you mean {' or '.join(line['did_you_mean'])}?)" if "did_you_mean" in line else ""
+            _say(f"nobody is registered as {line['agent_id']} yet{close}: the message waits for them")
+    if "warning" in receipt:
+        _say(receipt["warning"])
+
+
+def _ask_command(args: Any) -> int:
+    identity, message, id = Identity(args), _message(args), new_message_id()
+    receipt = identity.act(lambda client: client.send_message(_to(args), message, "request", id, ttl=args.ttl))
+    _warn(receipt)
+    _show_message(args, identity.client.answer_to(receipt, args.wait))
+    return 0
+
+
+def _reply_command(args: Any) -> int:
+    message = _message(args)
+    receipt = Identity(args).act(lambda client: client.reply(args.id, message, args.type or "response"))
+    _warn(receipt)
+    line = receipt["recipients"][0]
+    _show(args, receipt, f"sent {receipt['message_id']} to {line['agent_id']} ({line['state']})")
+    return 0
+
+
+def _ping_command(args: Any) -> int:
+    seconds = Identity(args).act(lambda client: client.ping(args.to, args.wait))
+    result = {"agent_id": args.to, "seconds": round(seconds, 6)}
+    _show(args, result, f"{args.to} acknowledged after {seconds * 1000:.1f} ms")
+    return 0
+
+
+def _recv_command(args: Any) -> int:
+    identity = Identity(args)
+    found = identity.act(lambda client: client.messages(unread=True, limit=args.limit, wait=args.wait))
+    for envelope in found:
+        _show_message(args, envelope)
+    if found and not args.peek:
+        identity.act(lambda client: client.ack(ids=[envelope["id"] for envelope in found]))
+    if not found and args.wait:
+        raise TimedOut(f"nothing came within {args.wait:g} s")
+    if not found:
+        _say("nothing unread")
+    return 0
+
+
+def _listen_command(args: Any) -> int:
+    identity = Identity(args)
+    identity.act(lambda client: client.heartbeat())
+    for envelope in identity.client.listen():
+        _show_message(args, envelope)
+    return 0
+
+
+def _agents_command(args: Any) -> int:
+    found = Identity(args).client.agents(args.status, args.capability)
+    for agent in found:
+        able = f" [{', '.join(agent['capabilities'])}]" if agent["capabilities"] else ""
+        name = f" ({agent['name']})" if agent["name"] != agent["agent_id"] else ""
+        line = "connected" if agent["connected"] else f"last seen {agent['last_heartbeat'][:19]}Z"
+        age = f" (oldest {ago(agent['unread_age'])})" if "unread_age" in agent else ""
+        _show(args, agent, f"{agent['agent_id']}{name} {agent['status']}, {line}, {agent['unread']} unread{age}{able}")
+    if not found:
+        _say("nobody is registered")
+    return 0
+
+
+def _history_command(args: Any) -> int:
+    envelopes = Identity(args).act(
+        lambda client: client.history(args.other, args.thread, args.type, args.limit, args.after)
+    )
+    for envelope in envelopes:
+        _show_message(args, envelope)
+    return 0
+
+
+def _search_command(args: Any) -> int:
+    found = Identity(args).act(lambda client: client.search(" ".join(args.words), args.limit))
+    for envelope in found:
+        _show_message(args, envelope)
+    if not found:
+        _say("nothing you sent or got holds that")
+    return 0
+
+
+def _trace_command(args: Any) -> int:
+    traced = Identity(args).act(lambda client: client.trace(args.id))
+    via = f" via {traced['via']}" if "via" in traced else ""
+    lines = [f"{traced['id']} ({traced['type']}) from {traced['from']}, {traced['timestamp']}{via}"]
+    for line in traced["trace"]:
+        times = [
+            f"{what} {line[what][11:23]}" + (f" ({line[what + '_via']})" if what + "_via" in line else "")
+            for what in ("due", "stored", "pushed", "claimed", "acknowledged", "expired")
+            if what in line
+        ]
+        lines.append(f"  {line['agent_id']} is {line['state']}: {', '.join(times) or 'nothing yet'}")
+    _show(args, traced, "\n".join(lines if traced["trace"] else [*lines, "  it reached nobody"]))
+    return 0
+
+
+def _backup_command(args: Any) -> int:
+    size = Identity(args).client.backup(args.file)
+    _show(
+        args, {"file": args.file, "bytes": size}, f"{args.file}: {size} bytes; a hub runs on it with --db {args.file}"
+    )
+    return 0
+
+
+def _status_command(args: Any) -> int:
+    identity = Identity(args)
+    health, known = identity.client.health(), identity.client.agent_id or None
+    unread = identity.act(lambda client: client.heartbeat())["unread"] if known else 0
+    requests = identity.client.requests() if known else []
+    state = {"url": identity.client.url, **health, "agent_id": known, "unread": unread, "requests": requests}
+    who = f"you are {known}, {unread} unread" if known else "you are not registered yet: any command does that"
+    here = f"{health.get('agents', '?')} agents, {health.get('connections', '?')} connected"
+    lines = [f"{identity.client.url} is {health['status']}, agenthub {health['version']}, {here}; {who}"]
+    for request in requests:
+        mine = request["from"] == known
+        what = f"{', '.join(request['waiting_for'])} owes you" if mine else f"{request['from']} waits for"
+        lines.append(f"  {what} an answer to {request['id']} of {request['timestamp'][11:19]}: {_short(request)}")
+    _show(args, state, "\n".join(lines))
+    return 0
+
+
+def _short(envelope: dict) -> str:
+    message = envelope["message"]
+    text = message if isinstance(message, str) else dump(message)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# --- Doctor -----------------------------------------------------------------------------------------------------------
+
+
+class Doctor:
+    """What one looks at when something does not work: each check gives (state, words), state being ok, warn or fail.
+    Nothing is changed by looking."""
+
+    def __init__(self, args: Any) -> None:
+        self.identity, self.recipient = Identity(args), args.recipient
+        self.client = self.identity.client
+        self.client.on_wait = lambda seconds, reason: None
+        self.after = 0
+
+    def examine(self) -> Iterator[tuple[str, str, str]]:
+        """Every check's name, state and words. Raises Unreachable where there is no hub to ask the rest."""
+        for name, check in self.CHECKS:
+            try:
+                found = check(self)
+            except Unreachable:
+                raise
+            except (HubError, OSError) as error:
+                found = "fail", str(error)
+            if found:
+                yield (name, *found)
+
+    def _hub(self) -> tuple[str, str]:
+        started = time.time()
+        self.health = self.client.health()
+        took = time.time() - started
+        self.skew = time.time() - took / 2 - read_timestamp(self.health["time"]) if "time" in self.health else 0.0
+        if self.health["status"] != "ok":
+            return "fail", f"{self.client.url} answers, but takes no changes: {self.health.get('reason')}"
+        kept = f", store {self.health['store']}" if "store" in self.health else ""
+        return "ok", f"{self.client.url} answered after {took * 1000:.0f} ms{kept}"
+
+    def _version(self) -> tuple[str, str]:
+        theirs = self.health["version"]
+        if theirs == VERSION:
+            return "ok", f"the hub and this file are both agenthub {VERSION}"
+        return (
+            "warn",
+            f"the hub is {theirs}, this file {VERSION}: get the hub's with curl -O {self.client.url}/agenthub.py",
+        )
+
+    def _clock(self) -> tuple[str, str]:
+        if abs(self.skew) < 5:
+            return "ok", f"this machine's clock and the hub's are {abs(self.skew):.1f} s apart"
+        side = "ahead of" if self.skew > 0 else "behind"
+        return (
+            "warn",
+            f"this machine's clock is {ago(abs(self.skew))} {side} the hub's: times in messages are the hub's",
+        )
+
+    def _websockets(self) -> tuple[str, str]:
+        if has_websockets():
+            return "ok", "websockets is installed here: AgentClient uses it, and `serve` would have /ws"
+        return (
+            "warn",
+            "websockets is not installed here: clients use the event stream, a hub has no /ws (pip install it)",
+        )
+
+    def _who(self) -> tuple[str, str]:
+        if not self.client.agent_id:
+            return "warn", "you are nobody here yet: `agenthub register NAME`, or any command, makes you somebody"
+        agent = self.client.agent(self.client.agent_id)
+        how = "--as or AGENTHUB_AGENT" if self.identity.chosen else "what was saved for this hub and session"
+        return "ok", f"you are {agent['agent_id']} (by {how}), session {agent['session_id']}, {agent['status']}"
+
+    def _token(self) -> tuple[str, str] | None:
+        if not self.client.agent_id:
+            return None
+        self.client.heartbeat()
+        return "ok", "your token is good" if self.client.token else "no token is needed, and you send none"
+
+    def _queue(self) -> tuple[str, str] | None:
+        if not self.client.agent_id:
+            return None
+        newest = self.client.messages(limit=1)
+        self.after = newest[-1]["seq"] if newest else 0
+        agent = self.client.agent(self.client.agent_id)
+        if not agent["unread"]:
+            return "ok", "nothing is unread"
+        age = agent.get("unread_age", 0)
+        return (
+            "warn" if age > 3600 else "ok",
+            f"{agent['unread']} unread, the oldest for {ago(age)}: read with `agenthub recv`",
+        )
+
+    def _stream(self) -> tuple[str, str] | None:
+        """With a cursor behind everything, so that nothing is written to a line that nobody reads."""
+        if not self.client.agent_id:
+            return None
+        started = time.time()
+        self.client.open_stream(self.after)
+        return "ok", f"the event stream began after {(time.time() - started) * 1000:.0f} ms: live messages get through"
+
+    def _peer(self) -> tuple[str, str] | None:
+        if not self.recipient:
+            return None
+        agent = self.client.agent(self.recipient)
+        if agent["connected"]:
+            return "ok", f"{agent['agent_id']} is connected: messages are pushed to it"
+        age = f", the oldest for {ago(agent['unread_age'])}" if "unread_age" in agent else ""
+        words = f"{agent['agent_id']} is {agent['status']} and has no line open; {agent['unread']} unread{age}"
+        return "warn", f"{words}: what you send waits until it reads"
+
+    CHECKS = (
+        ("hub", _hub), ("version", _version), ("clock", _clock), ("websockets", _websockets), ("identity", _who),
+        ("token", _token), ("queue", _queue), ("stream", _stream), ("recipient", _peer),
+    )  # fmt: skip
+
+
+def read_timestamp(text: str) -> float:
+    """Seconds since 1970 of what `timestamp` wrote."""
+    import calendar
+
+    return calendar.timegm(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S")) + float(text[19:-1] or 0)
+
+
+def _doctor_command(args: Any) -> int:
+    worst = 0
+    for name, state, words in Doctor(args).examine():
+        _show(args, {"check": name, "state": state, "message": words}, f"{state:4} {name}: {words}")
+        worst = max(worst, int(state == "fail"))
+    return worst
+
+
 # --- CLI --------------------------------------------------------------------------------------------------------------
 
 
@@ -5399,9 +5850,6 @@ class Command(NamedTuple):
 
 def _arg(*names: str, **options: Any) -> tuple[tuple[str, ...], dict]:
     return names, options
-
-
-# the commands
 
 
 def _serve_command(args: Any) -> int:
@@ -5422,7 +5870,7 @@ async def _serve_until_told(args: Any) -> int:
     limits = _fit_descriptors(make_limits(**given))
     path = args.db or os.path.join(state_folder("DATA"), "hub.db")
     key, made = _key(args)
-    found = _has_websockets()
+    found = has_websockets()
     if not found:
         _say("websockets is not installed: serving all but /ws (pip install websockets)")
     kept = "memory" if path == ":memory:" else "sqlite"
@@ -5479,95 +5927,6 @@ def _fit_descriptors(limits: Any) -> Any:
     return limits._replace(max_connections=min(limits.max_connections, max(soft - 32, 8)))
 
 
-def _register_command(args: Any) -> int:
-    identity = Identity(args)
-    if args.id:
-        identity.client.agent_id = args.id
-    answer = identity.register(args.name, args.capability)
-    peers = ", ".join(peer["agent_id"] for peer in answer["peers"] if peer["status"] == "active") or "nobody else"
-    _show(args, answer, f"registered as {answer['agent_id']}; active now: {peers}; unread: {answer['unread']}")
-    return 0
-
-
-def _send_command(args: Any) -> int:
-    text = sys.stdin.buffer.read() if args.text == "-" else os.fsencode(args.text)
-    try:
-        message = parse_json(text, LIMITS["max_depth"].default) if args.json_message else text.decode()
-    except UnicodeDecodeError:
-        raise InvalidRequest("the text is not UTF-8: send it base64-encoded, or as a file's path") from None
-    to = args.to.split(",") if "," in args.to else args.to
-    id = args.id or new_message_id()
-    receipt = Identity(args).act(
-        lambda client: client.send_message(to, message, args.type, id, args.reply_to, args.ttl)
-    )
-    for line in receipt["recipients"]:
-        if line["state"] == "unknown":
-            close = f" (did you mean {' or '.join(line['did_you_mean'])}?)" if "did_you_mean" in line else ""
-            _say(f"nobody is registered as {line['agent_id']} yet{close}: the message waits for them")
-    if "warning" in receipt:
-        _say(receipt["warning"])
-    states = ", ".join(f"{line['agent_id']} ({line['state']})" for line in receipt["recipients"]) or "nobody"
-    _show(args, receipt, f"sent {receipt['message_id']} to {states}")
-    return 0
-
-
-def _recv_command(args: Any) -> int:
-    identity = Identity(args)
-    found = identity.act(lambda client: client.messages(unread=True, limit=args.limit, wait=args.wait))
-    for envelope in found:
-        _show_message(args, envelope)
-    if found and not args.peek:
-        identity.act(lambda client: client.ack(ids=[envelope["id"] for envelope in found]))
-    if not found and args.wait:
-        raise TimedOut(f"nothing came within {args.wait:g} s")
-    if not found:
-        _say("nothing unread")
-    return 0
-
-
-def _listen_command(args: Any) -> int:
-    identity = Identity(args)
-    identity.act(lambda client: client.heartbeat())
-    for envelope in identity.client.listen():
-        _show_message(args, envelope)
-    return 0
-
-
-def _agents_command(args: Any) -> int:
-    found = Identity(args).client.agents(args.status, args.capability)
-    for agent in found:
-        able = f" [{', '.join(agent['capabilities'])}]" if agent["capabilities"] else ""
-        name = f" ({agent['name']})" if agent["name"] != agent["agent_id"] else ""
-        line = "connected" if agent["connected"] else f"last seen {agent['last_heartbeat'][:19]}Z"
-        _show(args, agent, f"{agent['agent_id']}{name} {agent['status']}, {line}, {agent['unread']} unread{able}")
-    if not found:
-        _say("nobody is registered")
-    return 0
-
-
-def _history_command(args: Any) -> int:
-    envelopes = Identity(args).act(
-        lambda client: client.messages(
-            args.after, limit=args.limit, type=args.type, sender=args.sender, thread=args.thread
-        )
-    )
-    for envelope in envelopes:
-        _show_message(args, envelope)
-    return 0
-
-
-def _status_command(args: Any) -> int:
-    identity = Identity(args)
-    health = identity.client.health()
-    known = identity.client.agent_id
-    unread = identity.act(lambda client: client.heartbeat())["unread"] if known else 0
-    state = {"url": identity.client.url, **health, "agent_id": known, "unread": unread}
-    who = f"you are {known}, {unread} unread" if known else "you are not registered yet: any command does that"
-    here = f"{health.get('agents', '?')} agents, {health.get('connections', '?')} connected"
-    _show(args, state, f"{identity.client.url} is {health['status']}, agenthub {health['version']}, {here}; {who}")
-    return 0
-
-
 def _serve_arguments() -> tuple:
     """`serve`'s own options, and one for each limit."""
     own = (
@@ -5617,6 +5976,13 @@ def _env(name: str, kind: Callable[[str], Any], default: Any = None) -> Any:
 
 
 _TYPE_ARG = _arg("--type", help="the message's type, e.g. request")
+_TO_ARG = _arg("to", help="an agent_id, a name, ALL, @capability, or several with commas")
+_TEXT_ARG = _arg("text", help="the message; - reads stdin")
+_JSON_ARG = _arg("--json-message", action="store_true", help="the text is JSON")
+_LIMIT_ARG = _arg(
+    "--limit", type=int, default=DEFAULT_LIMIT, metavar="N", help=f"the newest N, default {DEFAULT_LIMIT}"
+)
+_TTL_ARG = _arg("--ttl", type=float, metavar="S", help="seconds after which it is not delivered any more")
 _COMMANDS: dict[str, tuple] = {
     "serve": (_serve_command, "run a hub", _serve_arguments, "agenthub serve --port 8080"),
     "register": (_register_command, "register, or register again", (
@@ -5625,14 +5991,32 @@ _COMMANDS: dict[str, tuple] = {
         _arg("--capability", action="append", help="something it can do; may be repeated"),
     ), "agenthub register alpha --capability review"),
     "send": (_send_command, "send a message", (
-        _arg("to", help="an agent_id, a name, ALL, or several with commas"),
-        _arg("text", help="the message; - reads stdin"),
+        _TO_ARG,
+        _TEXT_ARG,
         _TYPE_ARG,
-        _arg("--json-message", action="store_true", help="the text is JSON"),
+        _JSON_ARG,
         _arg("--id", help="idempotency key; default: made"),
         _arg("--reply-to", metavar="ID", help="the message this answers"),
-        _arg("--ttl", type=float, metavar="S", help="seconds after which it is not delivered any more"),
+        _TTL_ARG,
+        _arg("--delay", type=float, metavar="S", help="seconds before it is delivered"),
     ), 'agenthub send alpha "hi"'),
+    "ask": (_ask_command, "send a request and print its answer", (
+        _TO_ARG,
+        _TEXT_ARG,
+        _JSON_ARG,
+        _arg("--wait", type=amount, default=60, metavar="S", help="seconds to wait for the answer, default 60"),
+        _TTL_ARG,
+    ), 'agenthub ask alpha "is main green?" --wait 120'),
+    "reply": (_reply_command, "answer a message by its id", (
+        _arg("id", help="the id of the message, as recv --json and status show it"),
+        _TEXT_ARG,
+        _JSON_ARG,
+        _arg("--type", help="the message's type, default response"),
+    ), 'agenthub reply 01a2…-4fe2 "yes, since 12:04"'),
+    "ping": (_ping_command, "how long an agent takes to acknowledge", (
+        _arg("to", help="an agent_id or a name"),
+        _arg("--wait", type=amount, default=10, metavar="S", help="seconds to wait for it, default 10"),
+    ), "agenthub ping alpha"),
     "recv": (_recv_command, "print what is unread and acknowledge it", (
         _arg("--wait", type=float, metavar="S", help=f"wait up to S seconds (at most {MAX_WAIT}) for something"),
         _arg("--peek", action="store_true", help="acknowledge nothing"),
@@ -5643,14 +6027,27 @@ _COMMANDS: dict[str, tuple] = {
         _arg("--status", choices=("active", "offline")),
         _arg("--capability"),
     ), "agenthub agents --status active"),
-    "history": (_history_command, "print old messages, read or not", (
-        _arg("--limit", type=int, metavar="N", help=f"default the newest {DEFAULT_LIMIT}"),
+    "history": (_history_command, "print what you sent and got, read or not", (
+        _LIMIT_ARG,
         _arg("--after", type=int, metavar="SEQ", help="the first ones after this seq"),
-        _arg("--with", dest="sender", metavar="AGENT", help="only from this agent"),
-        _arg("--thread", metavar="ID"),
+        _arg("--with", dest="other", metavar="AGENT", help="only what you and this agent sent each other"),
+        _arg("--thread", metavar="ID", help="only this thread"),
         _TYPE_ARG,
-    ), "agenthub history --limit 10"),
-    "status": (_status_command, "the hub, and who you are there", (), "agenthub status"),
+    ), "agenthub history --with beta --limit 10"),
+    "search": (_search_command, "find what you sent or got by its words", (
+        _arg("words", nargs="+", help='all of them must be there; "a phrase", prefix*'),
+        _LIMIT_ARG,
+    ), "agenthub search migration 'schema*'"),
+    "trace": (_trace_command, "what became of a message", (
+        _arg("id", help="the message's id, as send prints it"),
+    ), "agenthub trace 01a2…-4fe2"),
+    "status": (_status_command, "the hub, who you are there, and which requests are open", (), "agenthub status"),
+    "doctor": (_doctor_command, "find out why something does not work", (
+        _arg("recipient", nargs="?", help="an agent you can't reach"),
+    ), "agenthub doctor alpha"),
+    "backup": (_backup_command, "copy a running hub's store to a file", (
+        _arg("file", help="a new file"),
+    ), "agenthub backup hub-copy.db"),
 }  # fmt: skip
 COMMANDS = {name: Command(*row) for name, row in _COMMANDS.items()}
 
