@@ -126,6 +126,8 @@ STOP_SECONDS = 1.5  # a clean end takes no longer than this, whatever the client
 RETRY_SECONDS = 10  # how long clients go on after a line that broke in mid-call, before they give up
 GC_THRESHOLD = 50_000  # allocations between two looks for cycles: the hub makes few, and looking cost it 8 %
 BACKLOG = 1_024  # connections waiting to be accepted: a whole team reconnects at once after a restart
+ACCEPTS = 8  # of them in one turn: all are open before the first can be refused, and descriptors may be scarce
+SPARE_FILES = 64  # descriptors that are not for connections: the store, listeners, copies, and those being refused
 DEFAULT_LIMIT = 50  # messages in an answer that names no limit: the seed's figure
 
 Limits = NamedTuple("Limits", [(name, float) for name in LIMITS])  # type: ignore[misc]
@@ -1694,7 +1696,7 @@ WRITES: dict[type, tuple[tuple[str, Callable[[list], list[tuple]]], ...]] = {
             f" WHERE acked_at IS NULL AND {_IN_ITS_INBOXES}",
             _each_seq,
         ),
-        ("UPDATE messages SET payload = 'null', expires_at = -expires_at WHERE seq = ?", _each_seq),
+        ("UPDATE messages SET payload = 'null', expires_at = -abs(expires_at) WHERE seq = ?", _each_seq),
     ),
     Dropped: (
         _GAP,
@@ -2057,8 +2059,16 @@ class Store:
     # the reading half: what is committed, and nothing else
 
     def load(self) -> Snapshot:
-        """Everything the hub keeps in memory."""
-        rows = self._reader.execute
+        """Everything the hub keeps in memory. Raises StoreError where the file is damaged."""
+        try:
+            return self._load(self._reader.execute)
+        except (self._sqlite.Error, ValueError, TypeError) as error:
+            raise StoreError(
+                f"{self.path} is damaged ({error}): restore a backup, or save what can be saved with"
+                " `sqlite3 FILE .recover`, and name another file with --db; this one is left as it is"
+            ) from None
+
+    def _load(self, rows: Callable) -> Snapshot:
         agents, seen = [], []
         query = "SELECT * FROM agents WHERE NOT departed ORDER BY agent_id"
         for *head, capabilities, metadata, tokens, at, seen_at, _ in rows(query):
@@ -3539,7 +3549,7 @@ FRAMES = {"heartbeat": API._heartbeat_frame, "ack": API._ack_frame}
 # --- Readers ----------------------------------------------------------------------------------------------------------
 
 
-CONT, TEXT, BINARY, PING, PONG = 0, 1, 2, 9, 10  # RFC 6455 5.2
+CONT, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10  # RFC 6455 5.2
 
 
 def websocket_frame(data: bytes, opcode: int = TEXT) -> bytes:
@@ -3818,9 +3828,13 @@ class HttpConnection:
         self.transport = transport
         peer = transport.get_extra_info("peername")
         self.address = str(peer[0]) if peer else "local"
-        if len(self.server.connections) >= self.server.limits.max_connections:
-            self._refuse(RateLimited("the hub has as many connections as it may: try again later", retry_after=5))
+        full = len(self.server.connections) >= self.server.limits.max_connections
         self.server.connections.add(self)
+        if full:  # closed at once, without waiting for what it may have sent: a descriptor is what there is none of
+            self.last = True
+            error = RateLimited("the hub has as many connections as it may: try again later", retry_after=5)
+            self.transport.write(error_response(error).encode(self.server.date, keep=False))
+            self.transport.close()
 
     def data_received(self, data: bytes) -> None:
         """Bytes of requests, cut anywhere."""
@@ -4117,6 +4131,7 @@ class HubSocket:
         self._parts: list[bytes] = []
         self._heard_at = self._pinged_at = server.loop.time()
         self._partial_at: float | None = None
+        self._over = False  # a close frame has gone or come: what is behind it is not for us
         server.connections.add(self)
 
     def open(self) -> None:
@@ -4145,6 +4160,8 @@ class HubSocket:
         self.open()  # a frame may come before the library's task has woken
         if event.opcode == PONG and self.stream:
             self.stream.pong(bytes(event.data))
+        elif event.opcode == CLOSE:
+            self._over = True
         elif event.opcode == BINARY:
             self._fail(1003, "send JSON as text frames")
         elif event.opcode in (TEXT, CONT):
@@ -4155,8 +4172,8 @@ class HubSocket:
 
     def _on_text(self, data: bytes) -> None:
         server = self.hub_server
-        if self.stream is None or self.stream.closed or self.protocol.state.name != "OPEN":
-            return  # it could not be answered any more, so it must not be stored either
+        if self._over or self.stream is None or self.stream.closed:
+            return  # the protocol's own state does not say: it is that behind all that has arrived
         try:
             data.decode()  # the library leaves this check to whoever reads the frame
         except UnicodeDecodeError:
@@ -4178,6 +4195,7 @@ class HubSocket:
             self.hub_server.flush_soon()
 
     def _fail(self, code: int, reason: str) -> None:
+        self._over = True
         self.protocol.fail(code, reason)
         self.send_data()
 
@@ -4389,9 +4407,15 @@ class Batches:
             self.api.trouble = ""
 
     def index(self) -> None:
-        """Take messages into the search index, if there are many that are not, and the disk has nothing to do."""
+        """Take messages into the search index, if there are many that are not, and the disk has nothing to do; and go
+        on with it for as long as nothing is committed meanwhile."""
         if self._batch is None and not self.hub.events and self.store.search.lags(self.api.committed):
             self._tidy(functools.partial(self.store.index, self.api.committed))
+            self.loop.call_later(SWEEP_PAUSE, self._index_on, self.api.metrics["commits_total"])
+
+    def _index_on(self, commits: int) -> None:
+        if self.api.metrics["commits_total"] == commits and not self._server.closing:
+            self.index()
 
     def _tidy(self, work: Callable[[], None]) -> None:
         """Between two commits, as a batch of nobody's: where the disk is slow, the loop does not wait."""
@@ -4441,8 +4465,9 @@ class Server:
 
         self.loop, self.clock, self.date = asyncio.get_running_loop(), Clock(), ""
         self.store, self.limits = store, settings.limits
+        stored = store.load()
         self.clock.not_before(store.latest())
-        self.hub = Hub(settings.limits, store.load(), self.clock())
+        self.hub = Hub(settings.limits, stored, self.clock())
         self.api = API(self.hub, store, settings, new_secret)
         self.api.started_at = self.clock()
         self.batches = Batches(self)
@@ -4454,7 +4479,7 @@ class Server:
         self.dirty: dict[Any, None] = {}
         self.held: list[Any] = []
         self.closing = False
-        self._flushing = False
+        self._flushing = self._bringing = False
         self._presence: dict[str, Presence] = {}
         self._pushes: dict[tuple[str, str], list[int]] = {}
         self._listeners: list[Any] = []
@@ -4598,15 +4623,17 @@ class Server:
                 self._swept_at = now
                 self.hub.apply(Sweep(self.clock()))
             self.hub.settle()
-            self._bring_due()
+            if not self._bringing:
+                self._bring_due()
             self._claims_over()
             self.batches.index()
         self.schedule()
 
     def _bring_due(self) -> None:
         """What time has brought about: delayed messages are sent, others run out. As much as a turn may take of it, and
-        the rest in SWEEP_PAUSE, so that nobody waits for it."""
-        if self.closing or self.api.trouble or self.batches.busy:
+        the rest SWEEP_PAUSE after that is durable (the log would name the same ones before), so that nobody waits."""
+        if self.closing or self.api.trouble:
+            self._bringing = False
             return
         at, kept = self.clock(), self.limits.retention * 1000
         found = {
@@ -4617,9 +4644,10 @@ class Server:
         for kind, some in found.items():
             if some:
                 self.hub.apply(kind(at, tuple(some)))
-                self.schedule()
-        if any(found.values()):
-            self.loop.call_later(SWEEP_PAUSE, self._bring_due)
+        self._bringing = any(found.values())
+        if self._bringing:
+            self.when_durable(lambda error: self.loop.call_later(SWEEP_PAUSE, self._bring_due))
+            self.schedule()
 
     def _claims_over(self) -> None:
         """A claim that has run out is news for whoever waits to claim."""
@@ -4645,11 +4673,18 @@ class Server:
     async def start(self, host: str, port: int) -> list[tuple]:
         """Listen, and take websockets in while the first requests are answered: importing it takes as long as all else.
         Returns the addresses. Raises OSError."""
-        first = await self.loop.create_server(lambda: HttpConnection(self), host, port, backlog=BACKLOG)
+        first = await self.loop.create_server(lambda: HttpConnection(self), host, port, backlog=ACCEPTS)
         self._listeners.append(first)
+        self._widen(first)
         if self.api.settings.websockets:
             self.library = self.loop.create_task(self._take_in_websockets(first.sockets[0].dup()))
         return [sock.getsockname() for sock in first.sockets]
+
+    def _widen(self, listener: Any) -> None:
+        """Let more wait than asyncio accepts in one turn: it has one number for both."""
+        for sock in listener.sockets:
+            with sock.dup() as same:
+                same.listen(BACKLOG)
 
     async def _take_in_websockets(self, sock: Any) -> Callable[[], Any]:
         """Have websockets serve on the same socket, so that each of its connections has its server and its handshake.
@@ -4670,8 +4705,9 @@ class Server:
         kind = type("HubServerConnection", (HubSocket, ServerConnection), {})
         listener = await serve(
             self._run_socket, sock=sock, process_request=self.process_request, server_header=None,
-            create_connection=lambda *_, **options: HttpConnection(self), backlog=BACKLOG, logger=logger,
+            create_connection=lambda *_, **options: HttpConnection(self), backlog=ACCEPTS, logger=logger,
         )  # fmt: skip
+        self._widen(listener.server)
         self._listeners.append(listener.server)  # websockets' own close would wait for lines that `stop` closes
         options = {"ping_interval": None, "close_timeout": STOP_SECONDS}
         return lambda: kind(ServerProtocol(max_size=max_size, logger=logger), listener, **options)
@@ -4839,7 +4875,7 @@ class _Calls:
 
     def _ping(self, to: str, wait: float) -> Generator:
         started = time.monotonic()
-        yield from self._ask(to, "ping", wait, "ping", wait)
+        yield from self._ask(to, time.time(), wait, "ping", wait or None)  # never twice the same, which is no loop
         return time.monotonic() - started
 
     def _answer_to(self, receipt: dict, wait: float, type: str) -> Generator:
@@ -5524,7 +5560,8 @@ def _show(args: Any, value: dict, text: str) -> None:
 def _show_message(args: Any, envelope: dict) -> None:
     message = envelope["message"]
     text = message if isinstance(message, str) else dump(message)
-    kind = "" if envelope["type"] in ("message", "broadcast") else f" ({envelope['type']})"
+    asks = f" {envelope['id']}" if envelope["type"] == "request" else ""  # what `reply` needs
+    kind = "" if envelope["type"] in ("message", "broadcast") else f" ({envelope['type']}{asks})"
     to = envelope["to"] if isinstance(envelope["to"], str) else ", ".join(envelope["to"])
     _show(args, envelope, f"{envelope['timestamp'][11:19]} {envelope['from']} to {to}{kind}: {text}")
 
@@ -5669,7 +5706,8 @@ def _trace_command(args: Any) -> int:
     lines = [f"{traced['id']} ({traced['type']}) from {traced['from']}, {traced['timestamp']}{via}"]
     for line in traced["trace"]:
         times = [
-            f"{what} {line[what][11:23]}" + (f" ({line[what + '_via']})" if what + "_via" in line else "")
+            f"{what} {_when(line[what], traced['timestamp'])}"
+            + (f" ({line[what + '_via']})" if what + "_via" in line else "")
             for what in ("due", "stored", "pushed", "claimed", "acknowledged", "expired")
             if what in line
         ]
@@ -5678,7 +5716,14 @@ def _trace_command(args: Any) -> int:
     return 0
 
 
+def _when(time: str, since: str) -> str:
+    """A time of day, with its date where that is not the same as the other's."""
+    return time[11:23] if time[:10] == since[:10] else f"{time[:10]} {time[11:23]}"
+
+
 def _backup_command(args: Any) -> int:
+    if os.path.exists(args.file):
+        raise InvalidRequest(f"{args.file} is there already: name a new file, so that no older copy is lost")
     size = Identity(args).client.backup(args.file)
     _show(
         args, {"file": args.file, "bytes": size}, f"{args.file}: {size} bytes; a hub runs on it with --db {args.file}"
@@ -5720,7 +5765,7 @@ class Doctor:
         self.identity, self.recipient = Identity(args), args.recipient
         self.client = self.identity.client
         self.client.on_wait = lambda seconds, reason: None
-        self.after = 0
+        self.known, self.after = False, 0
 
     def examine(self) -> Iterator[tuple[str, str, str]]:
         """Every check's name, state and words. Raises Unreachable where there is no hub to ask the rest."""
@@ -5774,17 +5819,18 @@ class Doctor:
         if not self.client.agent_id:
             return "warn", "you are nobody here yet: `agenthub register NAME`, or any command, makes you somebody"
         agent = self.client.agent(self.client.agent_id)
+        self.known = True
         how = "--as or AGENTHUB_AGENT" if self.identity.chosen else "what was saved for this hub and session"
         return "ok", f"you are {agent['agent_id']} (by {how}), session {agent['session_id']}, {agent['status']}"
 
     def _token(self) -> tuple[str, str] | None:
-        if not self.client.agent_id:
+        if not self.known:
             return None
         self.client.heartbeat()
         return "ok", "your token is good" if self.client.token else "no token is needed, and you send none"
 
     def _queue(self) -> tuple[str, str] | None:
-        if not self.client.agent_id:
+        if not self.known:
             return None
         newest = self.client.messages(limit=1)
         self.after = newest[-1]["seq"] if newest else 0
@@ -5799,7 +5845,7 @@ class Doctor:
 
     def _stream(self) -> tuple[str, str] | None:
         """With a cursor behind everything, so that nothing is written to a line that nobody reads."""
-        if not self.client.agent_id:
+        if not self.known:
             return None
         started = time.time()
         self.client.open_stream(self.after)
@@ -5924,7 +5970,7 @@ def _fit_descriptors(limits: Any) -> Any:
         soft = wanted
     except (ValueError, OSError):
         pass
-    return limits._replace(max_connections=min(limits.max_connections, max(soft - 32, 8)))
+    return limits._replace(max_connections=min(limits.max_connections, max(soft - SPARE_FILES, soft // 2)))
 
 
 def _serve_arguments() -> tuple:

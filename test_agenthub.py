@@ -97,6 +97,10 @@ class World:
     def state(self) -> ah.Snapshot:
         return self.hub.snapshot()
 
+    def is_what_the_store_says(self) -> bool:
+        """Signs of life apart, which are written down only with a sweep."""
+        return self.state()._replace(seen=()) == self.store.load()._replace(seen=())
+
 
 @pytest.fixture
 def world() -> World:
@@ -396,6 +400,50 @@ def test_an_honest_busy_pair_is_not_stopped(pair: World) -> None:
 # --- Inboxes ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_an_inbox_is_three_sets_of_numbers_whatever_is_done_to_it(seed: int) -> None:
+    chance, inbox, unread, pushed, claims = random.Random(seed), ah.Inbox(), set(), set(), {}
+    for step in range(1, 1500):
+        inbox.unread.append(step), unread.add(step)
+        some = tuple(sorted(chance.sample(sorted(unread), min(len(unread), chance.randrange(5))) + [step + 9]))
+        kind = chance.randrange(8)
+        if kind < 3:
+            assert set(inbox.push(some)) == set(some) & unread - pushed
+            pushed |= set(some) & unread
+        elif kind == 3:
+            inbox.claims.update(dict.fromkeys(some[:-1], step + 50)), claims.update(dict.fromkeys(some[:-1], step + 50))
+        elif kind < 6:
+            runs = inbox.take_all(some)
+            assert [seq for run in runs for seq in run] == sorted(set(some) & unread)
+            assert not any(run[0] < seq < run[-1] for run in runs for seq in unread - set(some)), "a run has no holes"
+            unread -= set(some)
+        elif kind == 6 and unread:
+            high = chance.choice(sorted(unread)) if chance.random() < 0.2 else min(unread)
+            assert set(inbox.take(0, high)) == {seq for seq in unread if seq <= high}
+            unread = {seq for seq in unread if seq > high}
+        else:
+            extra = [seq for seq in range(1, step) if chance.random() < 0.01]
+            both = inbox.adopt(ah.array("q", extra))
+            assert both == sorted(set(extra) & unread)
+            pushed -= set(both)
+            claims = {seq: until for seq, until in claims.items() if seq not in both}
+            unread |= set(extra)
+        pushed &= unread
+        claims = {seq: until for seq, until in claims.items() if seq in unread}
+        assert (list(inbox.unread), list(inbox.pushed), inbox.claims) == (sorted(unread), sorted(pushed), claims)
+        free = [seq for seq in sorted(unread) if claims.get(seq, 0) <= step and seq > step // 2]
+        assert inbox.after(step // 2, 1 << 60, 7, step) == free[:7]
+
+
+def test_requests_are_found_by_everybody_they_concern_until_they_are_put_away() -> None:
+    requests = ah.Requests()
+    one, two = ah.Asked("1", 1, "a", "1", ("b", "c")), ah.Asked("2", 2, "b", "2", ("b",))
+    requests.put(one), requests.put(two), requests.put(one._replace(asked=("c",)))
+    assert ([r.id for r in requests.of("a")], [r.id for r in requests.of("b")]) == (["1"], ["2"])
+    assert requests.pop("1").asked == ("c",) and requests.pop("1") is None and requests.of("c") == []
+    assert requests.pop("2") and not requests._ids
+
+
 # --- Agents -----------------------------------------------------------------------------------------------------------
 
 
@@ -505,6 +553,122 @@ def test_mail_for_a_name_does_not_bring_what_an_earlier_agent_of_that_id_had_rea
     assert [m["message"] for m in page] == ["to nobody"]
 
 
+def test_what_was_written_to_a_reader_and_not_acknowledged_is_known_through_a_restart(tmp_path: Path) -> None:
+    world = World(str(tmp_path / "hub.db"))
+    world.register("a")
+    for _ in range(3):
+        world.send("a", "a")
+    world.commit()
+    world.apply(ah.Push, "a", (1, 2), "websocket")
+    world.apply(ah.Ack, "a", seqs=(1,), via="websocket")
+    assert [world.hub.was_pushed("a", seq) for seq in (1, 2, 3)] == [False, True, False]
+    world.commit()
+    row = world.store.deliveries(1)["a"]
+    assert (row["pushed_via"], row["acked_via"], row["pushed_at"]) == ("websocket", "websocket", world.clock())
+    world.store.close()
+    again = World(str(tmp_path / "hub.db"))
+    assert [again.hub.was_pushed("a", seq) for seq in (1, 2, 3)] == [False, True, False]
+
+
+def test_a_push_alone_is_not_worth_a_commit_and_goes_with_the_next(pair: World) -> None:
+    pair.send("beta-2", "alpha-1")
+    pair.commit()
+    pair.apply(ah.Push, "alpha-1", (1,), "stream")
+    assert pair.hub.take_events() == [] and pair.hub.pushes(1) == {"alpha-1": (pair.clock(), "stream")}
+    pair.apply(ah.Push, "alpha-1", (1,), "stream")
+    pair.send("beta-2", "alpha-1")
+    assert [type(event) for event in pair.hub.take_events()] == [ah.Pushed, ah.Sent]
+
+
+def test_a_claimed_message_is_hidden_from_those_who_claim_until_it_runs_out_or_is_acknowledged(pair: World) -> None:
+    for n in range(3):
+        pair.send("beta-2", "alpha-1", f"{n}")
+    pair.apply(ah.Claim, "alpha-1", (1, 2), pair.clock() + 30_000)
+    free = lambda: pair.hub.unread_after("alpha-1", 0, 99, 99, pair.clock())  # noqa: E731
+    assert free() == [3] and pair.hub.unread_after("alpha-1", 0, 99, 99) == [1, 2, 3]
+    pair.apply(ah.Ack, "alpha-1", seqs=(1,))
+    pair.commit()
+    assert ah.Hub(pair.limits, pair.store.load(), pair.clock()).unread_after("alpha-1", 0, 99, 99, pair.clock()) == [3]
+    pair.clock.advance(30)
+    assert free() == [2, 3]
+
+
+def test_a_delayed_message_lies_aside_and_is_sent_with_a_new_seq_when_it_is_due(tmp_path: Path) -> None:
+    world = World(str(tmp_path / "hub.db"), max_inbox=2)
+    world.register("a")
+    receipt = world.send("a", ("b", "Later"), due_at=world.clock() + 5000)
+    world.send("a", "b")
+    world.commit()
+    refused(ah.InboxFull, world, lambda: world.send("a", "b"))
+    assert (world.hub.unread("b"), world.store.due(world.clock(), 9), receipt.message.seq) == (1, [], 1)
+    world.store.close()
+    world = World(str(tmp_path / "hub.db"), max_inbox=2)
+    world.register("later-1", None, "Later")
+    world.clock.advance(5)
+    due = world.store.due(world.clock(), 9)
+    world.apply(ah.Release, tuple(due))
+    world.apply(ah.Release, tuple(due))  # a second time it is not there any more
+    world.commit()
+    assert [world.hub.unread_after(name, 0, 99, 99) for name in ("b", "later-1", "Later")] == [[2, 3], [3], []]
+    message, inboxes = world.store.find(receipt.message.id)
+    assert (message.seq, message.id, inboxes) == (3, ah.made_id(world.hub.epoch, 1), ("b", "later-1"))
+    assert world.is_what_the_store_says() and not world.hub._aside
+
+
+def test_an_asker_is_told_once_when_nobody_who_was_asked_is_here_any_more(pair: World) -> None:
+    pair.register("gamma-3")
+    asked = pair.send("beta-2", ("alpha-1", "gamma-3"), '"?"', "request").message
+    pair.apply(ah.Connect, "beta-2")
+    pair.apply(ah.Leave, "gamma-3")
+    assert pair.hub.unread("beta-2") == 0, "one of the two is left"
+    for _ in range(2):
+        pair.clock.advance(ah.ACTIVE_SECONDS)
+        pair.apply(ah.Sweep)
+        pair.apply(ah.Touch, "alpha-1")
+    pair.commit()
+    (told,), _ = pair.store.messages(pair.hub.unread_after("beta-2", 0, 99, 99), pair.clock())
+    assert (told.type, told.sender, told.reply_to, told.thread) == ("error", "alpha-1", asked.id, asked.id)
+    assert json.loads(told.payload)["code"] == "offline" and asked.id in pair.hub.requests.open
+    pair.send("alpha-1", "beta-2", '"!"', "response", reply_to=asked.id)
+    assert not pair.hub.requests.open
+
+
+def test_an_asker_is_told_when_its_request_runs_out_unless_it_was_answered(pair: World) -> None:
+    first, second = (
+        pair.send("beta-2", "alpha-1", f"{n}", "request", expires_at=pair.clock() + 1000).message for n in range(2)
+    )
+    pair.send("alpha-1", "beta-2", '"wait"', "ack", reply_to=first.id)
+    assert len(pair.hub.requests.open) == 2, "an ack is no answer"
+    pair.send("alpha-1", "operator", '"not to the asker"', "response", reply_to=first.id)
+    pair.send("alpha-1", "beta-2", '"!"', "response", reply_to=first.id)
+    assert list(pair.hub.requests.open) == [second.id]
+    pair.commit()
+    pair.clock.advance(2)
+    pair.apply(ah.Expire, tuple(pair.store.expired(pair.clock(), 9)))
+    pair.commit()
+    found, _ = pair.store.messages(pair.hub.unread_after("beta-2", 0, 99, 99), pair.clock(), ah.Wanted(type="error"))
+    assert [(m.reply_to, json.loads(m.payload)["code"]) for m in found] == [(second.id, "expired")]
+    assert not pair.hub.requests.open and pair.is_what_the_store_says()
+
+
+def test_open_requests_are_bounded_and_end_with_their_asker(pair: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ah, "MAX_REQUESTS", 3)
+    ids = [pair.send("beta-2", "alpha-1", f"{n}", "request").message.id for n in range(5)]
+    assert list(pair.hub.requests.open) == ids[2:]
+    pair.apply(ah.Leave, "beta-2")
+    assert not pair.hub.requests.open
+    pair.commit()
+    assert pair.is_what_the_store_says()
+
+
+def test_a_request_to_a_name_nobody_has_is_owed_by_whoever_comes_with_it(pair: World) -> None:
+    pair.send("beta-2", "Gamma", '"?"', "request")
+    pair.register("g-1", None, "gamma")
+    assert [r.asked for r in pair.hub.requests.of("g-1")] == [("g-1",)] and pair.hub.requests.of("Gamma") == []
+    pair.commit()
+    assert pair.store.load().requests == pair.state().requests
+
+
 # --- Hub --------------------------------------------------------------------------------------------------------------
 
 
@@ -558,11 +722,178 @@ def test_the_number_of_agents_is_bounded() -> None:
 
 
 class Model:
-    """What the contract promises, as plainly as it can be said: who must still get what."""
+    """What the contract promises, as plainly as it can be said: who must still get what, and who waits for an answer.
+    A method is what a command of that name should do; what the hub sends of its own accord is seen in its events."""
 
     def __init__(self) -> None:
         self.unread: dict[str, list[int]] = {}
+        self.pushed: set[tuple[str, int]] = set()
+        self.claims: dict[tuple[str, int], int] = {}
         self.agents: set[str] = set()
+        self.aside: dict[int, tuple[str, ...]] = {}
+        self.open: dict[str, str] = {}  # the asker of each unanswered request
+
+    def gone(self, inbox: str, seqs: set[int]) -> None:
+        self.unread[inbox] = [seq for seq in self.unread.get(inbox, []) if seq not in seqs]
+        self.pushed -= {(inbox, seq) for seq in seqs}
+        for seq in seqs:
+            self.claims.pop((inbox, seq), None)
+
+    def hear(self, events: list) -> None:
+        """Events decide only what the model could not know: the seqs and ids that were given."""
+        for event in events:
+            if type(event) is ah.Sent:
+                assert not event.inboxes or event.message.seq > max(
+                    (seq for inbox in event.inboxes for seq in self.unread.get(inbox, [])), default=0
+                )
+                for inbox in event.inboxes:
+                    self.unread.setdefault(inbox, []).append(event.message.seq)
+                if event.message.type == "request" and event.inboxes:
+                    self.open[event.message.id] = event.message.sender
+                if event.message.type == "response" and self.open.get(event.message.reply_to) in event.inboxes:
+                    del self.open[event.message.reply_to]
+            elif type(event) is ah.Delayed:
+                self.aside[event.message.seq] = event.inboxes
+            elif type(event) is ah.Released:
+                del self.aside[event.seq]
+
+
+class Player:
+    """Does something at random to a hub and its model, and sees that they agree."""
+
+    def __init__(self, seed: int, path: Path) -> None:
+        self.chance, self.path, self.model = random.Random(seed), path, Model()
+        self.names = [f"a{n}" for n in range(6)]
+        self.clock = FakeClock()
+        self.open()
+        self.deeds = [self.register, self.send, self.send, self.send, self.ack_up_to, self.ack_some, self.leave, self.sweep,
+                      self.push, self.claim, self.delay, self.release, self.ask, self.answer, self.expire, self.drop]  # fmt: skip
+
+    def open(self) -> None:
+        self.world = World(str(self.path), max_inbox=0, loop_guard=0)
+        self.world.clock = self.clock
+        hub, apply = self.world.hub, self.world.hub.apply
+
+        def heard(command: object) -> object:
+            before = len(hub.events)
+            try:
+                return apply(command)
+            finally:
+                self.model.hear(hub.events[before:])
+
+        hub.apply = heard
+
+    def some(self, inbox: str) -> tuple[int, ...]:
+        unread = self.model.unread.get(inbox, [])
+        return tuple(sorted(self.chance.sample(unread, min(3, len(unread)))))
+
+    def step(self) -> None:
+        self.clock.advance(self.chance.random() * 3)
+        self.name, self.other = self.chance.choice(self.names), self.chance.choice(self.names)
+        with contextlib.suppress(ah.HubError):
+            self.chance.choice(self.deeds)()
+        if self.chance.random() < 0.2:
+            self.world.commit()
+
+    def register(self) -> None:
+        self.world.register(self.name)
+        self.model.agents.add(self.name)
+
+    def send(self) -> None:
+        to = self.chance.choice([self.other, "ALL", (self.other, self.name)])
+        receipt = self.world.send(
+            self.name, to, f"{self.clock.ms}", expires_at=self.chance.choice([0, 0, self.clock() + 9000])
+        )
+        expected = self.model.agents - {self.name} if to == "ALL" else {to} if isinstance(to, str) else set(to)
+        assert set(receipt.inboxes) == expected
+
+    def ack_up_to(self) -> None:
+        up_to = self.chance.choice(self.model.unread.get(self.name) or [0])
+        if up_to and self.name in self.model.agents:
+            self.world.apply(ah.Ack, self.name, up_to=up_to)
+            self.model.gone(self.name, {seq for seq in self.model.unread[self.name] if seq <= up_to})
+
+    def ack_some(self) -> None:
+        some = self.some(self.name)
+        if some and self.name in self.model.agents:
+            assert self.world.apply(ah.Ack, self.name, seqs=some) == len(some)
+            self.model.gone(self.name, set(some))
+
+    def leave(self) -> None:
+        self.world.apply(ah.Leave, self.name)
+        self.model.agents.discard(self.name)
+        self.model.open = {id: asker for id, asker in self.model.open.items() if asker != self.name}
+
+    def sweep(self) -> None:
+        self.world.apply(ah.Sweep)
+
+    def push(self) -> None:
+        some = self.some(self.name)
+        self.world.apply(ah.Push, self.name, some, "websocket")
+        self.model.pushed |= {(self.name, seq) for seq in some}
+
+    def claim(self) -> None:
+        free = [seq for seq in self.some(self.name) if self.model.claims.get((self.name, seq), 0) <= self.clock()]
+        taken = self.world.hub.unread_after(self.name, 0, 1 << 60, 1 << 30, self.clock())
+        assert set(free) <= set(taken)
+        if free:
+            self.world.apply(ah.Claim, self.name, tuple(free), self.clock() + 20_000)
+            self.model.claims |= {(self.name, seq): self.clock() + 20_000 for seq in free}
+
+    def delay(self) -> None:
+        self.world.send(self.name, self.other, "0", due_at=self.clock() + self.chance.randrange(9000))
+
+    def release(self) -> None:
+        self.world.commit()
+        self.world.apply(ah.Release, tuple(self.world.store.due(self.clock(), 3)))
+
+    def ask(self) -> None:
+        self.world.send(
+            self.name, self.other, '"?"', "request", expires_at=self.chance.choice([0, self.clock() + 9000])
+        )
+
+    def answer(self) -> None:
+        id, asker = self.chance.choice(list(self.model.open.items()) or [("", "nobody")])
+        self.world.send(self.name, self.chance.choice([asker, asker, self.other]), '"!"', "response", reply_to=id)
+
+    def expire(self) -> None:
+        self.world.commit()
+        self.time_is_over(ah.Expire, self.world.store.expired(self.clock(), 5))
+
+    def drop(self) -> None:
+        self.world.commit()
+        self.time_is_over(ah.Drop, self.world.store.aged(self.clock() - 200_000, 5))
+
+    def time_is_over(self, kind: type, due: list) -> None:
+        self.world.apply(kind, tuple(due))
+        for seq, id, inboxes in due:
+            self.model.open.pop(id, None)
+            for inbox in inboxes:
+                self.model.gone(inbox, {seq})
+
+    def restart(self) -> None:
+        self.world.commit()
+        before = self.world.state()
+        assert self.world.is_what_the_store_says()
+        self.world.store.close()
+        self.open()
+        assert self.world.state()._replace(seen=()) == before._replace(seen=())
+
+    def agree(self, when: str) -> None:
+        hub, model = self.world.hub, self.model
+        inboxes = hub.inboxes.items()
+        for what, has, should in [
+            (
+                "unread",
+                {n: list(i.unread) for n, i in inboxes if i.unread},
+                {n: u for n, u in model.unread.items() if u},
+            ),
+            ("pushed", {(n, seq) for n, i in inboxes for seq in i.pushed}, model.pushed),
+            ("claims", {(n, seq): until for n, i in inboxes for seq, until in i.claims.items()}, model.claims),
+            ("aside", hub.delayed, model.aside),
+            ("open", {request.id: request.asker for request in hub.requests.open.values()}, model.open),
+        ]:
+            assert has == should, (what, when)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -570,58 +901,162 @@ def test_whatever_happens_everything_is_delivered_in_order_until_acknowledged_an
     seed: int, tmp_path: Path
 ) -> None:
     """Random commands beside a model; every few hundred the hub is thrown away and loaded from its file."""
-    chance = random.Random(seed)
-    world, model, names = (
-        World(str(tmp_path / "hub.db"), max_inbox=0, loop_guard=0),
-        Model(),
-        [f"a{n}" for n in range(6)],
-    )
+    player = Player(seed, tmp_path / "hub.db")
     for step in range(2500):
-        world.clock.advance(chance.random() * 3)
-        name, other, kind = chance.choice(names), chance.choice(names), chance.randrange(12)
-        with contextlib.suppress(ah.HubError):
-            if kind < 2:
-                world.register(name)
-                model.agents.add(name)
-            elif kind < 7:
-                to = chance.choice([other, "ALL", (other, name)])
-                receipt = world.send(name, to, f"{step}")
-                for inbox in receipt.inboxes:
-                    model.unread.setdefault(inbox, []).append(receipt.message.seq)
-                expected = model.agents - {name} if to == "ALL" else {other} if to == other else {other, name}
-                assert set(receipt.inboxes) == expected
-            elif kind < 9 and model.unread.get(name):
-                up_to = chance.choice(model.unread[name])
-                world.apply(ah.Ack, name, up_to=up_to)
-                model.unread[name] = [seq for seq in model.unread[name] if seq > up_to]
-            elif kind == 9 and model.unread.get(name):
-                some = tuple(sorted(chance.sample(model.unread[name], min(3, len(model.unread[name])))))
-                world.apply(ah.Ack, name, seqs=some)
-                model.unread[name] = [seq for seq in model.unread[name] if seq not in some]
-            elif kind == 10:
-                world.apply(ah.Leave, name)
-                model.agents.discard(name)
-            else:
-                world.apply(ah.Sweep)
-        if chance.random() < 0.2:
-            world.commit()
+        player.step()
         if step % 400 == 399:
-            world.commit()
-            before = world.state()
-            world.store.close()
-            again = World(str(tmp_path / "hub.db"), max_inbox=0, loop_guard=0)
-            again.clock = world.clock
-            assert again.state()._replace(seen=()) == before._replace(seen=()), f"seed {seed} step {step}"
-            world = again
-        for inbox, unread in model.unread.items():
-            assert world.hub.unread_after(inbox, 0, 1 << 60, 1 << 30) == unread, f"seed {seed} step {step}"
-    world.store.close()
+            player.restart()
+        player.agree(f"seed {seed} step {step}")
+    assert player.world.hub.seq > 400 and player.model.unread
+    player.world.store.close()
 
 
 # --- Schema -----------------------------------------------------------------------------------------------------------
 
 
+def test_every_event_lasts_or_is_known_not_to() -> None:
+    passing = {ah.Presence}
+    events = {
+        kind for kind in vars(ah).values() if isinstance(kind, type) and (kind.__doc__ or "").startswith("Event:")
+    }
+    assert events | {ah.Asked} == set(ah.WRITES) | passing and len(events) > 12
+
+
+def test_a_store_of_the_first_version_is_brought_up_to_date_with_all_that_is_in_it(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "hub.db", isolation_level=None)) as old:
+        old.executescript(ah.MIGRATIONS[0])
+        old.execute(f"PRAGMA application_id = {ah.APPLICATION_ID}")
+        old.execute("PRAGMA user_version = 1")
+        old.execute("INSERT INTO meta VALUES ('epoch', '0badcafe'), ('seq', 0)")
+        old.execute("INSERT INTO agents VALUES ('a', 's', 'A', '[]', '', x'', 5, 6, 0)")
+        old.executemany(
+            "INSERT INTO messages VALUES (?, ?, 'message', 'a', '\"b\"', '\"hi\"', 7, '', '', 0, ?, '[\"b\"]')",
+            [(1, None, b""), (2, "mine", b"d")],
+        )
+        old.execute("INSERT INTO deliveries VALUES ('b', 1, 8), ('b', 2, NULL)")
+    world = World(str(tmp_path / "hub.db"))
+    assert (world.hub.epoch, world.hub.seq, world.hub.unread("b"), world.hub.agents["a"].name) == (
+        "0badcafe",
+        2,
+        1,
+        "A",
+    )
+    assert [m.id for m in world.store.messages([1, 2], 9)[0]] == ["0badcafe-0000000000001", "mine"]
+    assert world.send("a", "b").message.seq == 3
+    world.commit()
+    world.store.close()
+    assert World(str(tmp_path / "hub.db")).hub.unread("b") == 2
+
+
 # --- Search -----------------------------------------------------------------------------------------------------------
+
+
+WORDS = [
+    "auth",
+    "Auth",
+    "étude",
+    "etude",
+    "src/api/users.py",
+    "race",
+    "condition",
+    "race-condition",
+    "refactor",
+    "日本",
+    "42",
+    "x",
+]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_search_finds_the_same_with_an_index_without_and_half_way(seed: int, tmp_path: Path) -> None:
+    """SQLite's index against the plain scan, page by page, over random texts and questions, in two hubs of one history."""
+    chance = random.Random(seed)
+    worlds = [World(str(tmp_path / f"{n}.db"), max_inbox=0) for n in range(2)]
+    for world in worlds:
+        for name in ("a", "b", "c"):
+            world.register(name)
+    for n in range(250):
+        text = " ".join(chance.choices(WORDS, k=chance.randrange(1, 6)))
+        payload = ah.dump(chance.choice([text, {"note": text, "n": [n, text.upper()]}, n]))
+        sender, to = chance.sample(["a", "b", "c"], 2)
+        for world in worlds:
+            world.send(sender, to, payload, expires_at=world.clock() + 1000 if n % 10 == 0 else 0)
+    for world in worlds:
+        world.commit()
+    worlds[0].store.search.indexed = -1
+    worlds[1].store.index(worlds[1].hub.seq)
+    assert worlds[1].store.search.indexed == ah.INDEX_BATCH
+    for world in worlds:
+        world.clock.advance(2)
+        world.apply(ah.Expire, tuple(world.store.expired(world.clock(), 99)))
+        world.commit()
+    for q in [
+        *WORDS,
+        "AUTH x",
+        '"race condition"',
+        "ra*",
+        '"x auth"',
+        '"race cond"*',
+        "auth OR x",
+        "note",
+        "-x",
+        "NEAR(x 2)",
+        "a",
+        "api",
+    ]:
+        pages: list[list] = []
+        for world in worlds:
+            before, found = 0, []
+            while True:
+                target = f"/api/v1/messages/search?agent_id=a&limit=20&q={ah.quote(q)}&before={before}"
+                page = world.call("GET", target)[1]
+                found += page["messages"]
+                before = page["next"]
+                if not before:
+                    break
+            pages.append(found)
+        assert [m["seq"] for m in pages[0]] == [m["seq"] for m in pages[1]], q
+        assert all("a" in (m["from"], m["to"]) and m["seq"] % 10 != 1 for m in pages[0])
+        assert [m["seq"] for m in pages[0]] == sorted((m["seq"] for m in pages[0]), reverse=True)
+        assert pages[0] or " " in q or q in ("a", "-x"), q
+    for world in worlds:
+        world.store.close()
+
+
+def test_a_search_looks_at_so_many_messages_and_says_where_to_go_on(
+    pair: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ah, "SEARCH_SCAN", 100)
+    for n in range(250):
+        pair.send("beta-2", "alpha-1", ah.dump("needle" if n == 5 else f"hay {n}"))
+    pair.commit()
+    seen, before = [], 0
+    while True:
+        page = pair.call("GET", f"/api/v1/messages/search?agent_id=alpha-1&q=needle&before={before}")[1]
+        seen.append((len(page["messages"]), page["next"]))
+        before = page["next"]
+        if not before:
+            break
+    assert seen == [(0, 151), (0, 51), (1, 0)]
+    for q in ("", "***", " ", '"!"'):
+        assert pair.call("GET", f"/api/v1/messages/search?agent_id=alpha-1&q={ah.quote(q)}")[0] == 400, q
+
+
+def test_what_is_deleted_or_past_its_time_is_not_in_the_index_either(tmp_path: Path) -> None:
+    world = World(str(tmp_path / "hub.db"))
+    world.register("a")
+    for n in range(ah.INDEX_BATCH):
+        world.send("a", "b", ah.dump(f"word{n} secret"), expires_at=world.clock() + 1000 if n < 5 else 0)
+    world.commit()
+    world.store.index(world.hub.seq)
+    world.clock.advance(2)
+    world.apply(ah.Expire, tuple(world.store.expired(world.clock(), 9)))
+    world.apply(ah.Drop, ((6, ah.made_id(world.hub.epoch, 6), ("b",)),))
+    world.commit()
+    with contextlib.closing(sqlite3.connect(tmp_path / "hub.db")) as rows:
+        assert rows.execute("SELECT count(*), min(rowid) FROM words WHERE words MATCH 'secret'").fetchone() == (194, 7)
+        assert rows.execute("SELECT count(*) FROM messages WHERE payload LIKE '%word0 %'").fetchone() == (0,)
+    world.store.close()
 
 
 # --- Store ------------------------------------------------------------------------------------------------------------
@@ -772,6 +1207,155 @@ def test_reading_an_inbox_costs_the_same_whatever_lies_in_the_others(tmp_path: P
         assert len(world.store.inbox_before("mine", 10**9, 5)) == 5
         steps.append(count[0])
     assert steps[0] == steps[1]
+
+
+def test_what_ran_out_can_still_be_traced_and_its_id_is_still_known_until_it_is_dropped(tmp_path: Path) -> None:
+    world = World(str(tmp_path / "hub.db"))
+    world.register("a")
+    sent = {"from": "a", "to": ["b", "c"], "message": "secret", "id": "mine", "ttl": 1}
+    world.call("POST", "/api/v1/messages", sent)
+    world.register("c")
+    world.call("POST", "/api/v1/messages/ack", {"agent_id": "c", "ids": ["mine"]})
+    world.clock.advance(2)
+    world.apply(ah.Expire, tuple(world.store.expired(world.clock(), 9)))
+    world.commit()
+    assert world.store.expired(world.clock(), 9) == [] and world.hub.unread("b") == 0
+    trace = world.call("GET", "/api/v1/messages/mine")[1]
+    assert trace["message"] is None and [line["state"] for line in trace["trace"]] == ["expired", "acknowledged"]
+    assert trace["trace"][0]["expired"] == trace["expires_at"] == "2023-11-14T22:13:21.000Z"
+    assert world.call("POST", "/api/v1/messages", sent)[1]["duplicate"] and world.hub.seq == 1
+    assert world.is_what_the_store_says()
+    world.apply(ah.Drop, tuple(world.store.aged(world.clock(), 9)))
+    world.commit()
+    assert world.call("GET", "/api/v1/messages/mine")[0] == 404
+    world.store.close()
+
+
+def test_no_turn_of_the_sweep_has_more_to_write_than_so_many_deliveries(world: World) -> None:
+    world.register("a")
+    for n in range(12):
+        world.send("a", tuple(f"b{i}" for i in range(900)), f"{n}", expires_at=world.clock() + 1)
+    world.send("a", tuple(f"b{i}" for i in range(1000)) + tuple(f"c{i}" for i in range(2000)))
+    world.commit()
+    world.clock.advance(1)
+    assert [seq for seq, _, _ in world.store.expired(world.clock(), 99)] == [1, 2]
+    assert [seq for seq, _, _ in world.store.aged(world.clock(), 99)] == [1, 2]
+    world.apply(ah.Drop, tuple((n, "x", ()) for n in range(1, 13)))
+    world.commit()
+    assert [seq for seq, _, _ in world.store.aged(world.clock(), 99)] == [13], "one alone may be larger"
+
+
+def test_a_file_that_grows_no_more_once_as_much_is_dropped_as_comes(tmp_path: Path) -> None:
+    world, sizes = World(str(tmp_path / "hub.db"), max_inbox=0), []
+    world.register("a")
+    for _ in range(6):
+        for n in range(400):
+            world.send("a", "b", ah.dump(f"{n} " * 50))
+        world.commit()
+        world.clock.advance(10)
+        world.store.index(world.hub.seq), world.store.index(world.hub.seq)
+        while due := world.store.aged(world.clock(), ah.SWEEP_BATCH):
+            world.apply(ah.Drop, tuple(due))
+            world.commit()
+        world.store.checkpoint()
+        sizes.append((tmp_path / "hub.db").stat().st_size + (tmp_path / "hub.db-wal").stat().st_size)
+    assert max(sizes[2:]) <= sizes[1] * 1.1, sizes
+    world.store.close()
+
+
+@pytest.mark.parametrize("where", [0.0, 0.3, 0.6, 0.9])
+def test_a_damaged_file_is_refused_or_whole_and_never_thrown_away(where: float, tmp_path: Path) -> None:
+    path = tmp_path / "hub.db"
+    world = World(str(path))
+    world.register("a")
+    for n in range(300):
+        world.send("a", "b", ah.dump(f"{n} " * 50))
+    world.commit()
+    world.store.close()
+    data = bytearray(path.read_bytes())
+    start = max(4096 * int(len(data) / 4096 * where), 4096)
+    data[start : start + 8192] = b"\xaa" * 8192
+    path.write_bytes(data)
+    try:
+        store = ah.Store(str(path))
+        store.load()
+        store.close()
+    except ah.StoreError as error:
+        assert "restore a backup" in str(error) or "another file" in str(error)
+    assert path.stat().st_size == len(data)
+
+
+def test_after_an_fsync_that_failed_nothing_more_is_written_and_reading_goes_on(live: object, tmp_path: Path) -> None:
+    """A library in front of the system's fsync, which fails from the moment a file appears."""
+    compiler = shutil.which("cc")
+    if not compiler or sys.version_info < (3, 11):
+        pytest.skip("needs a C compiler, and a Python that tells SQLite's error codes")
+    source, broken = tmp_path / "eio.c", tmp_path / "broken"
+    source.write_text(
+        "#include <errno.h>\n#include <unistd.h>\n#include <sys/syscall.h>\n"
+        f'static int fails(void) {{ if (access("{broken}", F_OK)) return 0; errno = EIO; return 1; }}\n'
+        "int fsync(int fd) { return fails() ? -1 : syscall(SYS_fsync, fd); }\n"
+        "int fdatasync(int fd) { return fails() ? -1 : syscall(SYS_fdatasync, fd); }\n"
+    )
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", tmp_path / "eio.so", source], check=True)
+    hub = live(LD_PRELOAD=str(tmp_path / "eio.so"))
+    client = hub.client("a")
+    kept = client.send_message("a", "kept")["message_id"]
+    broken.touch()
+    for _ in range(2):
+        with pytest.raises(ah.StorageFull, match="fsync"):
+            client.send_message("a", "lost")
+    broken.unlink()
+    with pytest.raises(ah.StorageFull, match="start the hub again"):
+        client.send_message("a", "never tried")
+    assert [m["id"] for m in client.messages(unread=True)] == [kept] and client.health()["status"] == "failing"
+    assert hub.stop() == 0
+    again = live()
+    assert again.client("a").send_message("a", "on")["seq"] == 2
+
+
+def test_a_copy_made_while_messages_pour_in_is_whole_and_holds_all_that_was_acknowledged_before(
+    live: object, tmp_path: Path
+) -> None:
+    hub = live("--rate-limit", "0", "--max-inbox", "0")
+    stop, sent = threading.Event(), []
+
+    def pour() -> None:
+        with hub.client("writer") as client:
+            while not stop.is_set():
+                sent.append(client.send_message("sink", "x" * 500)["message_id"])
+
+    pouring = threading.Thread(target=pour)
+    pouring.start()
+    try:
+        copies = []
+        for n in range(3):
+            until(lambda n=n: len(sent) > 100 * (n + 1))
+            before = set(sent)
+            copies.append((tmp_path / f"copy{n}.db", before))
+            assert hub.client().backup(str(copies[-1][0])) == copies[-1][0].stat().st_size
+    finally:
+        stop.set()
+        pouring.join()
+    for path, before in copies:
+        assert path.stat().st_mode & 0o777 == 0o600
+        with contextlib.closing(sqlite3.connect(path)) as rows:
+            assert rows.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+            assert before <= {id for (id,) in rows.execute("SELECT id FROM messages")}
+    with pytest.raises(FileExistsError):
+        hub.client().backup(str(copies[0][0]))
+    assert {path.name for path in tmp_path.iterdir() if "backup" in path.name or "part" in path.name} == set()
+    assert hub.stop() == 0
+    again = live(db="copy2.db")
+    assert again.client("writer").send_message("sink", "on")["seq"] > len(copies[-1][1])
+
+
+def test_a_store_in_memory_can_be_copied_too(live: object, tmp_path: Path) -> None:
+    hub = live("--db", ":memory:")
+    hub.client("a").send_message("a", "hi")
+    hub.client().backup(str(tmp_path / "copy.db"))
+    with contextlib.closing(sqlite3.connect(tmp_path / "copy.db")) as rows:
+        assert rows.execute("SELECT payload FROM messages").fetchall() == [('"hi"',)]
 
 
 # --- HTTP -------------------------------------------------------------------------------------------------------------
@@ -959,6 +1543,123 @@ def test_a_welcome_names_no_seq_that_is_not_on_disk_yet(pair: World) -> None:
     assert pair.api.welcome(upgrade)["seq"] == 0
     pair.commit()
     assert pair.api.welcome(upgrade)["seq"] == 1
+
+
+def test_what_one_claims_another_who_claims_does_not_get_until_it_runs_out(pair: World) -> None:
+    for n in range(4):
+        pair.call("POST", "/api/v1/messages", {"from": "beta-2", "to": "alpha-1", "message": n})
+    claim = lambda query: [  # noqa: E731
+        (m["message"], m.get("redelivered"))
+        for m in pair.call("GET", f"/api/v1/messages?agent_id=alpha-1&claim=30{query}")[1]["messages"]
+    ]
+    assert claim("&limit=2") == [(0, None), (1, None)] and claim("&limit=1") == [(2, None)]
+    assert len(pair.call("GET", "/api/v1/messages?agent_id=alpha-1&unread=true")[1]["messages"]) == 4
+    pair.call("POST", "/api/v1/messages/ack", {"agent_id": "alpha-1", "up_to": 1})
+    pair.clock.advance(31)
+    assert claim("") == [(1, True), (2, True), (3, None)] and claim("") == []
+
+
+def test_a_trace_says_when_and_how_each_recipient_got_it(pair: World) -> None:
+    sent = pair.call("POST", "/api/v1/messages", {"from": "beta-2", "to": ["alpha-1", "nobody-1"], "message": "hi"})[1]
+    target, at = f"/api/v1/messages/{sent['message_id']}", lambda: ah.timestamp(pair.clock())
+    stored = at()
+    trace = pair.call("GET", target)[1]
+    assert (trace["message"], trace["via"], trace["seq"]) == ("hi", "http", 1)
+    assert trace["trace"] == [
+        {"agent_id": "alpha-1", "state": "queued", "stored": stored},
+        {"agent_id": "nobody-1", "state": "unknown", "stored": stored},
+    ]
+    pair.clock.advance(1)
+    pair.hub.apply(ah.Push(pair.clock(), "alpha-1", (1,), "websocket"))
+    pushed = pair.call("GET", target)[1]["trace"][0]
+    assert (pushed["state"], pushed["pushed"], pushed["pushed_via"]) == ("pushed", at(), "websocket")
+    pair.clock.advance(1)
+    pair.call("GET", "/api/v1/messages?agent_id=alpha-1&claim=30")
+    claimed = pair.call("GET", target)[1]["trace"][0]
+    assert (claimed["state"], claimed["claimed"], claimed["pushed"]) == ("claimed", at(), pushed["pushed"])
+    pair.clock.advance(31)
+    assert pair.call("GET", target)[1]["trace"][0]["state"] == "pushed", "the claim has run out"
+    pair.call("POST", "/api/v1/messages/ack", {"agent_id": "alpha-1", "ids": [sent["message_id"]]})
+    done = pair.call("GET", target)[1]["trace"][0]
+    assert (done["state"], done["acknowledged"], done["acknowledged_via"]) == ("acknowledged", at(), "http")
+    assert pair.call("GET", "/api/v1/messages/nothing")[0] == 404
+
+
+def test_a_trace_is_for_the_sender_and_the_recipients_of_a_message() -> None:
+    world = World(key="the-key")
+    key = {"Authorization": "Bearer the-key"}
+    tokens = {
+        name: {
+            "Authorization": f"Bearer {world.call('POST', '/api/v1/agents/register', {'agent_id': name}, **key)[1]['token']}"
+        }
+        for name in ("a", "b", "c")
+    }
+    id = world.call("POST", "/api/v1/messages", {"to": "b", "message": 1}, **tokens["a"])[1]["message_id"]
+    target = f"/api/v1/messages/{id}"
+    assert [world.call("GET", target, **who)[0] for who in (tokens["a"], tokens["b"], tokens["c"], key, {})] == [
+        200, 200, 403, 200, 401]  # fmt: skip
+    assert world.call("GET", f"{target}?agent_id=a", **tokens["c"])[0] == 403
+    for path in ("messages/search?q=x&agent_id=a", "requests?agent_id=a"):
+        assert [world.call("GET", f"/api/v1/{path}", **who)[0] for who in (tokens["a"], tokens["c"], key, {})] == [
+            200, 403, 200, 401]  # fmt: skip
+    assert [world.raw("POST", "/api/v1/backup", b"", **who).__class__ for who in (tokens["a"], {}, key)] == [
+        ah.Response, ah.Response, ah.Download]  # fmt: skip
+
+
+def test_requests_nobody_has_answered_are_listed_for_both_sides(pair: World) -> None:
+    ask = {"from": "beta-2", "to": "alpha-1", "message": "?", "type": "request"}
+    first, second = (pair.call("POST", "/api/v1/messages", ask | {"message": n})[1]["message_id"] for n in range(2))
+    listed = lambda who: [  # noqa: E731
+        (r["id"], r["from"], r["message"], r["waiting_for"])
+        for r in pair.call("GET", f"/api/v1/requests?agent_id={who}")[1]["requests"]
+    ]
+    assert (
+        listed("beta-2") == listed("alpha-1") == [(first, "beta-2", 0, ["alpha-1"]), (second, "beta-2", 1, ["alpha-1"])]
+    )
+    pair.call("POST", "/api/v1/messages", {"from": "alpha-1", "to": "beta-2", "message": "!", "reply_to": first})
+    assert [id for id, *_ in listed("beta-2")] == [second] and listed("operator") == []
+
+
+def test_a_conversation_shows_both_sides_of_it_and_can_be_paged_back(pair: World) -> None:
+    pair.register("gamma-3")
+    pair.commit()
+    for n in range(30):
+        sender, to = [("alpha-1", "beta-2"), ("beta-2", "alpha-1"), ("gamma-3", "ALL")][n % 3]
+        pair.call("POST", "/api/v1/messages", {"from": sender, "to": to, "message": n})
+    page = lambda query: pair.call("GET", f"/api/v1/messages?agent_id=alpha-1{query}")[1]  # noqa: E731
+    between = [n for n in range(30) if n % 3 < 2]
+    assert [m["message"] for m in page("&with=beta-2")["messages"]] == between
+    assert [m["message"] for m in page("&sent=true")["messages"]] == list(range(30))
+    assert [m["message"] for m in page("&with=gamma-3")["messages"]] == [n for n in range(30) if n % 3 == 2]
+    assert [m["message"] for m in page("&with=beta-2&after=0&limit=5")["messages"]] == between[:5]
+    got, before = [], 0
+    while True:
+        found = page(f"&with=beta-2&limit=6&before={before}")
+        got, before = [m["message"] for m in found["messages"]] + got, found["previous"]
+        if not before:
+            break
+    assert got == between
+
+
+def test_a_cursor_that_is_not_of_this_log_is_told_and_answered_with_what_is_unread(pair: World) -> None:
+    for n in range(3):
+        pair.call("POST", "/api/v1/messages", {"from": "beta-2", "to": "alpha-1", "message": n})
+    pair.call("POST", "/api/v1/messages/ack", {"agent_id": "alpha-1", "up_to": 1})
+    for query in ("after=99", "after=1&epoch=another"):
+        page = pair.call("GET", f"/api/v1/messages?agent_id=alpha-1&{query}")[1]
+        assert page["recovered"] is False and [m["message"] for m in page["messages"]] == [1, 2]
+    page = pair.call("GET", f"/api/v1/messages?agent_id=alpha-1&after=2&epoch={pair.hub.epoch}")[1]
+    assert "recovered" not in page and [m["message"] for m in page["messages"]] == [2]
+
+
+def test_how_long_mail_has_waited_is_shown_with_its_agent_and_in_the_metrics(pair: World) -> None:
+    pair.call("POST", "/api/v1/messages", {"from": "beta-2", "to": "alpha-1", "message": 1})
+    pair.clock.advance(75)
+    agents = {a["agent_id"]: a.get("unread_age") for a in pair.call("GET", "/api/v1/agents")[1]["agents"]}
+    assert agents == {"alpha-1": 75, "beta-2": None}
+    assert b"agenthub_oldest_unread_seconds 75.0\n" in pair.raw("GET", "/metrics").encode("now")
+    pair.call("POST", "/api/v1/messages/ack", {"agent_id": "alpha-1", "up_to": 1})
+    assert b"agenthub_oldest_unread_seconds 0.0\n" in pair.raw("GET", "/metrics").encode("now")
 
 
 # --- Handlers ---------------------------------------------------------------------------------------------------------
@@ -1150,6 +1851,38 @@ def test_a_refusal_has_its_status_and_code_one_sentence_and_changes_nothing(
     assert (got, answer["success"], answer["error"]["code"]) == (status, False, code)
     assert 10 < len(answer["error"]["message"]) < 400 and "\n" not in answer["error"]["message"]
     assert pair.state()._replace(seen=()) == before
+
+
+def test_a_delayed_message_is_told_as_such_and_is_not_there_before_it_is_due(pair: World) -> None:
+    body = {"from": "beta-2", "to": "alpha-1", "message": "later", "delay": 5, "id": "mine"}
+    receipt = pair.call("POST", "/api/v1/messages", body)[1]
+    assert (receipt["due_at"], receipt["queued"], receipt["recipients"][0]["unread"]) == (
+        "2023-11-14T22:13:25.000Z",
+        1,
+        0,
+    )
+    assert pair.call("POST", "/api/v1/messages", body)[1] == receipt | {"duplicate": True}
+    assert pair.call("POST", "/api/v1/messages", body | {"delay": 6})[0] == 409
+    assert pair.call("GET", "/api/v1/messages/mine")[1]["trace"] == [
+        {"agent_id": "alpha-1", "state": "delayed", "due": receipt["due_at"]}
+    ]
+    pair.clock.advance(5)
+    pair.apply(ah.Release, tuple(pair.store.due(pair.clock(), 9)))
+    pair.commit()
+    (envelope,) = pair.call("GET", "/api/v1/messages?agent_id=alpha-1&after=1")[1]["messages"]
+    assert (envelope["id"], envelope["seq"], envelope["message"]) == ("mine", 2, "later")
+    assert pair.call("GET", "/api/v1/messages/mine")[1]["trace"][0]["stored"] == receipt["due_at"]
+    for bad in ({"delay": -1}, {"delay": "5"}, {"delay": 5, "ttl": 5}):
+        assert pair.call("POST", "/api/v1/messages", body | {"id": None} | bad)[0] == 400, bad
+
+
+def test_a_retry_is_told_that_it_was_pushed_even_when_it_is_acknowledged_by_now(pair: World) -> None:
+    body = {"from": "beta-2", "to": "alpha-1", "message": 1, "id": "mine"}
+    pair.call("POST", "/api/v1/messages", body)
+    pair.hub.apply(ah.Push(pair.clock(), "alpha-1", (1,), "stream"))
+    assert pair.call("POST", "/api/v1/messages", body)[1]["pushed"] == 1
+    pair.call("POST", "/api/v1/messages/ack", {"agent_id": "alpha-1", "up_to": 1})
+    assert pair.call("POST", "/api/v1/messages", body)[1]["recipients"][0]["state"] == "pushed"
 
 
 # --- Routes -----------------------------------------------------------------------------------------------------------
@@ -1577,6 +2310,99 @@ def test_a_reader_that_takes_nothing_is_cut_off_costs_little_and_gets_everything
         assert [next_envelope(line)["message"][0] for _ in range(400)] == list(range(400))
 
 
+def test_a_poll_that_claims_is_answered_when_another_claim_has_run_out_and_only_one_of_two_gets_a_message(
+    shared_hub: LiveHub,
+) -> None:
+    workers, boss = [shared_hub.client("crew") for _ in range(2)], shared_hub.client("boss")
+    got: list = [[], []]
+    threads = [
+        threading.Thread(target=lambda n=n: got[n].extend(workers[n].messages(claim=1, wait=30, limit=1)))
+        for n in (0, 1)
+    ]
+    for thread in threads:
+        thread.start()
+    until(lambda: boss.agent("crew")["connected"] and boss.health()["connections"] >= 2)
+    id = boss.send_message("crew", "once")["message_id"]
+    for thread in threads:
+        thread.join(20)
+    first, second = sorted((messages[0] for messages in got), key=lambda m: "redelivered" in m)
+    assert first["id"] == second["id"] == id and "redelivered" not in first and second["redelivered"]
+    trace = boss.trace(id)["trace"][0]
+    assert (trace["pushed_via"], trace["pushed"] < trace["claimed"]) == ("poll", True)
+
+
+def test_a_trace_names_the_interface_a_message_was_pushed_and_acknowledged_by(shared_hub: LiveHub) -> None:
+    pytest.importorskip("websockets")
+    me, other = shared_hub.client("traced"), shared_hub.client("tracer")
+    with shared_hub.socket("traced") as line:
+        next_frame(line, "welcome")
+        receipt = other.send_message("traced", "hi")
+        assert next_envelope(line)["id"] == receipt["message_id"]
+        done = until(lambda: (t := other.trace(receipt["message_id"]))["trace"][0]["state"] == "acknowledged" and t)
+    (line_,) = done["trace"]
+    assert (done["via"], line_["pushed_via"], line_["acknowledged_via"]) == ("http", "websocket", "websocket")
+    assert line_["stored"] <= line_["pushed"] <= line_["acknowledged"]
+    assert me.messages(unread=True) == []
+
+
+def test_a_line_that_gets_something_again_in_the_middle_of_catching_up_is_told_so(shared_hub: LiveHub) -> None:
+    """Mail adopted by an agent that has a line open: older mail comes late, and what comes twice is flagged."""
+    pytest.importorskip("websockets")
+    shared_hub.client("late-1")
+    other = shared_hub.client("writer-9")
+    other.send_message("Late Name", "early")
+    with shared_hub.socket("late-1", "?ack=explicit") as line:
+        next_frame(line, "welcome")
+        other.send_message("late-1", "before")
+        assert "redelivered" not in next_envelope(line)
+        ah.Client(shared_hub.url, "late-1", name="Late Name").register()
+        got = [next_envelope(line) for _ in range(2)]
+        assert [(m["message"], m.get("redelivered")) for m in got] == [("early", None), ("before", True)]
+
+
+def test_a_stream_says_first_when_something_after_its_cursor_is_gone(shared_hub: LiveHub) -> None:
+    shared_hub.client("gap-1").send_message("gap-1", "x")
+    for query, kind in (("", b"data: "), ("&format=json", b"")):
+        with socket.create_connection(("127.0.0.1", shared_hub.port), timeout=20) as line:
+            target = f"/api/v1/stream?agent_id=gap-1&after={10**9}{query}"
+            line.sendall(f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            reader, text = ah.ResponseReader(), b""
+            while b'"message"' not in text:
+                text += reader.feed(line.recv(65536) or pytest.fail("closed"))
+            found = [json.loads(part) for part in re.findall(rb"^" + kind + rb"(\{.*\})$", text, re.M)]
+            assert (found[0]["type"], found[0]["recovered"], found[1]["message"]) == ("welcome", False, "x")
+
+
+def test_a_peer_that_vanishes_without_a_word_is_noticed_and_its_mail_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line at whose end nobody answers a ping any more, as when a laptop is closed: here with quicker pings."""
+    pytest.importorskip("websockets")
+    monkeypatch.setattr(ah, "PING_SECONDS", 0.2)
+    monkeypatch.setattr(ah, "TICK_SECONDS", 0.05)
+
+    async def play() -> None:
+        server = ah.Server(ah.Store(str(tmp_path / "hub.db")), ah.Settings(ah.make_limits()))
+        port = (await server.start("127.0.0.1", 0))[0][1]
+        client = ah.AgentClient(f"http://127.0.0.1:{port}", "gone")
+        await client.register()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(
+            b"GET /ws/gone HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+        )
+        await reader.readuntil(b'"unread":0}')
+        assert (await client.send_message("gone", "hello"))["pushed"] == 1
+        while (await client.agent("gone"))["connected"]:
+            await asyncio.sleep(0.01)
+        assert await reader.read() != b"" and (await client.heartbeat())["unread"] == 1
+        writer.close()
+        await client.close()
+        await server.stop()
+
+    asyncio.run(play())
+
+
 # --- Connections ------------------------------------------------------------------------------------------------------
 
 
@@ -1736,6 +2562,38 @@ def test_a_websocket_opened_the_moment_the_hub_starts_is_served(live: object) ->
         assert next_frame(line, "welcome")["agent_id"] == "early"
 
 
+def test_a_frame_behind_the_peers_close_frame_is_not_stored(shared_hub: LiveHub) -> None:
+    pytest.importorskip("websockets")
+    client = shared_hub.client("parting")
+    frame = lambda data, opcode: bytes([0x80 | opcode, 0x80 | len(data)]) + b"\0\0\0\0" + data  # noqa: E731
+    send = lambda n: frame(b'{"to":"parting","message":%d}' % n, 1)  # noqa: E731
+    with shared_hub.socket("parting", "?ack=explicit") as line:
+        next_frame(line, "welcome")
+        line.socket.sendall(send(1) + frame(b"\x03\xe8", 8) + send(2))
+        until(lambda: not client.agent("parting")["connected"])
+    assert [m["message"] for m in client.messages()] == [1]
+
+
+def test_a_download_nobody_takes_is_cut_off_and_one_that_breaks_leaves_nothing_behind(
+    live: object, tmp_path: Path
+) -> None:
+    hub = live("--idle-timeout", "1", "--max-inbox", "0", "--rate-limit", "0")
+    client = hub.client("a")
+    for n in range(60):
+        client.send_message("b", f"{n}" * 100_000)
+    files = lambda: len(os.listdir(f"/proc/{hub.process.pid}/fd"))  # noqa: E731
+    before = files()
+    with socket.create_connection(("127.0.0.1", hub.port), timeout=20) as line:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        line.sendall(b"POST /api/v1/backup HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n")
+        until(lambda: files() >= before + 2)
+        until(lambda: files() <= before)
+    with pytest.raises(OSError):
+        client.backup(str(tmp_path / "no" / "such.db"))
+    assert [path.name for path in tmp_path.iterdir() if "agenthub-backup" in path.name] == []
+    assert hub.client().backup(str(tmp_path / "whole.db")) > 6_000_000
+
+
 # --- Batches ----------------------------------------------------------------------------------------------------------
 
 
@@ -1798,6 +2656,40 @@ def test_a_full_disk_refuses_senders_reads_go_on_and_the_hub_recovers_by_itself(
         await server.stop()
 
     asyncio.run(play())
+
+
+def test_a_disk_that_is_full_in_earnest_refuses_senders_and_takes_them_again_when_there_is_room(live: object) -> None:
+    """The hub's process may write no file beyond a size, as on a full volume or over a quota; then it may again."""
+    resource = pytest.importorskip("resource")
+    hub = live("--rate-limit", "0", "--max-inbox", "0", "--loop-guard", "0")
+    client = hub.client("a")
+    kept = [client.send_message("a", n)["message_id"] for n in range(5)]
+    largest = max(path.stat().st_size for path in hub.folder.glob("hub.db*"))
+    _, most = resource.prlimit(hub.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(hub.process.pid, resource.RLIMIT_FSIZE, (largest + 100_000, most))
+    with pytest.raises(ah.StorageFull):
+        for n in range(100):
+            kept.append(client.send_message("a", f"{n}" * 10_000)["message_id"])
+    assert client.health()["status"] == "failing"
+    assert [m["id"] for m in client.messages(after=0, limit=1000)] == kept and client.heartbeat()["unread"] == len(kept)
+    resource.prlimit(hub.process.pid, resource.RLIMIT_FSIZE, (most, most))
+    until(lambda: client.health()["status"] == "ok")
+    kept.append(client.send_message("a", "again")["message_id"])
+    assert hub.stop() == 0
+    with contextlib.closing(sqlite3.connect(hub.db)) as rows:
+        assert rows.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        assert [id for (id,) in rows.execute("SELECT id FROM messages ORDER BY seq")] == kept
+
+
+def test_the_search_index_is_filled_when_there_is_nothing_else_to_do(shared_hub: LiveHub) -> None:
+    client = shared_hub.client("indexer")
+    for n in range(2 * ah.INDEX_BATCH):
+        client.send_message("indexer", f"number {n}")
+    indexed = lambda: (
+        sqlite3.connect(shared_hub.db).execute("SELECT value FROM meta WHERE key = 'indexed'").fetchone()[0]
+    )  # noqa: E731
+    until(lambda: indexed() >= 2 * ah.INDEX_BATCH)
+    assert [m["message"] for m in client.search("number 17")] == ["number 17"]
 
 
 # --- Server -----------------------------------------------------------------------------------------------------------
@@ -1909,6 +2801,113 @@ def test_expired_and_old_messages_are_swept_away_by_a_running_hub(live: object) 
     assert [m["message"] for m in client.messages()] == ["long"]
 
 
+def test_the_clock_set_back_an_hour_changes_neither_order_nor_what_runs_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wall, now = time.time, [0.0]
+    monkeypatch.setattr(ah.time, "time", lambda: wall() + now[0])
+    clock = ah.Clock()
+    before = clock()
+    now[0] = -3600.0
+    assert before <= clock() < before + 60_000, "a clock that runs does not look at the wall again"
+    times = []
+    for start in (0.0, -3600.0):
+        now[0] = start
+        clock, store = ah.Clock(), ah.Store(str(tmp_path / "hub.db"))
+        clock.not_before(store.latest())
+        hub = ah.Hub(ah.make_limits(), store.load(), clock())
+        hub.apply(ah.Register(clock(), "a", "s", "s", None, None, None, b"t" * 32, True))
+        times.append(
+            hub.apply(ah.Send(clock(), "a", "a", '"x"', "message", expires_at=clock() + 60_000)).message.sent_at
+        )
+        store.write(hub.take_events()), store.commit(), store.close()
+    assert times[0] <= times[1] < times[0] + 60_000, "after a restart it goes on from what was written down"
+    now[0] = -3 * ah.CLOCK_DAY
+    clock = ah.Clock()
+    clock.not_before(times[1])
+    assert clock() < times[1] - 2 * ah.CLOCK_DAY * 1000, "a clock that was wrong by days is right now"
+
+
+def test_out_of_descriptors_the_hub_keeps_its_lines_and_accepts_again_later(live: object, tmp_path: Path) -> None:
+    few = tmp_path / "few"
+    few.write_text(f'#!/bin/sh\nulimit -n 128\nexec "{sys.executable}" "$@"\n')
+    few.chmod(0o755)
+    hub = live(python=str(few))
+    client = hub.client("kept")
+    lines = []
+    try:
+        for _ in range(300):
+            lines.append(socket.create_connection(("127.0.0.1", hub.port), timeout=20))
+            if len(lines) % 50 == 0:
+                assert client.send_message("kept", len(lines))["success"], "on the line that was open before"
+    finally:
+        for line in lines:
+            line.close()
+    assert until(lambda: hub.client().health()["status"] == "ok")
+    assert [m["message"] for m in client.messages()] == [50, 100, 150, 200, 250, 300]
+    assert len(hub.log().splitlines()) < 20
+
+
+def test_two_hundred_agents_come_back_after_a_restart_each_in_its_own_time_and_miss_nothing(live: object) -> None:
+    pytest.importorskip("websockets")
+    options = ("--rate-limit", "0", "--max-inbox", "0")
+    hub = live(*options, port=steady_port())
+    pauses: dict[str, list[float]] = {}
+    got: dict[str, list] = {}
+
+    async def play() -> None:
+        agents = [ah.AgentClient(hub.url, f"a{n}") for n in range(200)]
+        boss = ah.AgentClient(hub.url, "boss")
+        for agent in (boss, *agents):
+            await agent.register()
+            agent.on_wait = lambda seconds, _, name=agent.agent_id: pauses.setdefault(name, []).append(seconds)
+        listening = [asyncio.ensure_future(agent.listen(got.setdefault(agent.agent_id, []).append)) for agent in agents]
+        while (await boss.health())["connections"] < 200:
+            await asyncio.sleep(0.02)
+        await boss.send_message("ALL", "before")
+        await asyncio.to_thread(hub.stop)
+        again = await asyncio.to_thread(live, *options, port=str(hub.port))
+        await boss.send_message("ALL", "after")
+        while not all([m["message"] for m in messages] == ["before", "after"] for messages in got.values()):
+            assert again.process.poll() is None and not any(task.done() for task in listening)
+            await asyncio.sleep(0.02)
+        for agent in (boss, *agents):
+            await agent.close()
+        await asyncio.gather(*listening)
+
+    asyncio.run(asyncio.wait_for(play(), 60))
+    firsts = {seconds[0] for seconds in pauses.values()}
+    assert len(pauses) >= 200 and len(firsts) > 50, "no two wait alike, so that they do not all come at once"
+    assert max(map(len, pauses.values())) < 20
+
+
+def test_delayed_messages_come_when_they_are_due_and_requests_that_run_out_are_told(live: object) -> None:
+    hub = live()
+    asker, asked = hub.client("asker"), hub.client("asked")
+    asked.send_message("asked", "later", delay=0.3)
+    assert asked.messages(unread=True) == []
+    with pytest.raises(ah.Unanswered, match="in time") as caught:
+        asker.ask("asked", "quick!", wait=30, ttl=0.2)
+    assert caught.value.details["answer"]["message"]["code"] == "expired"
+    assert [m["message"] for m in asked.messages(unread=True, wait=30)] == ["later"] and asker.requests() == []
+
+
+def test_a_great_many_messages_that_run_out_together_are_gone_soon_and_hold_nobody_up(live: object) -> None:
+    hub = live("--rate-limit", "0", "--max-inbox", "0", "--loop-guard", "0", "--retention", "1")
+    client = hub.client("a")
+    lines = b"".join(
+        b"POST /to/b HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\n%04d" % n for n in range(3000)
+    )
+    assert hub.talk(lines).count(b'"success":true') == 3000
+    until(lambda: "agenthub_expired_total 3000" in hub.talk(
+        b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").decode())  # fmt: skip
+    with contextlib.closing(sqlite3.connect(hub.db)) as rows:
+        assert rows.execute("SELECT (SELECT count(*) FROM messages), (SELECT count(*) FROM deliveries)").fetchone() == (
+            0,
+            0,
+        )
+
+
 # --- Calls ------------------------------------------------------------------------------------------------------------
 
 # --- Client -----------------------------------------------------------------------------------------------------------
@@ -1987,6 +2986,68 @@ def test_a_client_waits_where_it_is_told_to_slow_down(live: object) -> None:
     client.on_wait = lambda seconds, reason: waits.append(reason)
     assert len({client.send_message("hasty", n)["seq"] for n in range(4)}) == 4
     assert waits and "requests a second" in waits[0]
+
+
+def test_an_asker_is_told_at_once_when_nobody_gets_its_request_and_when_the_asked_agent_leaves(
+    shared_hub: LiveHub,
+) -> None:
+    asker, asked = shared_hub.client("curious"), shared_hub.client("silent")
+    with pytest.raises(ah.Unanswered, match="kept for no one"):
+        asker.ask("@nobody-can", "?")
+    caught: list = []
+
+    def ask() -> None:
+        with pytest.raises(ah.Unanswered, match="silent is offline") as error:
+            asker.ask("silent", "still there?", wait=30)
+        caught.append(error.value)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    (request,) = asked.messages(unread=True, wait=30)
+    asked.leave()
+    asking.join(20)
+    assert caught[0].details["answer"]["reply_to"] == request["id"]
+    assert [r["id"] for r in asker.requests()] == [request["id"]], "it waits for the agent's return"
+
+
+def test_a_reply_needs_only_the_id_and_an_error_for_an_answer_is_raised(shared_hub: LiveHub) -> None:
+    asker, asked = shared_hub.client("curious-2"), shared_hub.client("failing")
+    receipt = asker.send_message("failing", "how?", "request")
+    asked.send_message("curious-2", "on it", "ack", reply_to=receipt["message_id"])
+    asked.reply(receipt["message_id"], {"message": "I can't"}, type="error")
+    with pytest.raises(ah.Unanswered, match="I can't"):
+        asker.answer_to(receipt, 30)
+    receipt = asker.send_message("failing", "and now?", "request")
+    asked.reply(receipt["message_id"], {"n": 1})
+    assert asker.answer_to(receipt, 30)["message"] == {"n": 1}
+    with pytest.raises(ah.NotFound):
+        asked.reply("nothing", "!")
+
+
+def test_a_ping_is_timed_and_one_that_nobody_acknowledges_runs_out(shared_hub: LiveHub) -> None:
+    pinger, pinged = shared_hub.client("pinger"), shared_hub.client("pinged")
+    with pytest.raises(ah.TimedOut):
+        pinger.ping("pinged", wait=0.05)
+    answering = threading.Thread(
+        target=lambda: [pinged.ack(ids=[m["id"]]) for m in pinged.messages(unread=True, wait=30, type="ping")]
+    )
+    answering.start()
+    assert 0 < pinger.ping("pinged", wait=30) < 30
+    answering.join(20)
+
+
+def test_history_and_search_read_as_many_pages_as_it_takes(shared_hub: LiveHub) -> None:
+    one, two = shared_hub.client("hist-1"), shared_hub.client("hist-2")
+    for n in range(40):
+        (one, two)[n % 2].send_message(("hist-2", "hist-1")[n % 2], f"word {n}", type=("even", "odd")[n % 2])
+    shared_hub.client("hist-3").send_message("hist-1", "word other")
+    assert [m["message"] for m in one.history("hist-2", limit=7)] == [f"word {n}" for n in range(33, 40)]
+    assert [m["message"] for m in one.history("hist-2", type="even")] == [f"word {n}" for n in range(0, 40, 2)]
+    assert len(one.history("hist-2", limit=1000)) == 40 and len(one.history(limit=1000)) == 41
+    first = one.history("hist-2", limit=1000)[0]
+    assert [m["message"] for m in one.history(after=first["seq"], limit=2)] == ["word 1", "word 2"]
+    assert [m["message"] for m in one.search("word", limit=3)] == ["word other", "word 39", "word 38"]
+    assert len(one.search("word", limit=1000)) == 41 and one.search("absent") == []
 
 
 # --- AgentClient ------------------------------------------------------------------------------------------------------
@@ -2201,9 +3262,93 @@ def test_a_lost_store_is_no_reason_to_be_locked_out(live: object, tmp_path: Path
     assert again.cli("send", "a", "b").returncode == 0
 
 
+def test_two_first_uses_at_the_same_instant_are_one_agent(live: object) -> None:
+    hub = live("--rate-limit", "0")
+    command = [sys.executable, str(FILE), "send", "sink", "x"]
+    both = [
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=hub.env) for _ in range(4)
+    ]
+    assert [process.wait(30) for process in both] == [0] * 4
+    assert len(hub.client().agents()) == 1
+
+
 # --- Commands ---------------------------------------------------------------------------------------------------------
 
+
+def test_asking_replying_tracing_and_finding_from_the_shell(live: object) -> None:
+    hub = live("--rate-limit", "0")
+    for name in ("alpha", "beta"):
+        hub.cli("register", name)
+    asking = subprocess.Popen(
+        [sys.executable, str(FILE), "ask", "alpha", "is main green?", "--as", "beta", "--wait", "30"],
+        stdout=subprocess.PIPE, text=True, env=hub.env,
+    )  # fmt: skip
+    line = hub.cli("recv", "--as", "alpha", "--wait", "30").stdout
+    id = re.search(r"beta to alpha \(request (\S+)\): is main green\?\n$", line)[1]
+    status = hub.cli("status", "--as", "alpha").stdout
+    assert (
+        f"beta waits for an answer to {id}" in status and "alpha owes you" in hub.cli("status", "--as", "beta").stdout
+    )
+    assert "beta (pushed)" in hub.cli("reply", id, "yes", "--as", "alpha").stdout
+    assert asking.communicate(timeout=30)[0].endswith("alpha to beta (response): yes\n") and asking.returncode == 0
+    assert json.loads(hub.cli("status", "--as", "beta", "--json").stdout)["requests"] == []
+    trace = hub.cli("trace", id, "--as", "beta").stdout.splitlines()
+    assert trace[0].startswith(f"{id} (request) from beta, 2") and re.match(
+        r"  alpha is acknowledged: stored \S+, ", trace[1]
+    )
+    assert [m["message"] for m in map(json.loads, hub.cli("search", "green", "--as", "alpha", "--json").stdout.splitlines())] == [
+        "is main green?"]  # fmt: skip
+    assert len(hub.cli("history", "--with", "alpha", "--as", "beta").stdout.splitlines()) == 2
+    assert hub.cli("history", "--thread", id, "--as", "beta").stdout.endswith(": yes\n")
+    late = hub.cli("ask", "nobody-yet", "?", "--wait", "0.01", "--as", "beta")
+    assert late.returncode == 4 and "nobody is registered as nobody-yet" in late.stderr
+    assert ", due at 20" in hub.cli("send", "alpha", "later", "--delay", "60").stdout
+    assert hub.cli("ping", "alpha", "--wait", "0.01").returncode == 4
+    assert "1 unread (oldest " in hub.cli("agents").stdout
+    for words in (("trace", "nothing"), ("reply", "nothing", "x"), ("search", "!")):
+        done = hub.cli(*words, "--as", "beta")
+        assert done.returncode == 1 and done.stderr.count("\n") == 1, done
+
+
+def test_a_copy_from_the_shell_is_a_store_and_never_replaces_a_file(live: object, tmp_path: Path) -> None:
+    hub = live()
+    hub.cli("send", "alpha", "kept")
+    copy = tmp_path / "copy.db"
+    assert "a hub runs on it" in hub.cli("backup", str(copy)).stdout
+    before = copy.read_bytes()
+    again = hub.cli("backup", str(copy))
+    assert (again.returncode, copy.read_bytes()) == (1, before) and "name a new file" in again.stderr
+    assert hub.cli("backup", str(tmp_path / "no" / "copy.db")).returncode == 1
+    hub.stop()
+    assert json.loads(live(db="copy.db").cli("recv", "--as", "alpha", "--json").stdout)["message"] == "kept"
+
+
 # --- Doctor -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_doctor_says_what_is_wrong_and_what_to_do_and_changes_nothing(live: object) -> None:
+    hub = live()
+    checks = lambda *words: {  # noqa: E731
+        c["check"]: (c["state"], c["message"])
+        for c in map(json.loads, hub.cli("doctor", "--json", *words).stdout.splitlines())
+    }
+    nobody = checks()
+    assert nobody["identity"][0] == "warn" and "agenthub register" in nobody["identity"][1] and "token" not in nobody
+    hub.cli("register", "alpha"), hub.cli("send", "alpha", "hi", "--as", "alpha")
+    well = checks("alpha", "--as", "alpha")
+    assert set(well) == {"hub", "version", "clock", "websockets", "identity", "token", "queue", "stream", "recipient"}
+    assert [name for name, (state, _) in well.items() if state == "fail"] == []
+    assert (
+        "1 unread" in well["queue"][1]
+        and "agenthub recv" in well["queue"][1]
+        and "no line open" in well["recipient"][1]
+    )
+    assert hub.client("alpha").trace(hub.client("alpha").messages()[0]["id"])["trace"][0]["state"] == "queued"
+    sick = hub.cli("doctor", "alpa", "--as", "alpha", AGENTHUB_TOKEN="alpha.wrong")
+    assert sick.returncode == 1 and "fail token: " in sick.stdout and "did you mean alpha" in sick.stdout
+    away = hub.cli("doctor", "--url", "http://127.0.0.1:1")
+    assert away.returncode == 3 and "agenthub serve" in away.stderr and away.stderr.count("\n") == 1
+
 
 # --- CLI --------------------------------------------------------------------------------------------------------------
 
