@@ -106,12 +106,13 @@ CHECKPOINT_PAGES = 1_000  # of write-ahead log, SQLite's own figure; a log that 
 PING_SECONDS = 20  # a WebSocket is asked for a sign of life this often, and cut after twice as long
 COMMENT_SECONDS = 15  # an event stream says something this often, so that proxies keep it open
 SWEEP_SECONDS = 15  # presence, expiry; a sweep deletes SWEEP_BATCH messages at a time
-SWEEP_BATCH = 200  # messages that run out or are deleted in one turn: under 5 ms, so that nobody waits for it
-SWEEP_DELIVERIES = 2_000  # and no more inboxes than this may be concerned, unless it is by a single message
-SWEEP_PAUSE = 0.02  # seconds between two such turns while there is more: 10,000 messages a second may run out
+SWEEP_BATCH = 100  # messages that run out or are deleted in one turn: under 5 ms, so that nobody waits for it
+SWEEP_DELIVERIES = 1_000  # and no more inboxes than this may be concerned, unless it is by a single message
+SWEEP_PAUSE = 0.02  # seconds between two such turns while there is more: 5,000 messages a second may run out
 MAX_REQUESTS = 100_000  # unanswered requests minded at a time, 40 MB; beyond, the oldest's asker is not told any more
-INDEX_BATCH = 200  # messages taken into the search index in one turn: 5 ms, when nothing else is to be done
+INDEX_BATCH = 100  # messages taken into the search index in one turn: 2 ms, when nothing else is to be done
 CLOCK_DAY = 86_400  # seconds the wall's clock may have been set back before the hub believes it
+MERGE_PAGES = 16  # of the search index put together after each turn that changed it: 1 ms
 SEARCH_SCAN = 1_000  # messages one search looks at before it answers with a cursor to go on from: 10 ms
 LIBRARY_SECONDS = 0.05  # after the start websockets is imported, so that the first requests need not share the core
 TICK_SECONDS = 0.5  # how exact deadlines of connections are; one timer for all of them
@@ -1775,6 +1776,9 @@ class Search:
             writer.execute(
                 "CREATE VIRTUAL TABLE IF NOT EXISTS words USING fts5(text, tokenize = 'unicode61', columnsize = 0)"
             )
+            writer.execute(
+                "INSERT INTO words (words, rank) VALUES ('automerge', 0)"
+            )  # `_merge` does it, in small steps
             writer.execute("INSERT OR IGNORE INTO meta VALUES ('indexed', 0)")
             self.indexed = writer.execute("SELECT value FROM meta WHERE key = 'indexed'").fetchone()[0]
         except failed:  # this SQLite was built without FTS5
@@ -1793,12 +1797,18 @@ class Search:
         self._writer.executemany("INSERT INTO words (rowid, text) VALUES (?,?)", texts)
         indexed = rows[-1][0] if len(rows) == INDEX_BATCH else up_to
         self._writer.execute("UPDATE meta SET value = ? WHERE key = 'indexed'", (indexed,))
+        self._merge()
         return indexed
+
+    def _merge(self) -> None:
+        """FTS5 keeps what each transaction wrote apart until it is merged, which by itself it does in long strides."""
+        self._writer.execute("INSERT INTO words (words, rank) VALUES ('merge', ?)", (MERGE_PAGES,))
 
     def forget(self, seqs: list[tuple[int]]) -> None:
         """What is deleted or past its time is not found any more, within the caller's transaction."""
         if self.indexed >= 0:
             self._writer.executemany("DELETE FROM words WHERE rowid = ?", seqs)
+            self._merge()
 
     def find(self, query: Query, who: str, before: int, limit: int, now: int) -> tuple[list[int], int]:
         """The seqs of up to `limit` messages below `before` that `who` sent or got and that match, newest first, and
@@ -1971,6 +1981,7 @@ class Store:
         except self._sqlite.Error as error:
             raise self._full(error) from error
         self.pages += 3 + len(events) // 16 + sum(len(e.message.payload) for e in events if type(e) is Sent) // 4096
+        self.pages += sum(len(e.seqs) for e in events if type(e) in (Expired, Dropped)) // 2
 
     def commit(self) -> None:
         """Make the batch durable. This is the one call that waits for the disk; it may run on another thread."""
@@ -2008,6 +2019,7 @@ class Store:
             self._writer.execute("BEGIN IMMEDIATE")
             indexed = self.search.take_in(up_to)
             self._writer.execute("COMMIT")
+            self.pages += INDEX_BATCH // 2
             self.search.indexed = indexed
         except self._sqlite.Error as error:
             failure = self._full(error)
@@ -2077,7 +2089,7 @@ class Store:
             seen.append((head[0], seen_at))
         pings = rows("SELECT seq, id, sender FROM messages WHERE type = 'ping' ORDER BY seq").fetchall()
         unread = rows(
-            "SELECT inbox, seq, pushed_at > 0 AS pushed, ifnull(claimed_until, 0) FROM deliveries"
+            "SELECT inbox, seq, pushed_at IS NOT NULL, ifnull(claimed_until, 0) FROM deliveries"
             " WHERE acked_at IS NULL AND expired_at IS NULL ORDER BY inbox, seq"
         ).fetchall()
         waiting = {row[1] for row in unread} if pings else set()
@@ -2091,7 +2103,7 @@ class Store:
             top,
             tuple(agents),
             tuple(pair for pair in seen if pair[1]),
-            tuple((name, seq, bool(pushed), until) for name, seq, pushed, until in unread),
+            tuple(unread),
             tuple((seq, id or made_id(self.epoch, seq), who) for seq, id, who in pings if seq in waiting),
             tuple(name for (name,) in rows("SELECT agent_id FROM agents WHERE departed ORDER BY agent_id")),
             tuple(
