@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -570,6 +571,23 @@ def test_what_was_written_to_a_reader_and_not_acknowledged_is_known_through_a_re
     assert [again.hub.was_pushed("a", seq) for seq in (1, 2, 3)] == [False, True, False]
 
 
+def test_acknowledging_a_stretch_leaves_alone_what_in_it_was_acknowledged_before(pair: World) -> None:
+    for n in range(3):
+        pair.send("beta-2", "alpha-1", f"{n}")
+    pair.apply(ah.Ack, "alpha-1", seqs=(2,), via="websocket")
+    pair.commit()
+    first = pair.clock()
+    pair.clock.advance(5)
+    pair.apply(ah.Ack, "alpha-1", up_to=3, via="http")
+    pair.commit()
+    rows = [pair.store.deliveries(seq)["alpha-1"] for seq in (1, 2, 3)]
+    assert [(row["acked_at"] - first, row["acked_via"]) for row in rows] == [
+        (5000, "http"),
+        (0, "websocket"),
+        (5000, "http"),
+    ]
+
+
 def test_a_push_alone_is_not_worth_a_commit_and_goes_with_the_next(pair: World) -> None:
     pair.send("beta-2", "alpha-1")
     pair.commit()
@@ -640,6 +658,7 @@ def test_an_asker_is_told_when_its_request_runs_out_unless_it_was_answered(pair:
     pair.send("alpha-1", "beta-2", '"wait"', "ack", reply_to=first.id)
     assert len(pair.hub.requests.open) == 2, "an ack is no answer"
     pair.send("alpha-1", "operator", '"not to the asker"', "response", reply_to=first.id)
+    assert len(pair.hub.requests.open) == 2
     pair.send("alpha-1", "beta-2", '"!"', "response", reply_to=first.id)
     assert list(pair.hub.requests.open) == [second.id]
     pair.commit()
@@ -931,7 +950,10 @@ def test_a_store_of_the_first_version_is_brought_up_to_date_with_all_that_is_in_
         old.execute("INSERT INTO agents VALUES ('a', 's', 'A', '[]', '', x'', 5, 6, 0)")
         old.executemany(
             "INSERT INTO messages VALUES (?, ?, 'message', 'a', '\"b\"', '\"hi\"', 7, '', '', 0, ?, '[\"b\"]')",
-            [(1, None, b""), (2, "mine", b"d")],
+            [
+                (1, None, b""),
+                (2, "mine", hashlib.blake2b(b'["b","message","\\"hi\\"","",null]', digest_size=16).digest()),
+            ],
         )
         old.execute("INSERT INTO deliveries VALUES ('b', 1, 8), ('b', 2, NULL)")
     world = World(str(tmp_path / "hub.db"))
@@ -942,6 +964,8 @@ def test_a_store_of_the_first_version_is_brought_up_to_date_with_all_that_is_in_
         "A",
     )
     assert [m.id for m in world.store.messages([1, 2], 9)[0]] == ["0badcafe-0000000000001", "mine"]
+    again = world.call("POST", "/api/v1/messages", {"from": "a", "to": "b", "message": "hi", "id": "mine"})[1]
+    assert again["duplicate"] and again["seq"] == 2, "what was asked then is known to be the same now"
     assert world.send("a", "b").message.seq == 3
     world.commit()
     world.store.close()
@@ -2914,6 +2938,70 @@ def test_a_great_many_messages_that_run_out_together_are_gone_soon_and_hold_nobo
 
 # --- Calls ------------------------------------------------------------------------------------------------------------
 
+
+@contextlib.contextmanager
+def swallowing(port: int, answers: int) -> object:
+    """A way to the hub on which that many answers to a POST are lost, with the line, after the hub has done its part."""
+    left = [answers]
+
+    def carry(line: socket.socket) -> None:
+        with line, socket.create_connection(("127.0.0.1", port)) as hub, contextlib.suppress(OSError):
+            while data := line.recv(65536):
+                hub.sendall(data)
+                answer = hub.recv(65536)
+                if b"/api/v1/messages " in data and data.startswith(b"POST") and left[0] > 0:
+                    left[0] -= 1
+                    return
+                line.sendall(answer)
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=carry, args=(listener.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_send_whose_answer_is_lost_is_repeated_and_stored_once(live: object) -> None:
+    hub = live()
+    with swallowing(hub.port, 2) as url, ah.Client(url, "blocking") as client:
+        client.register()
+        receipt = client.send_message("sink", 1)
+    assert receipt["duplicate"] and receipt["seq"] == 1
+
+    async def send(url: str) -> dict:
+        async with ah.AgentClient(url, "asyncio") as agent:
+            return await agent.send_message("sink", 2)
+
+    with swallowing(hub.port, 2) as url:
+        assert asyncio.run(send(url))["duplicate"]
+    with swallowing(hub.port, 2) as url:
+        done = hub.cli("send", "sink", "3", "--json", "--url", url)
+        assert json.loads(done.stdout)["duplicate"] and "trying again in" in done.stderr
+    assert [m["message"] for m in hub.client("sink").messages()] == [1, 2, "3"]
+
+
+def test_one_id_over_many_lines_and_a_restart_is_one_message(live: object) -> None:
+    hub = live("--rate-limit", "0", "--loop-guard", "0")
+    hub.client("a")
+    body = b'{"from":"a","to":"b","message":"once","id":"only-one"}'
+    post = b"POST /api/v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    answers: list[bytes] = []
+    threads = [threading.Thread(target=lambda: answers.append(hub.talk(post * 20))) for _ in range(25)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    hub.stop(signal.SIGKILL)
+    answers.append(live("--rate-limit", "0").talk(post))
+    got = [json.loads(part) for part in re.findall(rb'\{"success".*?\}(?=HTTP|$)', b"".join(answers), re.S)]
+    assert len(got) == 501 and {answer["seq"] for answer in got} == {1}
+    assert sum("duplicate" not in answer for answer in got) == 1 and "duplicate" in got[-1]
+
+
 # --- Client -----------------------------------------------------------------------------------------------------------
 
 
@@ -3150,10 +3238,13 @@ def test_what_a_handler_raises_ends_listen_and_its_message_comes_again(error: ty
 
 
 def test_a_hub_that_comes_back_without_its_file_is_registered_with_again(live: object) -> None:
+    reasons: list[str] = []
+
     async def main() -> None:
         hub = live("--db", ":memory:", port=steady_port())
         got: list = []
         async with ah.AgentClient(hub.url, "constant") as agent:
+            agent.on_wait = lambda seconds, reason: reasons.append(reason)
             await asyncio.gather(*(agent.health() for _ in range(20)))
             listening = asyncio.ensure_future(agent.listen(lambda message: got.append(message["message"])))
             await agent.send_message("constant", 1)
@@ -3175,6 +3266,7 @@ def test_a_hub_that_comes_back_without_its_file_is_registered_with_again(live: o
                 await agent.heartbeat()
 
     asyncio.run(asyncio.wait_for(main(), 60))
+    assert any("has lost its store" in reason for reason in reasons)
 
 
 def test_what_was_handled_but_not_acknowledged_comes_again_and_is_not_handled_again(
