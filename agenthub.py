@@ -21,13 +21,16 @@ Read from top to bottom; a section uses only sections above it, and a test holds
     Hub         the rules together: commands in, events out, no I/O
     Schema      SQLite's tables, and what each event does to them
     Search      full text over the log
-    Store       events into SQLite and back
+    Log         reading what is stored
+    Store       events into SQLite
     HTTP        bytes to requests and responses to bytes, strictly
-    Handlers    what each request does
+    Reading     what a request reads: inboxes, traces, searches
+    Handlers    what a request changes
     Routes      the table of requests, the hub about itself, OpenAPI, metrics
     API         who may ask for what: requests, frames, errors
     Readers     who gets an inbox as it fills, and how those behind catch up
-    Connections HTTP and WebSocket lines
+    Connections HTTP lines
+    Sockets     WebSocket lines
     Batches     turns of the event loop into commits
     Server      listeners, pushes, timers
     Calls       what both clients can do
@@ -42,6 +45,7 @@ Read from top to bottom; a section uses only sections above it, and a test holds
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import itertools
 import json
@@ -105,11 +109,12 @@ CHECKPOINT_PAGES = 1_000  # of write-ahead log, SQLite's own figure; a log that 
 # fsync that need not record a new length takes half as long. The checkpoint itself takes 1.5 ms, between two commits.
 PING_SECONDS = 20  # a WebSocket is asked for a sign of life this often, and cut after twice as long
 COMMENT_SECONDS = 15  # an event stream says something this often, so that proxies keep it open
-SWEEP_SECONDS = 15  # presence, expiry; a sweep deletes SWEEP_BATCH messages at a time
+SWEEP_SECONDS = 15  # who has fallen silent, and when everybody was last seen
 SWEEP_BATCH = 100  # messages that run out or are deleted in one turn: under 5 ms, so that nobody waits for it
 SWEEP_DELIVERIES = 1_000  # and no more inboxes than this may be concerned, unless it is by a single message
 SWEEP_PAUSE = 0.02  # seconds between two such turns while there is more: 5,000 messages a second may run out
 MAX_REQUESTS = 100_000  # unanswered requests minded at a time, 40 MB; beyond, the oldest's asker is not told any more
+INDEX_BYTES = 64 * 1024  # and no more than this of their text
 INDEX_BATCH = 100  # messages taken into the search index in one turn: 2 ms, when nothing else is to be done
 CLOCK_DAY = 86_400  # seconds the wall's clock may have been set back before the hub believes it
 MERGE_PAGES = 16  # of the search index put together after each turn that changed it: 1 ms
@@ -119,6 +124,7 @@ TICK_SECONDS = 0.5  # how exact deadlines of connections are; one timer for all 
 PRESENCE_SECONDS = 0.2  # presence changes are gathered this long, and 1 ms more for each agent that hears them
 PRESENCE_FRAMES = 200_000  # told at a time, over all readers: 20 MB, which a core writes in half a second
 SLOW_SECONDS = 2  # a reader owed more than max_unsent has this long to take something before it is cut off
+MAX_COPIES = 2  # of the store being made or taken at a time: each needs as much room as the store
 MAX_PIPELINE = 256  # requests of one connection that may be unanswered at a time
 READ_AHEAD = 64 * 1024  # bytes taken in from a line that is not being answered yet, or read for one that is behind
 MAX_ANSWER = 4 << 20  # bytes of messages in one answer; what is left comes with the next cursor
@@ -426,10 +432,11 @@ class Forgotten(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """Event: a message was accepted for these inboxes."""
+    """Event: a message was accepted for these inboxes; those that are `full` got none."""
 
     message: Message
     inboxes: tuple[str, ...]
+    full: tuple[str, ...] = ()
 
 
 class Adopted(NamedTuple):
@@ -469,10 +476,11 @@ class Claimed(NamedTuple):
 
 
 class Delayed(NamedTuple):
-    """Event: a message was accepted for these inboxes and lies aside until its `due_at`."""
+    """Event: as `Sent`, of a message that lies aside until its `due_at`."""
 
     message: Message
     inboxes: tuple[str, ...]
+    full: tuple[str, ...] = ()
 
 
 class Released(NamedTuple):
@@ -566,7 +574,7 @@ class Send(NamedTuple):
     thread: str = ""
     expires_at: int = 0
     digest: bytes = b""
-    known: tuple[Message, tuple[str, ...]] | None = None
+    known: Receipt | None = None
     via: str = ""
     due_at: int = 0
 
@@ -599,25 +607,21 @@ class Claim(NamedTuple):
     until: int
 
 
-class Release(NamedTuple):
-    """Command: these delayed messages, each with the inboxes it is for, are due."""
-
+class _OverTime(NamedTuple):
     at: int
-    messages: tuple[tuple[Message, tuple[str, ...]], ...]
+    messages: tuple[tuple[Any, ...], ...]
 
 
-class Expire(NamedTuple):
+class Release(_OverTime):
+    """Command: these delayed messages, as (message, inboxes, full), are due."""
+
+
+class Expire(_OverTime):
     """Command: these messages, as (seq, id, inboxes), are past their own time."""
 
-    at: int
-    messages: tuple[tuple[int, str, tuple[str, ...]], ...]
 
-
-class Drop(NamedTuple):
+class Drop(_OverTime):
     """Command: these messages, as (seq, id, inboxes), have been kept for long enough."""
-
-    at: int
-    messages: tuple[tuple[int, str, tuple[str, ...]], ...]
 
 
 class Sweep(NamedTuple):
@@ -1022,24 +1026,27 @@ class Requests:
             self.put(request)
 
     def put(self, request: Asked) -> None:
-        """Mind a request, or what has changed of it."""
-        self.pop(request.id)
+        """Mind a request, or what has changed of it, which does not change its place."""
+        held = self.open.get(request.id)
+        self._note(held, lambda ids: ids.pop(request.id, None))
         self.open[request.id] = request
-        for name in (request.asker, *request.asked):
-            self._ids.setdefault(name, {})[request.id] = None
+        self._note(request, lambda ids: ids.setdefault(request.id))
+
+    def _note(self, request: Asked | None, change: Callable[[dict], Any]) -> None:
+        for name in {request.asker, *request.asked} if request else ():
+            change(self._ids.setdefault(name, {}))
+            if not self._ids[name]:
+                del self._ids[name]
 
     def pop(self, request_id: str) -> Asked | None:
         """Mind it no more. Returns it, if it was minded."""
         request = self.open.pop(request_id, None)
-        for name in {request.asker, *request.asked} if request else ():
-            del self._ids[name][request_id]
-            if not self._ids[name]:
-                del self._ids[name]
+        self._note(request, lambda ids: ids.pop(request_id, None))
         return request
 
     def of(self, agent_id: str) -> list[Asked]:
-        """Those that an agent has asked, or was asked."""
-        return [self.open[request_id] for request_id in self._ids.get(agent_id, ())]
+        """Those that an agent has asked, or was asked, oldest first."""
+        return sorted((self.open[request_id] for request_id in self._ids.get(agent_id, ())), key=lambda one: one.seq)
 
 
 # --- Agents -----------------------------------------------------------------------------------------------------------
@@ -1167,8 +1174,8 @@ class Mail(Agents):
         self.epoch, self.seq, self.departed = snapshot.epoch, snapshot.seq, set(snapshot.departed)
         self.inboxes: dict[str, Inbox] = {}
         self._strays: set[str] = set()  # inboxes under a name or id that nobody has had
-        self._fresh: dict[str, tuple] = {}
-        self._settling: dict[str, tuple] = {}
+        self._fresh: dict[str, Receipt] = {}
+        self._settling: dict[str, Receipt] = {}
         waiting: dict[int, int] = {}
         pings = {seq for seq, _, _ in snapshot.pings}
         for name, seq, pushed, until in snapshot.unread:
@@ -1218,7 +1225,7 @@ class Mail(Agents):
         epoch, _, number = message_id.partition("-")
         return int(number, 16) if epoch == self.epoch and re.fullmatch("[0-9a-f]{13}", number) else 0
 
-    def fresh(self, message_id: str) -> tuple[Message, tuple[str, ...]] | None:
+    def fresh(self, message_id: str) -> Receipt | None:
         """A message under an id its sender gave, where it may not have reached the log yet."""
         return self._fresh.get(message_id) or self._settling.get(message_id)
 
@@ -1227,19 +1234,19 @@ class Mail(Agents):
     def _send(self, c: Send) -> Receipt:
         self.expect(c.sender)
         if c.known:
-            return self._again(c, *c.known)
+            return self._again(c, c.known)
         inboxes, to = self.resolve(c)
         full = self._without_room(inboxes)
         for pace in self.pace.guard(c, to, inboxes):
             pace.append(c.at)
         room = tuple(name for name in inboxes if name not in full) if full else inboxes
-        return Receipt(self._deliver(c, to, room), room, full)
+        return self._deliver(c, to, room, full)
 
-    def _again(self, c: Send, message: Message, inboxes: tuple[str, ...]) -> Receipt:
+    def _again(self, c: Send, first: Receipt) -> Receipt:
         """The answer to a retry: what the first one did. The same id for something else is refused."""
-        if message.sender != c.sender or message.digest != c.digest:
-            raise IdReused(f"the id `{message.id}` was used for another message: give every message an id of its own")
-        return Receipt(message, inboxes, duplicate=True)
+        if first.message.sender != c.sender or first.message.digest != c.digest:
+            raise IdReused(f"the id `{c.id}` was used for another message: give every message an id of its own")
+        return first._replace(duplicate=True)
 
     def _without_room(self, inboxes: tuple[str, ...]) -> tuple[str, ...]:
         """Who can take no more. All of several: refused; some: the others get theirs, and the sender is told."""
@@ -1254,29 +1261,30 @@ class Mail(Agents):
             )
         return full
 
-    def _deliver(self, c: Send, to: str, inboxes: tuple[str, ...]) -> Message:
+    def _deliver(self, c: Send, to: str, inboxes: tuple[str, ...], full: tuple[str, ...] = ()) -> Receipt:
         seq = self.seq = self.seq + 1
         id = c.id or made_id(self.epoch, seq)
         message = Message(
             seq, id, c.type, c.sender, to, c.payload, c.at, c.reply_to, c.thread, c.expires_at, c.digest, c.via,
             c.due_at,
         )  # fmt: skip
+        receipt = Receipt(message, inboxes, full)
         if c.id:
-            self._fresh[c.id] = (message, inboxes)
-        if c.due_at:
+            self._fresh[c.id] = receipt
+        if c.due_at and inboxes:
             self.delayed[seq] = inboxes
             self._aside.update(inboxes)
-            self.events.append(Delayed(message, inboxes))
+            self.events.append(Delayed(message, inboxes, full))
         else:
-            self._enter(message, inboxes)
-        return message
+            self._enter(message, inboxes, full)
+        return receipt
 
-    def _enter(self, message: Message, inboxes: tuple[str, ...]) -> None:
+    def _enter(self, message: Message, inboxes: tuple[str, ...], full: tuple[str, ...]) -> None:
         """A message comes into inboxes, which is all that most of them do."""
         seq = message.seq
         for name in inboxes:
             self._inbox(name).unread.append(seq)
-        self.events.append(Sent(message, inboxes))
+        self.events.append(Sent(message, inboxes, full))
         if message.type == "ping" and inboxes:
             self._pings[seq] = [message.id, message.sender, len(inboxes)]
         elif message.type == "request" and inboxes:
@@ -1287,14 +1295,15 @@ class Mail(Agents):
 
     def _release(self, c: Release) -> None:
         """Each gets its seq now, and is for whoever has by now come for a name nobody had."""
-        for message, inboxes in c.messages:
+        for message, inboxes, full in c.messages:
             if self.delayed.pop(message.seq, None) is None:
                 continue
             self._aside -= collections.Counter(inboxes)
             self.events.append(Released(message.seq))
             self.seq += 1
-            now = [name if self.known(name) else next(iter(self.named(name)), name) for name in inboxes]
-            self._enter(message._replace(seq=self.seq), tuple(dict.fromkeys(now)))
+            kept = [self.known(name) or name in self.departed for name in inboxes]
+            now = [name if its else next(iter(self.named(name)), name) for name, its in zip(inboxes, kept)]
+            self._enter(message._replace(seq=self.seq), tuple(dict.fromkeys(now)), full)
 
     def _mind(self, request: Asked) -> None:
         """Remember that somebody waits for an answer; of too many, the oldest is forgotten."""
@@ -1383,7 +1392,7 @@ class Mail(Agents):
         What waits for an agent that left is not sent to a name, whatever it reads like."""
         fold = agent.name.casefold()
         self._strays.discard(agent.agent_id)
-        for name in [stray for stray in self._strays if stray.casefold() == fold]:
+        for name in sorted(stray for stray in self._strays if stray.casefold() == fold):
             self._strays.discard(name)
             inbox, left = self._inbox(agent.agent_id), self.inboxes.pop(name)
             for seq in inbox.adopt(left.unread):
@@ -1463,8 +1472,7 @@ class Hub(Mail):
         """Hand over what happened since the last call. Ids given by senders are kept until the call after the next:
         by then those of this batch are committed, and whoever asks the log finds them."""
         if self.events:
-            self.events[:0] = self.later
-            self.later.clear()
+            self.settle()
         events, self.events = self.events, []
         self._settling, self._fresh = self._fresh, {}
         return events
@@ -1549,7 +1557,7 @@ class Hub(Mail):
         for name in [n for n, inbox in self.inboxes.items() if not inbox.unread and not self.known(n)]:
             del self.inboxes[name]
             self._strays.discard(name)
-        done = sorted(name for name in self.departed if name not in self.inboxes)
+        done = sorted(name for name in self.departed if name not in self.inboxes and name not in self._aside)
         self.departed.difference_update(done)
         self.events += map(Forgotten, done)
 
@@ -1566,7 +1574,6 @@ class Hub(Mail):
 # --- Schema -----------------------------------------------------------------------------------------------------------
 
 FSYNC_FAILED = (1034, 1290)  # SQLITE_IOERR_FSYNC and _DIR_FSYNC; Python says which from 3.11 on
-COPY_PREFIX = "agenthub-backup-"  # of copies that are being made
 APPLICATION_ID = 0x61676874  # "aght" in SQLite's header: how a file says whose it is
 MIGRATIONS = (  # the n-th brings a file from user_version n to n + 1; what has been released is never edited
     """
@@ -1586,11 +1593,12 @@ MIGRATIONS = (  # the n-th brings a file from user_version n to n + 1; what has 
     """
     ALTER TABLE messages ADD COLUMN via TEXT NOT NULL DEFAULT '';
     ALTER TABLE messages ADD COLUMN due_at INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE messages ADD COLUMN refused TEXT NOT NULL DEFAULT '[]';
     CREATE INDEX message_senders ON messages (sender);
     CREATE TABLE delayed (seq INTEGER PRIMARY KEY, id TEXT UNIQUE, type TEXT NOT NULL, sender TEXT NOT NULL,
         recipient TEXT NOT NULL, payload TEXT NOT NULL, sent_at INTEGER NOT NULL, reply_to TEXT NOT NULL,
         thread TEXT NOT NULL, expires_at INTEGER NOT NULL, digest BLOB NOT NULL, inboxes TEXT NOT NULL,
-        via TEXT NOT NULL, due_at INTEGER NOT NULL);
+        via TEXT NOT NULL, due_at INTEGER NOT NULL, refused TEXT NOT NULL);
     CREATE INDEX delayed_due ON delayed (due_at);
     ALTER TABLE deliveries ADD COLUMN acked_via TEXT;
     ALTER TABLE deliveries ADD COLUMN pushed_at INTEGER;
@@ -1611,8 +1619,8 @@ def _agent_rows(batch: list[Registered]) -> list[tuple]:
 def _message_rows(batch: list[Any]) -> list[tuple]:
     """An id that the hub made follows from the seq and is not stored, unless the seq is not the one it was made of."""
     return [
-        (m.seq, m.id if m.digest or m.due_at else None, *m[2:11], dump(inboxes), m.via, m.due_at)
-        for m, inboxes in batch
+        (m.seq, m.id if m.digest or m.due_at else None, *m[2:11], dump(inboxes), m.via, m.due_at, dump(full))
+        for m, inboxes, full in batch
     ]
 
 
@@ -1620,6 +1628,7 @@ def _each_seq(batch: list[Any]) -> list[tuple]:
     return [(seq,) for event in batch for seq in event.seqs]
 
 
+_CAME_AT = "max(sent_at, due_at)"  # when a message came into its inboxes
 _IN_ITS_INBOXES = (
     "seq = ?1 AND inbox IN (SELECT value FROM messages, json_each(messages.inboxes) WHERE messages.seq = ?1)"
 )
@@ -1645,13 +1654,13 @@ WRITES: dict[type, tuple[tuple[str, Callable[[list], list[tuple]]], ...]] = {
     Forgotten: (("DELETE FROM agents WHERE agent_id = ? AND departed", list),),
     Seen: (("UPDATE agents SET seen_at = ? WHERE agent_id = ?", lambda batch: [(e.at, e.agent_id) for e in batch]),),
     Sent: (
-        ("INSERT INTO messages VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?)", _message_rows),
+        ("INSERT INTO messages VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)", _message_rows),
         (
             "INSERT INTO deliveries (inbox, seq) VALUES (?,?)",
             lambda batch: [(name, e[0][0]) for e in batch for name in e[1]],
         ),
     ),
-    Delayed: (("INSERT INTO delayed VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?)", _message_rows),),
+    Delayed: (("INSERT INTO delayed VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)", _message_rows),),
     Released: (("DELETE FROM delayed WHERE seq = ?", list),),
     Acknowledged: (
         (
@@ -1712,13 +1721,9 @@ WRITES: dict[type, tuple[tuple[str, Callable[[list], list[tuple]]], ...]] = {
 
 
 def words_of(text: str) -> list[str]:
-    """What is looked for: runs of letters and digits, without case and accents, as FTS5's unicode61 cuts them."""
-    if not text.isascii():
-        import unicodedata
-
-        plain = unicodedata.normalize("NFKD", text)
-        text = "".join(c for c in plain if not unicodedata.combining(c))
-    return re.findall(r"[^\W_]+", text.lower())
+    """What is looked for: runs of letters and digits in any case, as FTS5's unicode61 cuts them (with a combining
+    accent, U+0300 to U+0331, being part of its word)."""
+    return re.findall("(?:[^\\W_]|[\u0300-\u0331])+", text.lower())
 
 
 def text_of(value: Any) -> str:
@@ -1730,37 +1735,45 @@ def text_of(value: Any) -> str:
     return value if isinstance(value, str) else dump(value)
 
 
-class Query(NamedTuple):
-    """What a search asks for: phrases, each a list of words that stand in a row, the last of which may be a prefix."""
+class Phrase(NamedTuple):
+    """Words that stand in a row, as they were written and one by one; the last may be the beginning of a word."""
 
-    phrases: tuple[tuple[tuple[str, ...], bool], ...]
+    text: str
+    words: list[str]
+    prefix: bool
+
+
+class Query(NamedTuple):
+    """What a search asks for: all of these phrases."""
+
+    phrases: tuple[Phrase, ...]
 
     @classmethod
     def read(cls, text: str) -> Query:
-        """`auth "race condition" refact*`: all of these. Raises InvalidRequest where there is no word in it."""
+        """`auth "race condition" refact*`: three phrases. Raises InvalidRequest where there is no word in it."""
         found = []
-        for quoted, star, bare in re.findall(r'"([^"]*)"(\*?)|(\S+)', text):
-            words = tuple(words_of(quoted or bare))
-            if words:
-                found.append((words, bool(star) or bare.endswith("*")))
+        for quoted, star, bare in re.findall(r'"([^"]*)"(\*?)|([^\s"]+)', text):
+            phrase = Phrase(quoted or bare, words_of(quoted or bare), bool(star) or bare.endswith("*"))
+            if phrase.words:
+                found.append(phrase)
         if not found:
             raise InvalidRequest('`q` must hold a word to look for, e.g. auth, "race condition" or refact*')
         return cls(tuple(found))
 
     def fts(self) -> str:
         """The same in the words of FTS5, all quoted, so that nothing in it is an operator."""
-        return " AND ".join(f'"{" ".join(words)}"{"*" if prefix else ""}' for words, prefix in self.phrases)
+        return " AND ".join(f'"{phrase.text}"{"*" if phrase.prefix else ""}' for phrase in self.phrases)
 
     def matches(self, text: str) -> bool:
-        """Whether the text holds all of it: what FTS5 would say."""
+        """Whether the text holds all of it, for where there is no index to ask."""
         words = words_of(text)
-        return all(self._stands(words, list(phrase), prefix) for phrase, prefix in self.phrases)
+        return all(self._stands(words, phrase) for phrase in self.phrases)
 
-    def _stands(self, words: list[str], phrase: list[str], prefix: bool) -> bool:
-        *first, last = phrase
+    def _stands(self, words: list[str], phrase: Phrase) -> bool:
+        *first, last = phrase.words
         for at in range(len(words) - len(first)):
             word = words[at + len(first)]
-            if words[at : at + len(first)] == first and (word.startswith(last) if prefix else word == last):
+            if words[at : at + len(first)] == first and (word.startswith(last) if phrase.prefix else word == last):
                 return True
         return False
 
@@ -1770,19 +1783,20 @@ class Search:
     is there) when the hub has nothing else to do, and those that are not in it yet are looked through one by one.
     """
 
-    def __init__(self, writer: Any, reader: Any, failed: type[Exception]) -> None:
-        self._writer, self._reader = writer, reader
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+        self.indexed = -1  # up to which seq all is in the index; -1: there is none
         try:
-            writer.execute(
-                "CREATE VIRTUAL TABLE IF NOT EXISTS words USING fts5(text, tokenize = 'unicode61', columnsize = 0)"
-            )
-            writer.execute(
-                "INSERT INTO words (words, rank) VALUES ('automerge', 0)"
-            )  # `_merge` does it, in small steps
-            writer.execute("INSERT OR IGNORE INTO meta VALUES ('indexed', 0)")
+            if not writer.execute("SELECT 1 FROM sqlite_master WHERE name = 'words'").fetchone():
+                options = "tokenize = 'unicode61 remove_diacritics 0', columnsize = 0"
+                writer.execute(f"CREATE VIRTUAL TABLE words USING fts5(text, {options})")
+                writer.execute("INSERT INTO words (words, rank) VALUES ('automerge', 0)")  # `_merge` does it
+                writer.execute("INSERT INTO meta VALUES ('indexed', 0)")
+            writer.execute("SELECT rowid FROM words LIMIT 0")
             self.indexed = writer.execute("SELECT value FROM meta WHERE key = 'indexed'").fetchone()[0]
-        except failed:  # this SQLite was built without FTS5
-            self.indexed = -1
+        except Exception as error:
+            if "no such module" not in str(error):  # else this SQLite was built without FTS5
+                raise
 
     def lags(self, seq: int) -> bool:
         """Whether so much is not in the index that it is worth a turn."""
@@ -1792,10 +1806,14 @@ class Search:
         """Index the next messages, up to a seq, within the caller's transaction. Returns what `indexed` is once that
         is durable."""
         query = "SELECT seq, payload FROM messages WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT ?"
-        rows = self._writer.execute(query, (self.indexed, up_to, INDEX_BATCH)).fetchall()
-        texts = [(seq, text_of(json.loads(payload))) for seq, payload in rows]
+        texts, room = [], INDEX_BYTES
+        for seq, payload in self._writer.execute(query, (self.indexed, up_to, INDEX_BATCH)):
+            texts.append((seq, text_of(json.loads(payload))))
+            room -= len(payload)
+            if room < 0:
+                break
         self._writer.executemany("INSERT INTO words (rowid, text) VALUES (?,?)", texts)
-        indexed = rows[-1][0] if len(rows) == INDEX_BATCH else up_to
+        indexed = texts[-1][0] if len(texts) == INDEX_BATCH or room < 0 else up_to
         self._writer.execute("UPDATE meta SET value = ? WHERE key = 'indexed'", (indexed,))
         self._merge()
         return indexed
@@ -1810,51 +1828,231 @@ class Search:
             self._writer.executemany("DELETE FROM words WHERE rowid = ?", seqs)
             self._merge()
 
-    def find(self, query: Query, who: str, before: int, limit: int, now: int) -> tuple[list[int], int]:
-        """The seqs of up to `limit` messages below `before` that `who` sent or got and that match, newest first, and
-        the seq to go on before; 0 where there is no more."""
-        found: list[int] = []
-        for seq, mine, text in self._candidates(query, who, before, now):
-            before = seq
-            if mine and (text is None or query.matches(text_of(json.loads(text)))):
-                found.append(seq)
-                if len(found) == limit:
-                    return found, before
-        return found, 0 if before < 0 else before
 
-    def _candidates(self, query: Query, who: str, before: int, now: int) -> Iterator[tuple[int, bool, str | None]]:
-        """Messages below `before`, newest first: (seq, whether it is `who`'s, its payload where that is to be looked
-        at). SEARCH_SCAN of them; where these were all, a last one of seq -1."""
-        mine = (
-            "(m.sender = :who OR EXISTS (SELECT 1 FROM deliveries AS d WHERE d.inbox = :who AND d.seq = m.seq))"
-            " AND (m.expires_at = 0 OR m.expires_at > :now)"
-        )
-        given = {"who": who, "now": now, "before": before, "indexed": self.indexed, "most": SEARCH_SCAN}
-        looked = 0
-        for row in self._reader.execute(
-            f"SELECT seq, {mine}, payload FROM messages AS m WHERE seq < :before AND seq > :indexed"
-            " ORDER BY seq DESC LIMIT :most",
-            given,
-        ):
+_MINE = (  # what an agent sent or got, and is still to be had
+    "((m.sender = :who OR EXISTS (SELECT 1 FROM deliveries AS d WHERE d.inbox = :who AND d.seq = m.seq))"
+    " AND (m.expires_at = 0 OR m.expires_at > :now))"
+)
+
+
+def find_words(
+    reader: Any, query: Query, who: str, before: int, limit: int, now: int, indexed: bool
+) -> tuple[list[int], int]:
+    """The seqs of up to `limit` messages below `before` that `who` sent or got and that match, newest first, and the
+    seq to go on before; 0 where there is no more. Looks at SEARCH_SCAN messages, all as of one moment where the caller
+    has begun a transaction; on a large store a prefix takes long: not on the loop."""
+    row = reader.execute("SELECT value FROM meta WHERE key = 'indexed'").fetchone() if indexed else None
+    given = {"who": who, "now": now, "before": before, "indexed": row[0] if row else -1, "words": query.fts()}
+    found, looked, room = [], 0, MAX_ANSWER
+    for sql in (
+        f"SELECT seq, {_MINE} AS mine, CASE WHEN {_MINE} THEN payload END FROM messages AS m"
+        " WHERE seq < :before AND seq > :indexed ORDER BY seq DESC",
+        f"SELECT m.seq, {_MINE}, NULL FROM words AS w CROSS JOIN messages AS m ON m.seq = w.rowid"
+        " WHERE words MATCH :words AND w.rowid < :before AND w.rowid <= :indexed ORDER BY w.rowid DESC",
+    )[: 2 if row else 1]:
+        for seq, mine, payload in reader.execute(sql, given):
             looked += 1
-            yield row
-        if self.indexed > 0 and looked < SEARCH_SCAN:
-            given |= {"words": query.fts(), "most": SEARCH_SCAN - looked}
-            for seq, is_mine in self._reader.execute(
-                f"SELECT m.seq, {mine} FROM words AS w CROSS JOIN messages AS m ON m.seq = w.rowid"
-                " WHERE words MATCH :words AND w.rowid < :before ORDER BY w.rowid DESC LIMIT :most",
-                given,
-            ):
-                looked += 1
-                yield seq, is_mine, None
-        if looked < SEARCH_SCAN:
-            yield -1, False, None
+            room -= len(payload or "")
+            if mine and (payload is None or query.matches(text_of(json.loads(payload)))):
+                found.append(seq)
+            if len(found) == limit or looked == SEARCH_SCAN or room < 0:
+                return found, seq
+    return found, 0
+
+
+# --- Log --------------------------------------------------------------------------------------------------------------
+
+
+class Log:
+    """The reading half of a store: what is committed, and nothing else."""
+
+    path: str
+    epoch: str
+    search: Search
+    _reader: Any
+    _writer: Any
+    _sqlite: Any
+
+    def connect(self) -> Any:
+        """One more connection to the file, callable from any thread."""
+        return self._sqlite.connect(self.path, isolation_level=None, check_same_thread=False, timeout=1)
+
+    @contextlib.contextmanager
+    def _snapshot(self) -> Iterator[Any]:
+        """A connection of one's own, for a thread of one's own; in memory there is but one."""
+        connection = self._writer if self.path == ":memory:" else self.connect()
+        try:
+            yield connection
+        finally:
+            if connection is not self._writer:
+                connection.close()
+
+    def load(self) -> Snapshot:
+        """Everything the hub keeps in memory. Raises StoreError where the file is damaged."""
+        try:
+            return self._load(self._reader.execute)
+        except (self._sqlite.Error, ValueError, TypeError) as error:
+            raise StoreError(
+                f"{self.path} is damaged ({error}): restore a backup, or save what can be saved with"
+                " `sqlite3 FILE .recover`, and name another file with --db; this one is left as it is"
+            ) from None
+
+    def _load(self, rows: Callable) -> Snapshot:
+        agents, seen = [], []
+        query = "SELECT * FROM agents WHERE NOT departed ORDER BY agent_id"
+        for *head, capabilities, metadata, tokens, at, seen_at, _ in rows(query):
+            digests = tuple(tokens[i : i + 32] for i in range(0, len(tokens), 32))
+            agents.append(Agent(*head, tuple(json.loads(capabilities)), metadata, digests, at))
+            seen.append((head[0], seen_at))
+        pings = rows("SELECT seq, id, sender FROM messages WHERE type = 'ping' ORDER BY seq").fetchall()
+        unread = rows(
+            "SELECT inbox, seq, pushed_at IS NOT NULL, ifnull(claimed_until, 0) FROM deliveries"
+            " WHERE acked_at IS NULL AND expired_at IS NULL ORDER BY inbox, seq"
+        ).fetchall()
+        waiting = {row[1] for row in unread} if pings else set()
+        top = rows(
+            "SELECT max(value, (SELECT ifnull(max(seq), 0) FROM messages), (SELECT ifnull(max(seq), 0) FROM delayed))"
+            " FROM meta WHERE key = 'seq'"
+        ).fetchone()[0]
+        requests = rows("SELECT * FROM requests ORDER BY seq")
+        return Snapshot(
+            self.epoch,
+            top,
+            tuple(agents),
+            tuple(pair for pair in seen if pair[1]),
+            tuple(unread),
+            tuple((seq, id or made_id(self.epoch, seq), who) for seq, id, who in pings if seq in waiting),
+            tuple(name for (name,) in rows("SELECT agent_id FROM agents WHERE departed ORDER BY agent_id")),
+            tuple(
+                (seq, tuple(json.loads(names))) for seq, names in rows("SELECT seq, inboxes FROM delayed ORDER BY seq")
+            ),
+            tuple(Asked(*head, tuple(json.loads(asked)), bool(told)) for *head, asked, told in requests),
+        )
+
+    def _message(self, row: tuple) -> Message:
+        return Message(row[0], row[1] or made_id(self.epoch, row[0]), *row[2:11], *row[12:14])
+
+    def messages(
+        self, seqs: Iterable[int], now: int, want: Wanted = Wanted(), most: int = MAX_ANSWER, reader: Any = None
+    ) -> tuple[list[Message], bool]:
+        """Those of the messages that are not past their time and wanted, in the order of `seqs`, and whether there are
+        more than go into `most` bytes (one goes in any case)."""
+        rows = (reader or self._reader).execute(
+            "SELECT m.* FROM json_each(:seqs) AS wanted CROSS JOIN messages AS m ON m.seq = wanted.value"
+            " WHERE (m.expires_at = 0 OR m.expires_at > :now) AND :type IN ('', m.type) AND :sender IN ('', m.sender)"
+            " AND :thread IN ('', m.thread) AND (:other IN ('', m.sender) OR m.sender = :me AND EXISTS"
+            " (SELECT 1 FROM deliveries AS d WHERE d.inbox = :other AND d.seq = m.seq)) ORDER BY wanted.key",
+            {"seqs": dump(seqs), "now": now, "type": want.type, "sender": want.sender, "thread": want.thread,
+             "me": want.between[0], "other": want.between[1]},
+        )  # fmt: skip
+        found: list[Message] = []
+        for row in rows:
+            if most < 0 and found:
+                return found, True
+            found.append(self._message(row))
+            most -= len(found[-1].payload)
+        return found, False
+
+    def seqs(self, table: str, name: str, after: int, before: int, limit: int, newest: bool = False) -> list[int]:
+        """The seqs of up to `limit` messages between the two, oldest or newest first: what came to an inbox, read or
+        not (`deliveries`), or what an agent sent (`messages`)."""
+        column, order = ("inbox" if table == "deliveries" else "sender"), "DESC" if newest else "ASC"
+        query = f"SELECT seq FROM {table} WHERE {column} = ? AND seq > ? AND seq < ? ORDER BY seq {order} LIMIT ?"
+        return [seq for (seq,) in self._reader.execute(query, (name, after, before, limit))]
+
+    def find_words(self, query: Query, who: str, before: int, limit: int, now: int) -> tuple[list[Message], int]:
+        """The newest messages of `who` that match, and the seq to go on before (`find_words`). Callable from any
+        thread, unless the store is in memory."""
+        with self._snapshot() as reader:
+            reader.execute("BEGIN")
+            try:
+                seqs, following = find_words(reader, query, who, before, limit, now, self.search.indexed >= 0)
+                found, cut = self.messages(seqs, now, reader=reader)
+            finally:
+                reader.execute("COMMIT")
+        return found, found[-1].seq if cut else following
+
+    def gap(self, name: str) -> int:
+        """The newest seq that once lay in this inbox and is deleted; 0 where nothing is missing."""
+        row = self._reader.execute("SELECT seq FROM gaps WHERE inbox = ?", (name,)).fetchone()
+        return row[0] if row else 0
+
+    def find(self, message_id: str, seq: int = 0) -> Receipt | None:
+        """A message by its seq, or by an id that does not follow from it, the inboxes it went or will go to, and those
+        that had no room."""
+        where, key = ("seq", seq) if seq else ("id", message_id)
+        for table in ("messages", "delayed"):
+            row = self._reader.execute(f"SELECT * FROM {table} WHERE {where} = ?", (key,)).fetchone()
+            if row:
+                return self._receipt(row)
+        return None
+
+    def _receipt(self, row: tuple) -> Receipt:
+        return Receipt(self._message(row), tuple(json.loads(row[11])), tuple(json.loads(row[14])))
+
+    def deliveries(self, seq: int) -> dict[str, dict[str, Any]]:
+        """What became of a message, by inbox: times in milliseconds since 1970, and the interfaces that told them."""
+        rows = self._reader.execute(
+            "SELECT inbox, acked_at AS acknowledged, acked_via AS acknowledged_via, pushed_at AS pushed, pushed_via,"
+            f" claimed_at AS claimed, claimed_until, expired_at AS expired FROM deliveries WHERE {_IN_ITS_INBOXES}",
+            (seq,),
+        )
+        names = [column[0] for column in rows.description]
+        return {row[0]: dict(zip(names[1:], row[1:])) for row in rows}
+
+    def latest(self) -> int:
+        """The newest time that is written down, in milliseconds since 1970."""
+        query = (
+            f"SELECT ifnull((SELECT {_CAME_AT} FROM messages ORDER BY seq DESC LIMIT 1), 0), ifnull(max(seen_at), 0)"
+        )
+        return max(self._reader.execute(f"{query} FROM agents").fetchone())
+
+    def came_at(self, seqs: Iterable[int]) -> dict[int, int]:
+        """When these messages came into their inboxes."""
+        query = f"SELECT seq, {_CAME_AT} FROM messages WHERE seq IN (SELECT value FROM json_each(?))"
+        return dict(self._reader.execute(query, (dump(list(seqs)),)))
+
+    # what time brings about
+
+    def due(self, now: int) -> list[tuple[Message, tuple[str, ...], tuple[str, ...]]]:
+        """Some delayed messages whose time has come, in the order in which it came, as (message, inboxes, full)."""
+        query = "SELECT * FROM delayed WHERE due_at <= ? ORDER BY due_at, seq LIMIT ?"
+        rows = self._reader.execute(query, (now, SWEEP_BATCH))
+        return [self._receipt(row)[:3] for row in self._some(rows, lambda row: (row[11], row[5]))]
+
+    def expired(self, now: int) -> list[tuple[int, str, tuple[str, ...]]]:
+        """Some messages that are past their own time, as (seq, id, inboxes)."""
+        query = "SELECT seq, id, inboxes FROM messages WHERE expires_at > 0 AND expires_at <= ? LIMIT ?"
+        return self._ended(self._reader.execute(query, (now, SWEEP_BATCH)))
+
+    def aged(self, before: int) -> list[tuple[int, str, tuple[str, ...]]]:
+        """Some of the oldest messages, if they came before then, as (seq, id, inboxes)."""
+        query = f"SELECT seq, id, inboxes, {_CAME_AT} FROM messages ORDER BY seq LIMIT ?"
+        rows = self._reader.execute(query, (SWEEP_BATCH,))
+        return self._ended(itertools.takewhile(lambda row: row[3] < before, rows))
+
+    def _ended(self, rows: Iterable[tuple]) -> list[tuple[int, str, tuple[str, ...]]]:
+        some = self._some(rows, lambda row: (row[2], ""))
+        return [(seq, id or made_id(self.epoch, seq), tuple(json.loads(names))) for seq, id, names, *_ in some]
+
+    def _some(self, rows: Iterable[tuple], weight: Callable[[tuple], tuple[str, str]]) -> list[tuple]:
+        """No more of the rows than can be written in one turn, but one in any case: it is the inboxes that cost, and
+        the bytes."""
+        found, room, most = [], SWEEP_DELIVERIES, READ_AHEAD
+        for row in rows:
+            inboxes, payload = weight(row)
+            room -= inboxes.count(",") + 1
+            most -= len(payload)
+            if found and (room < 0 or most < 0):
+                break
+            found.append(row)
+        return found
 
 
 # --- Store ------------------------------------------------------------------------------------------------------------
 
 
-class Store:
+class Store(Log):
     """The log on disk: SQLite in WAL mode, one connection that writes and one that reads what is committed.
 
     `write` puts a batch of events into a transaction and `commit` makes it durable (synchronous=FULL: after it
@@ -1866,13 +2064,14 @@ class Store:
         import sqlite3
 
         self.path, self._sqlite = path, sqlite3
+        self._copies = os.path.basename(path) + "-copy-"  # how the names of copies begin while they are being made
         self._lock: Any = None
         self.pages = 0  # written to the log since the last checkpoint, about
         self.broken = ""  # why nothing can be made durable any more until the next start
         try:
             if path != ":memory:":
                 self._prepare_file()
-            self._writer = self._connect(path)
+            self._writer = self.connect()
             self._check_owner()
             self._writer.execute("PRAGMA journal_mode = WAL")
             self._writer.execute("PRAGMA synchronous = FULL")
@@ -1880,9 +2079,9 @@ class Store:
             self._writer.execute("PRAGMA wal_autocheckpoint = 0")  # inside a commit it makes the slowest 1 %
             self._writer.execute(f"PRAGMA journal_size_limit = {64 << 20}")
             self._migrate()
-            self._reader = self._writer if path == ":memory:" else self._connect(path)
+            self._reader = self._writer if path == ":memory:" else self.connect()
             self._reader.execute("PRAGMA query_only = ON" if path != ":memory:" else "SELECT 1")
-            self.search = Search(self._writer, self._reader, sqlite3.OperationalError)
+            self.search = Search(self._writer)
             self.epoch = self._reader.execute("SELECT value FROM meta WHERE key = 'epoch'").fetchone()[0]
         except (sqlite3.Error, OSError, TypeError) as error:
             self.close()
@@ -1892,9 +2091,6 @@ class Store:
             raise
 
     # opening
-
-    def _connect(self, path: str) -> Any:
-        return self._sqlite.connect(path, isolation_level=None, check_same_thread=False, timeout=1)
 
     def _prepare_file(self) -> None:
         """Look at what is there before anything is changed, take the lock, make folder and file for this user only."""
@@ -1911,6 +2107,9 @@ class Store:
                 f" or remove {self.path}-wal to start empty"
             )
         self._take_lock()
+        for name in os.listdir(folder):  # copies whose making was interrupted
+            if name.startswith(self._copies):
+                os.unlink(os.path.join(folder, name))
         os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
         os.chmod(self.path, 0o600)
 
@@ -2044,176 +2243,29 @@ class Store:
         )
 
     def backup(self) -> Any:
-        """A consistent copy of what is committed, as an open file without a name. Callable from any thread, while the
-        hub goes on writing. Raises StorageFull."""
+        """A consistent copy of what is committed, as an open file without a name. Callable from any thread while the
+        hub goes on writing, unless the store is in memory. Raises StorageFull."""
         import tempfile
 
-        memory = self.path == ":memory:"
-        handle, copy = tempfile.mkstemp(
-            ".db", COPY_PREFIX, None if memory else os.path.dirname(os.path.abspath(self.path))
-        )
+        copy = ""
         try:
+            handle, copy = tempfile.mkstemp(".db", self._copies, self._folder())
             os.close(handle)
-            source = self._writer if memory else self._connect(self.path)
-            target = self._sqlite.connect(copy, check_same_thread=False)
-            try:
-                source.backup(target)
-            finally:
-                target.close()
-                if not memory:
-                    source.close()
+            with self._snapshot() as source:
+                target = self._sqlite.connect(copy, check_same_thread=False)
+                try:
+                    source.backup(target)
+                finally:
+                    target.close()
             return open(copy, "rb")
         except (self._sqlite.Error, OSError) as error:
-            raise self._full(error) from error
+            raise StorageFull(f"the copy could not be made ({error}): it needs as much room as the store") from error
         finally:
-            os.unlink(copy)
+            if copy:
+                os.unlink(copy)
 
-    # the reading half: what is committed, and nothing else
-
-    def load(self) -> Snapshot:
-        """Everything the hub keeps in memory. Raises StoreError where the file is damaged."""
-        try:
-            return self._load(self._reader.execute)
-        except (self._sqlite.Error, ValueError, TypeError) as error:
-            raise StoreError(
-                f"{self.path} is damaged ({error}): restore a backup, or save what can be saved with"
-                " `sqlite3 FILE .recover`, and name another file with --db; this one is left as it is"
-            ) from None
-
-    def _load(self, rows: Callable) -> Snapshot:
-        agents, seen = [], []
-        query = "SELECT * FROM agents WHERE NOT departed ORDER BY agent_id"
-        for *head, capabilities, metadata, tokens, at, seen_at, _ in rows(query):
-            digests = tuple(tokens[i : i + 32] for i in range(0, len(tokens), 32))
-            agents.append(Agent(*head, tuple(json.loads(capabilities)), metadata, digests, at))
-            seen.append((head[0], seen_at))
-        pings = rows("SELECT seq, id, sender FROM messages WHERE type = 'ping' ORDER BY seq").fetchall()
-        unread = rows(
-            "SELECT inbox, seq, pushed_at IS NOT NULL, ifnull(claimed_until, 0) FROM deliveries"
-            " WHERE acked_at IS NULL AND expired_at IS NULL ORDER BY inbox, seq"
-        ).fetchall()
-        waiting = {row[1] for row in unread} if pings else set()
-        top = rows(
-            "SELECT max(value, (SELECT ifnull(max(seq), 0) FROM messages), (SELECT ifnull(max(seq), 0) FROM delayed))"
-            " FROM meta WHERE key = 'seq'"
-        ).fetchone()[0]
-        requests = rows("SELECT * FROM requests ORDER BY seq")
-        return Snapshot(
-            self.epoch,
-            top,
-            tuple(agents),
-            tuple(pair for pair in seen if pair[1]),
-            tuple(unread),
-            tuple((seq, id or made_id(self.epoch, seq), who) for seq, id, who in pings if seq in waiting),
-            tuple(name for (name,) in rows("SELECT agent_id FROM agents WHERE departed ORDER BY agent_id")),
-            tuple(
-                (seq, tuple(json.loads(names))) for seq, names in rows("SELECT seq, inboxes FROM delayed ORDER BY seq")
-            ),
-            tuple(Asked(*head, tuple(json.loads(asked)), bool(told)) for *head, asked, told in requests),
-        )
-
-    def _message(self, row: tuple) -> Message:
-        return Message(row[0], row[1] or made_id(self.epoch, row[0]), *row[2:11], *row[12:14])
-
-    def messages(
-        self, seqs: Iterable[int], now: int, want: Wanted = Wanted(), most: int = MAX_ANSWER
-    ) -> tuple[list[Message], bool]:
-        """Those of the messages that are not past their time and wanted, in the order of `seqs`, and whether there are
-        more than go into `most` bytes (one goes in any case)."""
-        rows = self._reader.execute(
-            "SELECT m.* FROM json_each(:seqs) AS wanted CROSS JOIN messages AS m ON m.seq = wanted.value"
-            " WHERE (m.expires_at = 0 OR m.expires_at > :now) AND :type IN ('', m.type) AND :sender IN ('', m.sender)"
-            " AND :thread IN ('', m.thread) AND (:other IN ('', m.sender) OR m.sender = :me AND EXISTS"
-            " (SELECT 1 FROM deliveries AS d WHERE d.inbox = :other AND d.seq = m.seq)) ORDER BY wanted.key",
-            {"seqs": dump(seqs), "now": now, "type": want.type, "sender": want.sender, "thread": want.thread,
-             "me": want.between[0], "other": want.between[1]},
-        )  # fmt: skip
-        found: list[Message] = []
-        for row in rows:
-            if most < 0 and found:
-                return found, True
-            found.append(self._message(row))
-            most -= len(found[-1].payload)
-        return found, False
-
-    def inbox(self, name: str, after: int, up_to: int, limit: int) -> list[int]:
-        """The seqs of up to `limit` messages above `after`, up to `up_to`, acknowledged or not, oldest first."""
-        query = "SELECT seq FROM deliveries WHERE inbox = ? AND seq > ? AND seq <= ? ORDER BY seq LIMIT ?"
-        return [seq for (seq,) in self._reader.execute(query, (name, after, up_to, limit))]
-
-    def inbox_before(self, name: str, before: int, limit: int) -> list[int]:
-        """The seqs of up to `limit` messages below `before`, acknowledged or not, newest first."""
-        query = "SELECT seq FROM deliveries WHERE inbox = ? AND seq < ? ORDER BY seq DESC LIMIT ?"
-        return [seq for (seq,) in self._reader.execute(query, (name, before, limit))]
-
-    def sent_before(self, name: str, before: int, limit: int) -> list[int]:
-        """The seqs of up to `limit` messages below `before` that an agent sent, newest first."""
-        query = "SELECT seq FROM messages WHERE sender = ? AND seq < ? ORDER BY seq DESC LIMIT ?"
-        return [seq for (seq,) in self._reader.execute(query, (name, before, limit))]
-
-    def sent_after(self, name: str, after: int, up_to: int, limit: int) -> list[int]:
-        """The seqs of up to `limit` messages above `after`, up to `up_to`, that an agent sent, oldest first."""
-        query = "SELECT seq FROM messages WHERE sender = ? AND seq > ? AND seq <= ? ORDER BY seq LIMIT ?"
-        return [seq for (seq,) in self._reader.execute(query, (name, after, up_to, limit))]
-
-    def gap(self, name: str) -> int:
-        """The newest seq that once lay in this inbox and is deleted; 0 where nothing is missing."""
-        row = self._reader.execute("SELECT seq FROM gaps WHERE inbox = ?", (name,)).fetchone()
-        return row[0] if row else 0
-
-    def find(self, message_id: str, seq: int = 0) -> tuple[Message, tuple[str, ...]] | None:
-        """A message by its seq, or by an id that does not follow from it, and the inboxes it went or will go to."""
-        where, key = ("seq", seq) if seq else ("id", message_id)
-        for table in ("messages", "delayed"):
-            row = self._reader.execute(f"SELECT * FROM {table} WHERE {where} = ?", (key,)).fetchone()
-            if row:
-                return self._message(row), tuple(json.loads(row[11]))
-        return None
-
-    def deliveries(self, seq: int) -> dict[str, dict[str, Any]]:
-        """What became of a message, by inbox: the columns of its delivery."""
-        query = f"SELECT * FROM deliveries WHERE {_IN_ITS_INBOXES}"
-        rows = self._reader.execute(query, (seq,))
-        names = [column[0] for column in rows.description]
-        return {row[0]: dict(zip(names, row)) for row in rows}
-
-    def latest(self) -> int:
-        """The newest time that is written down, in milliseconds since 1970."""
-        query = "SELECT ifnull((SELECT sent_at FROM messages ORDER BY seq DESC LIMIT 1), 0), ifnull(max(seen_at), 0)"
-        return max(self._reader.execute(f"{query} FROM agents").fetchone())
-
-    def sent_at(self, seqs: Iterable[int]) -> dict[int, int]:
-        """When these messages were sent."""
-        query = "SELECT seq, sent_at FROM messages WHERE seq IN (SELECT value FROM json_each(?))"
-        return dict(self._reader.execute(query, (dump(list(seqs)),)))
-
-    # what time brings about
-
-    def due(self, now: int, limit: int) -> list[tuple[Message, tuple[str, ...]]]:
-        """Up to `limit` delayed messages whose time has come, in the order in which it came."""
-        query = "SELECT * FROM delayed WHERE due_at <= ? ORDER BY due_at, seq LIMIT ?"
-        return [(self._message(row), tuple(json.loads(row[11]))) for row in self._reader.execute(query, (now, limit))]
-
-    def expired(self, now: int, limit: int) -> list[tuple[int, str, tuple[str, ...]]]:
-        """Some messages that are past their own time, as (seq, id, inboxes)."""
-        query = "SELECT seq, id, inboxes FROM messages WHERE expires_at > 0 AND expires_at <= ? LIMIT ?"
-        return self._some(self._reader.execute(query, (now, limit)))
-
-    def aged(self, sent_before: int, limit: int) -> list[tuple[int, str, tuple[str, ...]]]:
-        """Some of the oldest messages, if they were sent before then, as (seq, id, inboxes)."""
-        query = "SELECT seq, id, inboxes, sent_at FROM messages ORDER BY seq LIMIT ?"
-        return self._some(itertools.takewhile(lambda row: row[3] < sent_before, self._reader.execute(query, (limit,))))
-
-    def _some(self, rows: Iterable[tuple]) -> list[tuple[int, str, tuple[str, ...]]]:
-        """No more than can be written in one turn: it is the inboxes that cost."""
-        found, room = [], SWEEP_DELIVERIES
-        for seq, id, inboxes, *_ in rows:
-            names = tuple(json.loads(inboxes))
-            if found and len(names) > room:
-                break
-            room -= len(names)
-            found.append((seq, id or made_id(self.epoch, seq), names))
-        return found
+    def _folder(self) -> str | None:
+        return None if self.path == ":memory:" else os.path.dirname(os.path.abspath(self.path))
 
 
 # --- HTTP -------------------------------------------------------------------------------------------------------------
@@ -2589,6 +2641,12 @@ class Stream(NamedTuple):
     recovered: bool
 
 
+class Later(NamedTuple):
+    """An answer that takes long: `make` gives it; it may run on any thread, and changes nothing."""
+
+    make: Callable[[], Response]
+
+
 class Download(NamedTuple):
     """An answer that is a file: `make` gives it, opened for reading bytes; it takes long and may run on any thread."""
 
@@ -2675,7 +2733,7 @@ class Reading:
         """GET /api/v1/messages. A filtered read looks at MAX_SCAN deliveries at most, and `next` goes on from there."""
         self.hub.expect(call.agent_id)
         name, want = call.agent_id, call.params
-        claim, wait = want["claim"] or 0, want["wait"] or 0
+        claim, wait = want["claim"] or 0 if call.head.method == "GET" else 0, want["wait"] or 0
         after, recovered = self._resume(name, want["after"], want["epoch"] or "")
         want = want | {"after": after, "unread": want["unread"] or claim or not recovered and after is None}
         if claim and self.trouble:
@@ -2711,52 +2769,57 @@ class Reading:
         newest = want["after"] is None and not want["unread"]
         cursor = (want["before"] or sys.maxsize) if newest else want["after"] or 0
         found: list[Message] = []
-        scanned, end = 0, False
-        while len(found) < limit and scanned < MAX_SCAN and not end:
+        scanned, cut, end = 0, False, False
+        while len(found) < limit and scanned < MAX_SCAN and not (cut or end):
             seqs = self._seqs(name, want, cursor, step, newest, at)
             some, cut = self.log.messages(seqs, at, chosen, MAX_ANSWER - sum(len(m.payload) for m in found))
             found += some
-            end, scanned = cut or len(seqs) < step, scanned + len(seqs)
+            end, scanned = len(seqs) < step, scanned + len(seqs)
             cursor = some[-1].seq if cut else seqs[-1] if seqs else cursor
         if len(found) >= limit:
-            found, cursor = found[:limit], found[limit - 1].seq
-            end = False
+            found, cursor, cut = found[:limit], found[limit - 1].seq, True
         found.sort()
         if newest:
-            return found, found[-1].seq if found else 0, False, f',"previous":{0 if end else cursor}'
+            return found, found[-1].seq if found else 0, False, f',"previous":{0 if end and not cut else cursor}'
         return found, cursor, scanned >= MAX_SCAN, ""
 
     def _seqs(self, name: str, want: dict[str, Any], cursor: int, step: int, newest: bool, at: int) -> list[int]:
         """What a page looks at next; newest first, or oldest first."""
         if want["unread"]:
             return self.hub.unread_after(name, cursor, self.committed, step, at if want["claim"] else None)
-        place = (min(cursor, self.committed + 1),) if newest else (cursor, self.committed)
-        got, sent = (self.log.inbox_before, self.log.sent_before) if newest else (self.log.inbox, self.log.sent_after)
-        found = got(name, *place, step)
+        place = (name, 0, min(cursor, self.committed + 1)) if newest else (name, cursor, self.committed + 1)
+        found = self.log.seqs("deliveries", *place, step, newest)
         if want["sent"] or want["with"]:
-            found = sorted({*found, *sent(name, *place, step)}, reverse=newest)[:step]
+            sent = self.log.seqs("messages", *place, step, newest)
+            found = sorted({*found, *sent}, reverse=newest)[:step]
         return found
 
     def seqs_after(self, name: str, after: int, up_to: int, limit: int, unread: bool) -> list[int]:
         """The seqs of up to `limit` durable messages above `after`, up to `up_to`: the unread ones, or all."""
-        return (self.hub.unread_after if unread else self.log.inbox)(name, after, min(up_to, self.committed), limit)
+        up_to = min(up_to, self.committed)
+        if unread:
+            return self.hub.unread_after(name, after, up_to, limit)
+        return self.log.seqs("deliveries", name, after, up_to + 1, limit)
 
-    def search(self, call: Call) -> Response:
+    def search(self, call: Call) -> Later:
         """GET /api/v1/messages/search: newest first. Looks at SEARCH_SCAN messages; `next` goes on, 0 is the end."""
         self.hub.expect(call.agent_id)
         query, before = Query.read(call.params["q"]), min(call.params["before"] or sys.maxsize, self.committed + 1)
         limit = call.params["limit"] or DEFAULT_LIMIT
-        seqs, following = self.log.search.find(query, call.agent_id, before, limit, call.at)
-        found, cut = self.log.messages(seqs, call.at)
-        texts = ",".join([message.envelope() for message in found])
-        return Response(f'{{"messages":[{texts}],"next":{found[-1].seq if cut else following}}}', settled=True)
+
+        def make() -> Response:
+            found, following = self.log.find_words(query, call.agent_id, before, limit, call.at)
+            texts = ",".join([message.envelope() for message in found])
+            return Response(f'{{"messages":[{texts}],"next":{following}}}', settled=True)
+
+        return Later(make)
 
     # one message
 
-    def _find(self, message_id: str) -> tuple[Message, tuple[str, ...]] | None:
+    def _find(self, message_id: str) -> Receipt | None:
         seq = self.hub.seq_of(message_id)
         found = self.log.find("", seq) if seq else self.hub.fresh(message_id)
-        return found if found and found[0].id == message_id else self.log.find(message_id)
+        return found if found and found.message.id == message_id else self.log.find(message_id)
 
     def trace(self, call: Call) -> Response:
         """GET /api/v1/messages/{message_id}: the envelope, and for each recipient what became of it."""
@@ -2764,31 +2827,31 @@ class Reading:
         found = self._find(message_id)
         if found is None:
             raise NotFound(f"no message `{message_id}` is kept here (any more): check the id in the receipt")
-        message, inboxes = found
-        if call.agent_id not in (OPERATOR, message.sender, *inboxes):
+        if call.agent_id not in (OPERATOR, found.message.sender, *found.inboxes):
             raise Forbidden(f"only its sender and its recipients may trace a message, and `{call.agent_id}` is neither")
-        return Response(lambda: self._traced(message, inboxes, call.at))
+        return Response(lambda: self._traced(found, call.at))
 
-    def _traced(self, message: Message, inboxes: tuple[str, ...], at: int) -> dict:
+    def _traced(self, found: Receipt, at: int) -> dict:
+        message = found.message
         rows, recent = self.log.deliveries(message.seq), self.hub.pushes(message.seq)
         lines = []
-        for name in inboxes:
-            row = {"expired_at": 0, "due_at": 0 if rows else message.due_at, **rows.get(name, {})}
-            row["stored_at"] = (message.due_at or message.sent_at) if rows else 0
+        for name in found.inboxes:
+            row = (
+                {"stored": message.due_at or message.sent_at, **rows[name]} if name in rows else {"due": message.due_at}
+            )
             if name in recent:
-                row["pushed_at"], row["pushed_via"] = recent[name]
-            times = {shown: timestamp(row[column]) for column, shown in TRACED if row.get(column)}
-            vias = {f"{shown}_via": row[f"{column}_via"] for column, shown in TRACED_VIA if row.get(f"{column}_via")}
-            lines.append({"agent_id": name, "state": self._state(name, row, at), **times, **vias})
+                row["pushed"], row["pushed_via"] = recent[name]
+            shown = {key: timestamp(row[key]) for key in TRACE_TIMES if row.get(key)}
+            shown |= {f"{key}_via": row[f"{key}_via"] for key in TRACE_TIMES if row.get(f"{key}_via")}
+            lines.append({"agent_id": name, "state": self._state(name, row, at), **shown})
+        lines += [{"agent_id": name, "state": "inbox_full"} for name in found.full]
         sent = {"via": message.via} if message.via else {}
         return json.loads(message.envelope()) | sent | {"trace": lines}
 
     def _state(self, name: str, row: dict[str, Any], at: int) -> str:
         """The latest that is known of a delivery."""
-        if (row.get("claimed_until") or 0) <= at:
-            row = row | {"claimed_at": 0}
-        for column, state in STATES:
-            if row.get(column):
+        for key, state in TRACE_TIMES.items():
+            if state and row.get(key) and (key != "claimed" or row["claimed_until"] > at):
                 return state
         return "queued" if self.hub.known(name) or name in self.hub.departed else "unknown"
 
@@ -2842,16 +2905,16 @@ class Reading:
         }  # fmt: skip
 
 
-# The columns of a delivery as a trace shows them: the times, who told them, and the state they stand for.
-TRACED = (
-    ("due_at", "due"), ("stored_at", "stored"), ("pushed_at", "pushed"), ("claimed_at", "claimed"),
-    ("claimed_until", "claimed_until"), ("acked_at", "acknowledged"), ("expired_at", "expired"),
-)  # fmt: skip
-TRACED_VIA = (("pushed", "pushed"), ("acked", "acknowledged"))
-STATES = (
-    ("acked_at", "acknowledged"), ("expired_at", "expired"), ("claimed_at", "claimed"), ("pushed_at", "pushed"),
-    ("due_at", "delayed"),
-)  # fmt: skip
+# The times in a trace, and the state each stands for, the latest first: the first that is there says how it is.
+TRACE_TIMES = {
+    "acknowledged": "acknowledged",
+    "expired": "expired",
+    "claimed": "claimed",
+    "claimed_until": "",
+    "pushed": "pushed",
+    "due": "delayed",
+    "stored": "",
+}
 
 
 @functools.lru_cache(64)
@@ -2924,7 +2987,7 @@ class Handlers(Reading):
     def _shown_agents(self, agents: list[Agent], at: int) -> list[dict]:
         hub = self.hub
         oldest = {agent.agent_id: hub.oldest_unread(agent.agent_id) for agent in agents}
-        sent_at = self.log.sent_at(filter(None, oldest.values()))
+        came_at = self.log.came_at(filter(None, oldest.values()))
         return [
             {
                 "agent_id": name,
@@ -2936,7 +2999,7 @@ class Handlers(Reading):
                 "registered_at": timestamp(agent.registered_at),
                 "connected": name in hub.connections,
                 "unread": hub.unread(name),
-                **({"unread_age": (at - sent_at.get(oldest[name], at)) // 1000} if oldest[name] else {}),
+                **({"unread_age": (at - came_at.get(oldest[name], at)) // 1000} if oldest[name] else {}),
                 **({"metadata": json.loads(agent.metadata)} if agent.metadata else {}),
             }
             for name, agent in ((agent.agent_id, agent) for agent in agents)
@@ -3007,7 +3070,7 @@ class Handlers(Reading):
             )
         return payload
 
-    def _find_given(self, message_id: str) -> tuple[Message, tuple[str, ...]] | None:
+    def _find_given(self, message_id: str) -> Receipt | None:
         """What is stored under an id that a sender gives, which must not look like one the hub has yet to make."""
         found = self._find(message_id)
         if not found and self.hub.seq_of(message_id):
@@ -3016,14 +3079,14 @@ class Handlers(Reading):
 
     def _thread(self, reply_to: str) -> str:
         parent = self._find(reply_to)
-        return (parent[0].thread or parent[0].id) if parent else reply_to
+        return (parent.message.thread or parent.message.id) if parent else reply_to
 
     def _receipt(self, receipt: Receipt) -> str:
         """The receipt as JSON text, written by hand: it is most of what a sender costs."""
         hub, message, lines = self.hub, receipt.message, []
         pushed = {name for name in receipt.inboxes if hub.was_pushed(name, message.seq)}
         if receipt.duplicate:  # some may have been acknowledged since
-            pushed |= {name for name, row in self.log.deliveries(message.seq).items() if row["pushed_at"]}
+            pushed |= {name for name, row in self.log.deliveries(message.seq).items() if row["pushed"]}
             pushed.update(hub.pushes(message.seq))
         for name in (*receipt.inboxes, *receipt.full):
             state = "pushed" if name in pushed else "queued"
@@ -3062,7 +3125,7 @@ class Handlers(Reading):
         if (up_to is None) == (ids is None):
             raise InvalidRequest("`up_to` or `ids` is needed, one of them: the newest seq you have, or a list of ids")
         found = [self._find(one) for one in ids or ()]
-        seqs = tuple(sorted(one[0].seq for one in found if one))
+        seqs = tuple(sorted(one.message.seq for one in found if one))
         count = self.hub.apply(Ack(at, agent_id, up_to or 0, seqs, via))
         self.metrics["acknowledged_total"] += count
         return count
@@ -3135,8 +3198,8 @@ class About(Handlers):
     def oldest_unread(self, at: int) -> float:
         """How long the oldest unread message of all has waited, in seconds."""
         seqs = list(filter(None, map(self.hub.oldest_unread, self.hub.inboxes)))
-        sent_at = self.log.sent_at([min(seqs)] if seqs else [])
-        return (at - min(sent_at.values(), default=at)) / 1000
+        came_at = self.log.came_at([min(seqs)] if seqs else [])
+        return (at - min(came_at.values(), default=at)) / 1000
 
     def openapi(self, call: Call) -> Response:
         """GET /openapi.json: OpenAPI 3.1, made from ROUTES."""
@@ -3968,11 +4031,8 @@ class HttpConnection:
         self.poll = Poll(self.server, wait, leave)
 
     def _answer_stream(self, request: Request, stream: Stream, slot: list[bytes], started: float) -> None:
-        self.slots.pop()
-        self.blocked = True
-        self._send_ready()
-        if self.slots:
-            return self._refuse(InvalidRequest("open a stream on a connection with no unanswered request"))
+        if not self._alone("open a stream"):
+            return
         kind = "text/event-stream" if stream.format == "sse" else "application/x-ndjson"
         extra = (("Transfer-Encoding", "chunked"), ("X-Accel-Buffering", "no"), *self.server.api.cors(request.head))
         self.transport.write(plain_head(200, f"{kind}; charset=utf-8", extra, self.server.date))
@@ -3988,65 +4048,79 @@ class HttpConnection:
             self.stream.write(_chunk(f"event: welcome\ndata: {text}\n\n" if stream.format == "sse" else f"{text}\n"))
         self.stream.catch_up()
 
-    def _answer_download(self, request: Request, download: Download, slot: list[bytes], started: float) -> None:
-        """Have the file made on a thread, then send it as fast as the peer takes it."""
+    def _alone(self, what: str) -> bool:
+        """Have the line for one answer that does not end, or does not fit into a slot; refuse it behind others."""
         self.slots.pop()
         self.blocked = True
         self._send_ready()
         if self.slots:
-            return self._refuse(InvalidRequest("ask for a file on a connection with no unanswered request"))
+            self._refuse(InvalidRequest(f"{what} on a connection with no unanswered request"))
+        return not self.slots
 
-        def make() -> Any:
-            try:
-                return download.make()
-            except HubError as error:
-                return error
-            except Exception:
-                log_exception("making a file to send")
-                return HubError("the hub failed at this request; its log says why")
+    def _answer_later(self, request: Request, later: Later, slot: list[bytes], started: float) -> None:
+        self.blocked = True
 
-        def made(future: Any) -> None:
-            self.file = future.result()
-            if isinstance(self.file, HubError):
-                answer, self.file, self.blocked = error_response(self.file), None, False
+        def made(answer: Response) -> None:
+            self.blocked = False
+            self._answer_response(request, answer, slot, started)
+            self._send_ready()
+            self._go_on()
+
+        self.server.searcher.run(later.make, made)
+
+    def _answer_download(self, request: Request, download: Download, slot: list[bytes], started: float) -> None:
+        """Have the file made, then send it as fast as the peer takes it."""
+        if len(self.server.copying) >= MAX_COPIES:
+            error = RateLimited("as many copies are being made as may be: try again when one is done", retry_after=10)
+            return self._answer_response(request, error_response(error), slot, started)
+        if not self._alone("ask for a file"):
+            return
+        self.server.copying.add(self)
+
+        def made(made: Any) -> None:
+            if isinstance(made, Response):
+                self.blocked = False
+                self.server.copying.discard(self)
                 self.slots.append(slot)
-                self._fill(request, answer, slot, started)
+                self._answer_response(request, made, slot, started)
                 self._send_ready()
-                self._go_on()
-            elif self.transport.is_closing():
-                self._drop_file()
-            else:
-                size = (("Content-Length", str(os.fstat(self.file.fileno()).st_size)),)
-                self.transport.write(plain_head(200, download.content_type, size, self.server.date))
-                self._send_file()
+                return self._go_on()
+            self.file = made
+            if self.transport.is_closing():
+                return self._drop_file()
+            length = ("Content-Length", str(os.fstat(made.fileno()).st_size))
+            headers = (length, *self.server.api.cors(request.head))
+            self.transport.write(plain_head(200, download.content_type, headers, self.server.date))
+            self.server.api.answers[200] += 1
+            self._send_file()
 
-        self.server.loop.run_in_executor(None, make).add_done_callback(made)
+        self.server.copier.run(download.make, made)
 
     def _send_file(self) -> None:
-        """Pieces of a download, until the peer takes no more or it is whole."""
-        while self.file and not self.paused and not self.transport.is_closing():
-            piece = self.file.read(READ_AHEAD)
-            self.since = self.server.loop.time()
-            if piece:
-                self.transport.write(piece)
-            else:
-                self._drop_file()
-                self.blocked = False
-                self._send_ready()
-                self._go_on()
+        """A piece of a download, and the next in the next turn, until the peer takes no more or it is whole."""
+        if not self.file or self.paused or self.transport.is_closing():
+            return
+        piece = self.file.read(READ_AHEAD)
+        self.since = self.server.loop.time()
+        if piece:
+            self.transport.write(piece)
+            self.server.loop.call_soon(self._send_file)
+        else:
+            self._drop_file()
+            self.blocked = False
+            self._send_ready()
+            self._go_on()
 
     def _drop_file(self) -> None:
+        self.server.copying.discard(self)
         if self.file:
             self.file.close()
             self.file = None
 
     def _answer_upgrade(self, request: Request, upgrade: Upgrade, slot: list[bytes], started: float) -> None:
         """Let websockets have the line, as soon as it is there: the hub may have just started."""
-        self.slots.pop()
-        self.blocked = True
-        self._send_ready()
-        if self.slots:
-            return self._refuse(InvalidRequest("open a WebSocket on a connection with no unanswered request"))
+        if not self._alone("open a WebSocket"):
+            return
         library = self.server.library
         if library.done():
             self._hand_over(upgrade)
@@ -4071,6 +4145,7 @@ class HttpConnection:
         Response: _answer_response,
         Wait: _answer_wait,
         Stream: _answer_stream,
+        Later: _answer_later,
         Download: _answer_download,
         Upgrade: _answer_upgrade,
     }
@@ -4126,6 +4201,9 @@ class HttpConnection:
             self.transport.write(b"0\r\n\r\n")
         self.last = True
         self.transport.close()
+
+
+# --- Sockets ----------------------------------------------------------------------------------------------------------
 
 
 class HubSocket:
@@ -4260,50 +4338,82 @@ class HubSocket:
 # --- Batches ----------------------------------------------------------------------------------------------------------
 
 
+class Worker:
+    """A thread for work that takes long. What it gives comes back on the loop, in the order of its coming; a HubError
+    it raises, or a bug, as the Response that tells it."""
+
+    def __init__(self, loop: Any, here: bool = False) -> None:
+        self._loop, self._here, self._jobs = loop, here, None
+
+    def run(self, work: Callable[[], Any], done: Callable[[Any], None]) -> None:
+        """Have `work` done, and `done` called on the loop with what it gave; at once where that must be `here`."""
+        if self._here:
+            return done(self._answer(work))
+        if self._jobs is None:
+            import queue
+            import threading
+
+            self._jobs = queue.SimpleQueue()
+            self._thread = threading.Thread(target=self._run, name="agenthub", daemon=True)
+            self._thread.start()
+        self._jobs.put((work, done))
+
+    def _answer(self, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except HubError as error:
+            return error_response(error)
+        except Exception:
+            log_exception("work on a thread")
+            return error_response(HubError("the hub failed at this request; its log says why"))
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            result = self._answer(job[0])
+            try:
+                self._loop.call_soon_threadsafe(job[1], result)
+            except RuntimeError:  # the loop has ended meanwhile
+                return
+
+    def close(self, seconds: float = 0) -> bool:
+        """End the thread when it has done what it was given. Says whether it has, within that time."""
+        if self._jobs:
+            self._jobs.put(None)
+            self._thread.join(seconds)
+        return not (self._jobs and self._thread.is_alive())
+
+
 class Disk:
     """Does what waits for the disk: on the loop while the disk is quick, because waking a thread costs as much as a
     quick fsync; on a thread of its own while commits take over SLOW_COMMIT on average, or one has just stalled.
     """
 
     def __init__(self, loop: Any) -> None:
-        self._loop, self._thread, self._mean = loop, None, 0.0
+        self._worker, self._mean = Worker(loop), 0.0
+        self.close = functools.partial(self._worker.close, STOP_SECONDS)
 
     def run(self, work: Callable[[], None], done: Callable[[HubError | None], None]) -> None:
         """Have `work` done, and `done` called on the loop with the HubError it raised, at once or later."""
         if self._mean < SLOW_COMMIT:
-            return self._finish(done, *self._do(work))
-        if self._thread is None:
-            import queue
-            import threading
-
-            self._jobs = queue.SimpleQueue()
-            self._thread = threading.Thread(target=self._run, name="agenthub-disk", daemon=True)
-            self._thread.start()
-        self._jobs.put((work, done))
+            self._finish(done, self._do(work))
+        else:
+            self._worker.run(lambda: self._do(work), functools.partial(self._finish, done))
 
     def _do(self, work: Callable[[], None]) -> tuple[HubError | None, float]:
-        started = time.monotonic()
+        started, failed = time.monotonic(), None
         try:
             work()
         except HubError as error:
-            return error, time.monotonic() - started
-        return None, time.monotonic() - started
+            failed = error
+        except Exception:
+            log_exception("the disk's part")
+            os._exit(1)  # memory and disk may disagree, and only a start can find out what is true
+        return failed, time.monotonic() - started
 
-    def _finish(self, done: Callable[[HubError | None], None], error: HubError | None, seconds: float) -> None:
+    def _finish(self, done: Callable[[HubError | None], None], result: tuple[HubError | None, float]) -> None:
+        error, seconds = result
         self._mean += (seconds - self._mean) / 8
         done(error)
-
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            work, done = job
-            self._loop.call_soon_threadsafe(self._finish, done, *self._do(work))
-
-    def close(self) -> bool:
-        """End the thread when it has done what it was given. Says whether it has, within STOP_SECONDS."""
-        if self._thread:
-            self._jobs.put(None)
-            self._thread.join(STOP_SECONDS)
-        return not (self._thread and self._thread.is_alive())
 
 
 class Batches:
@@ -4319,7 +4429,7 @@ class Batches:
         self.disk = Disk(self.loop)
         self._waiters: list[Callable[[HubError | None], None]] = []
         self._batch: list[Callable[[HubError | None], None]] | None = None  # who waits for the commit under way
-        self._scheduled = False
+        self._scheduled = self._indexing = False
 
     @property
     def busy(self) -> bool:
@@ -4361,14 +4471,14 @@ class Batches:
         try:
             self.store.write(events)
         except StorageFull as error:
-            return self._failed(error, waiters)
+            return self._failed(error, waiters, events)
         self._batch = waiters
 
         def done(error: HubError | None) -> None:
             self._batch = None
             self.api.commit_seconds.observe(time.perf_counter() - started)
             if error:
-                self._failed(error, waiters)
+                self._failed(error, waiters, events)
             else:
                 self.api.metrics["commits_total"] += 1
                 self.api.trouble = ""
@@ -4391,14 +4501,17 @@ class Batches:
             except Exception:
                 log_exception("telling what was committed")
 
-    def _failed(self, error: HubError, waiters: list) -> None:
+    def _failed(self, error: HubError, waiters: list, events: list[Any]) -> None:
         """Undo a batch that the disk refused: the hub is again what the disk says, and everybody who waited is told.
-        What gathered meanwhile stood on it and goes with it."""
+        What gathered meanwhile stood on it and goes with it; but what was pushed was pushed, and stays known."""
         self.api.metrics["failed_commits_total"] += 1
         self.api.trouble = error.message
+        pushes = [one for one in (*events, *self.hub.events, *self.hub.later) if type(one) is Pushed]
         try:
             self.store.undo()
             self.hub.load(self.store.load(), self._server.clock())
+            for one in pushes:
+                self.hub.apply(Push(one.at, one.inbox, one.seqs, one.via))
         except Exception:
             log_exception("reading the store again")
             os._exit(1)  # memory and disk disagree, and only a start can find out what is true
@@ -4418,16 +4531,20 @@ class Batches:
             self.store.probe()
             self.api.trouble = ""
 
-    def index(self) -> None:
+    def index(self, commits: int = -1) -> None:
         """Take messages into the search index, if there are many that are not, and the disk has nothing to do; and go
         on with it for as long as nothing is committed meanwhile."""
-        if self._batch is None and not self.hub.events and self.store.search.lags(self.api.committed):
+        if commits >= 0:
+            self._indexing = False
+        if self._indexing or self._batch is not None or self.hub.events or commits not in (-1, self._commits()):
+            return
+        if not self.api.trouble and not self._server.closing and self.store.search.lags(self.api.committed):
+            self._indexing = True
             self._tidy(functools.partial(self.store.index, self.api.committed))
-            self.loop.call_later(SWEEP_PAUSE, self._index_on, self.api.metrics["commits_total"])
+            self.loop.call_later(SWEEP_PAUSE, self.index, self._commits())
 
-    def _index_on(self, commits: int) -> None:
-        if self.api.metrics["commits_total"] == commits and not self._server.closing:
-            self.index()
+    def _commits(self) -> int:
+        return self.api.metrics["commits_total"]
 
     def _tidy(self, work: Callable[[], None]) -> None:
         """Between two commits, as a batch of nobody's: where the disk is slow, the loop does not wait."""
@@ -4435,8 +4552,10 @@ class Batches:
 
         def done(error: HubError | None) -> None:
             self._batch = None
+            if error:
+                self.api.trouble = error.message
             for leave in waiters:
-                leave(None)  # what they waited for was durable before; that something is not tidied harms nobody
+                leave(None)  # what they waited for was durable before
             self._end_turn()
 
         self.disk.run(work, done)
@@ -4490,6 +4609,8 @@ class Server:
         self.connections: set[Any] = set()
         self.dirty: dict[Any, None] = {}
         self.held: list[Any] = []
+        memory = store.path == ":memory:"  # its one connection is the loop's
+        self.searcher, self.copier, self.copying = Worker(self.loop, memory), Worker(self.loop, memory), set()
         self.closing = False
         self._flushing = self._bringing = False
         self._presence: dict[str, Presence] = {}
@@ -4643,22 +4764,25 @@ class Server:
 
     def _bring_due(self) -> None:
         """What time has brought about: delayed messages are sent, others run out. As much as a turn may take of it, and
-        the rest SWEEP_PAUSE after that is durable (the log would name the same ones before), so that nobody waits."""
-        if self.closing or self.api.trouble:
-            self._bringing = False
+        the rest SWEEP_PAUSE later, so that nobody waits; and never while something is on its way to the disk, because
+        what the log says would not be what the hub knows."""
+        self._bringing = not (self.closing or self.api.trouble)
+        if not self._bringing:
             return
+        if self.batches.busy:
+            return self.when_durable(lambda error: self._bring_due())
         at, kept = self.clock(), self.limits.retention * 1000
-        found = {
-            Release: self.store.due(at, CATCH_UP_PAGE),
-            Expire: self.store.expired(at, SWEEP_BATCH),
-            Drop: self.store.aged(int(at - kept), SWEEP_BATCH) if kept < float("inf") else [],
-        }
-        for kind, some in found.items():
+        self._bringing = False
+        for kind, some in (
+            (Release, self.store.due(at)),
+            (Expire, self.store.expired(at)),
+            (Drop, self.store.aged(int(at - kept)) if kept < float("inf") else []),
+        ):
             if some:
+                self._bringing = True
                 self.hub.apply(kind(at, tuple(some)))
-        self._bringing = any(found.values())
         if self._bringing:
-            self.when_durable(lambda error: self.loop.call_later(SWEEP_PAUSE, self._bring_due))
+            self.loop.call_later(SWEEP_PAUSE, self._bring_due)
             self.schedule()
 
     def _claims_over(self) -> None:
@@ -4750,6 +4874,8 @@ class Server:
             await asyncio.sleep(0.005)
         for connection in list(self.connections):
             connection.transport.abort()
+        for worker in (self.searcher, self.copier):
+            worker.close()
         if not self.batches.disk.close():
             return  # it hangs in a commit, which nobody was told of; the next start finds it done or not
         try:
@@ -4802,7 +4928,7 @@ class _Calls:
         self._cacert = cacert
         self.on_wait: Callable[[float, str], None] = lambda seconds, reason: None
         self._seen: dict[str, None] = {}
-        self._closed = self._left = self._lost = False
+        self._closed = self._left = self._lost = self._met = False
 
     _run: Callable[[Generator], Any]
 
@@ -4897,7 +5023,7 @@ class _Calls:
         me, id, after = self._me(), receipt["message_id"], receipt["seq"]
         end = time.monotonic() + wait
         while (left := end - time.monotonic()) > 0:
-            query = {"agent_id": me, "after": after, "thread": id, "wait": min(MAX_WAIT, round(left + 0.001, 3))}
+            query = {"agent_id": me, "after": after, "wait": min(MAX_WAIT, round(left + 0.001, 3))}
             page = yield "GET", "/api/v1/messages", None, query, None
             after = page["next"]
             for answer in page["messages"]:
@@ -4939,7 +5065,8 @@ class _Calls:
         found: list[dict] = []
         cursor, step = start, "next" if path or by == "after" else "previous"
         while len(found) < limit:
-            page = yield "GET", "/api/v1/messages" + path, None, query | {by: cursor, "limit": limit - len(found)}, None
+            asked = query | {by: cursor, "limit": min(MAX_PAGE, limit - len(found))}
+            page = yield "GET", "/api/v1/messages" + path, None, asked, None
             found = [*page["messages"], *found] if step == "previous" else [*found, *page["messages"]]
             if not page[step] or page[step] == cursor:
                 break
@@ -5025,16 +5152,18 @@ class _Calls:
 
     def _attempts(self, request: bytes) -> Generator:
         """One call, repeated where that helps. A hub that was never there is reported at once."""
-        end, tries = time.monotonic() + RETRY_SECONDS, 0
+        end, tries = 0.0, 0
         while True:
             try:
-                return (yield request)
+                answer = yield request
+                self._met = True
+                return answer
             except (RateLimited, ShuttingDown, Unreachable, OSError, EOFError) as error:
                 reason = error if isinstance(error, HubError) else self._unreachable(error)
             pause = float(reason.details.get("retry_after", _pause(tries)))
-            if (tries == 0 and isinstance(reason, Unreachable) and reason.details.get("at_once")) or (
-                time.monotonic() + pause > end
-            ):
+            end = end or time.monotonic() + RETRY_SECONDS  # from the first failure on: a poll may have waited long
+            never_there = tries == 0 and not self._met and reason.details.get("at_once")
+            if never_there or time.monotonic() + pause > end:
                 raise reason
             tries += 1
             self.on_wait(pause, reason.message)
@@ -5172,9 +5301,11 @@ class Client(_Calls):
     def backup(self, path: str) -> int:
         """Write a consistent copy of the hub's store to a new file, and return its size in bytes. The file is there
         only when it is whole. Raises FileExistsError, or the hub's error."""
-        part = f"{path}.part"
-        with self._connect() as line, open(os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), "r+b") as file:
-            try:
+        import tempfile
+
+        handle, part = tempfile.mkstemp(".part", os.path.basename(path) + ".", os.path.dirname(os.path.abspath(path)))
+        try:
+            with self._connect() as line, open(handle, "r+b") as file:
                 line.sendall(self._request("POST", "/api/v1/backup", None, {}, self.key or None))
                 reader = ResponseReader()
                 while not reader.done:
@@ -5182,14 +5313,20 @@ class Client(_Calls):
                     if not data:
                         raise self._unreachable(EOFError("the line broke: the copy is not whole"))
                     file.write(reader.feed(data))
-                file.seek(0)
                 if reader.status != 200:
+                    file.seek(0)
                     self._result(reader, file.read())
                 file.flush()
                 os.fsync(file.fileno())
+            try:
                 os.link(part, path)
-                return os.path.getsize(path)
-            finally:
+            except FileExistsError:
+                raise
+            except OSError:  # a file system without links
+                os.rename(part, path)
+            return os.path.getsize(path)
+        finally:
+            if os.path.exists(part):
                 os.unlink(part)
 
     def listen(self) -> Iterator[dict]:

@@ -92,6 +92,7 @@ class World:
         if data:
             headers.setdefault("Content_Type", "application/json")
         answer = self.raw(method, target, data, **headers)
+        answer = answer.make() if isinstance(answer, ah.Later) else answer
         text = answer.encode("now").partition(b"\r\n\r\n")[2]
         return answer.status, json.loads(text) if text else {}
 
@@ -565,7 +566,7 @@ def test_what_was_written_to_a_reader_and_not_acknowledged_is_known_through_a_re
     assert [world.hub.was_pushed("a", seq) for seq in (1, 2, 3)] == [False, True, False]
     world.commit()
     row = world.store.deliveries(1)["a"]
-    assert (row["pushed_via"], row["acked_via"], row["pushed_at"]) == ("websocket", "websocket", world.clock())
+    assert (row["pushed_via"], row["acknowledged_via"], row["pushed"]) == ("websocket", "websocket", world.clock())
     world.store.close()
     again = World(str(tmp_path / "hub.db"))
     assert [again.hub.was_pushed("a", seq) for seq in (1, 2, 3)] == [False, True, False]
@@ -581,7 +582,7 @@ def test_acknowledging_a_stretch_leaves_alone_what_in_it_was_acknowledged_before
     pair.apply(ah.Ack, "alpha-1", up_to=3, via="http")
     pair.commit()
     rows = [pair.store.deliveries(seq)["alpha-1"] for seq in (1, 2, 3)]
-    assert [(row["acked_at"] - first, row["acked_via"]) for row in rows] == [
+    assert [(row["acknowledged"] - first, row["acknowledged_via"]) for row in rows] == [
         (5000, "http"),
         (0, "websocket"),
         (5000, "http"),
@@ -595,7 +596,7 @@ def test_a_push_alone_is_not_worth_a_commit_and_goes_with_the_next(pair: World) 
     assert pair.hub.take_events() == [] and pair.hub.pushes(1) == {"alpha-1": (pair.clock(), "stream")}
     pair.apply(ah.Push, "alpha-1", (1,), "stream")
     pair.send("beta-2", "alpha-1")
-    assert [type(event) for event in pair.hub.take_events()] == [ah.Pushed, ah.Sent]
+    assert [type(event) for event in pair.hub.take_events()] == [ah.Sent, ah.Pushed]
 
 
 def test_a_claimed_message_is_hidden_from_those_who_claim_until_it_runs_out_or_is_acknowledged(pair: World) -> None:
@@ -618,17 +619,17 @@ def test_a_delayed_message_lies_aside_and_is_sent_with_a_new_seq_when_it_is_due(
     world.send("a", "b")
     world.commit()
     refused(ah.InboxFull, world, lambda: world.send("a", "b"))
-    assert (world.hub.unread("b"), world.store.due(world.clock(), 9), receipt.message.seq) == (1, [], 1)
+    assert (world.hub.unread("b"), world.store.due(world.clock()), receipt.message.seq) == (1, [], 1)
     world.store.close()
     world = World(str(tmp_path / "hub.db"), max_inbox=2)
     world.register("later-1", None, "Later")
     world.clock.advance(5)
-    due = world.store.due(world.clock(), 9)
+    due = world.store.due(world.clock())
     world.apply(ah.Release, tuple(due))
     world.apply(ah.Release, tuple(due))  # a second time it is not there any more
     world.commit()
     assert [world.hub.unread_after(name, 0, 99, 99) for name in ("b", "later-1", "Later")] == [[2, 3], [3], []]
-    message, inboxes = world.store.find(receipt.message.id)
+    message, inboxes, *_ = world.store.find(receipt.message.id)
     assert (message.seq, message.id, inboxes) == (3, ah.made_id(world.hub.epoch, 1), ("b", "later-1"))
     assert world.is_what_the_store_says() and not world.hub._aside
 
@@ -663,7 +664,7 @@ def test_an_asker_is_told_when_its_request_runs_out_unless_it_was_answered(pair:
     assert list(pair.hub.requests.open) == [second.id]
     pair.commit()
     pair.clock.advance(2)
-    pair.apply(ah.Expire, tuple(pair.store.expired(pair.clock(), 9)))
+    pair.apply(ah.Expire, tuple(pair.store.expired(pair.clock())))
     pair.commit()
     found, _ = pair.store.messages(pair.hub.unread_after("beta-2", 0, 99, 99), pair.clock(), ah.Wanted(type="error"))
     assert [(m.reply_to, json.loads(m.payload)["code"]) for m in found] == [(second.id, "expired")]
@@ -794,11 +795,11 @@ class Player:
         hub, apply = self.world.hub, self.world.hub.apply
 
         def heard(command: object) -> object:
-            before = len(hub.events)
+            before = {id(event) for event in hub.events + hub.later}
             try:
                 return apply(command)
             finally:
-                self.model.hear(hub.events[before:])
+                self.model.hear([event for event in hub.events if id(event) not in before])
 
         hub.apply = heard
 
@@ -864,7 +865,7 @@ class Player:
 
     def release(self) -> None:
         self.world.commit()
-        self.world.apply(ah.Release, tuple(self.world.store.due(self.clock(), 3)))
+        self.world.apply(ah.Release, tuple(self.world.store.due(self.clock())[:3]))
 
     def ask(self) -> None:
         self.world.send(
@@ -877,11 +878,11 @@ class Player:
 
     def expire(self) -> None:
         self.world.commit()
-        self.time_is_over(ah.Expire, self.world.store.expired(self.clock(), 5))
+        self.time_is_over(ah.Expire, self.world.store.expired(self.clock())[:5])
 
     def drop(self) -> None:
         self.world.commit()
-        self.time_is_over(ah.Drop, self.world.store.aged(self.clock() - 200_000, 5))
+        self.time_is_over(ah.Drop, self.world.store.aged(self.clock() - 200_000)[:5])
 
     def time_is_over(self, kind: type, due: list) -> None:
         self.world.apply(kind, tuple(due))
@@ -1012,7 +1013,7 @@ def test_a_search_finds_the_same_with_an_index_without_and_half_way(seed: int, t
     assert worlds[1].store.search.indexed == ah.INDEX_BATCH
     for world in worlds:
         world.clock.advance(2)
-        world.apply(ah.Expire, tuple(world.store.expired(world.clock(), 99)))
+        world.apply(ah.Expire, tuple(world.store.expired(world.clock())))
         world.commit()
     for q in [
         *WORDS,
@@ -1074,7 +1075,7 @@ def test_what_is_deleted_or_past_its_time_is_not_in_the_index_either(tmp_path: P
     world.commit()
     world.store.index(world.hub.seq)
     world.clock.advance(2)
-    world.apply(ah.Expire, tuple(world.store.expired(world.clock(), 9)))
+    world.apply(ah.Expire, tuple(world.store.expired(world.clock())))
     world.apply(ah.Drop, ((6, ah.made_id(world.hub.epoch, 6), ("b",)),))
     world.commit()
     with contextlib.closing(sqlite3.connect(tmp_path / "hub.db")) as rows:
@@ -1085,6 +1086,8 @@ def test_what_is_deleted_or_past_its_time_is_not_in_the_index_either(tmp_path: P
         assert rows.execute("SELECT count(*) FROM messages WHERE payload LIKE '%word0 %'").fetchone() == (0,)
     world.store.close()
 
+
+# --- Log --------------------------------------------------------------------------------------------------------------
 
 # --- Store ------------------------------------------------------------------------------------------------------------
 
@@ -1103,8 +1106,13 @@ def test_everything_is_there_again_after_a_restart(tmp_path: Path) -> None:
     world.store.close()
     again = World(str(tmp_path / "hub.db"))
     assert again.state() == before and before.seq == 3
-    message, inboxes = again.store.find("mine")
-    assert (message.id, message.digest, inboxes, again.store.find("", 2)[0].type) == ("mine", b"d" * 16, ("b",), "ping")
+    message, inboxes, *_ = again.store.find("mine")
+    assert (message.id, message.digest, inboxes, again.store.find("", 2).message.type) == (
+        "mine",
+        b"d" * 16,
+        ("b",),
+        "ping",
+    )
 
 
 def test_a_seq_is_never_used_again_even_when_the_newest_message_was_deleted(tmp_path: Path) -> None:
@@ -1113,7 +1121,7 @@ def test_a_seq_is_never_used_again_even_when_the_newest_message_was_deleted(tmp_
     world.send("a", "b", expires_at=world.clock() + 1000)
     world.commit()
     world.clock.advance(2)
-    due = world.store.aged(world.clock(), 10)
+    due = world.store.aged(world.clock())
     assert due == [(1, ah.made_id(world.hub.epoch, 1), ("b",))]
     world.apply(ah.Drop, tuple(due))
     world.commit()
@@ -1130,7 +1138,7 @@ def test_retention_deletes_the_oldest_and_their_deliveries(tmp_path: Path) -> No
         world.send("a", ("b", "c"))
         world.clock.advance(10)
     world.commit()
-    due = world.store.aged(world.clock() - 25_000, 10)
+    due = world.store.aged(world.clock() - 25_000)
     assert [seq for seq, _, _ in due] == [1, 2, 3]
     world.apply(ah.Drop, tuple(due))
     world.commit()
@@ -1146,7 +1154,7 @@ def test_mail_for_a_name_moves_to_the_agent_on_disk_too(tmp_path: Path) -> None:
     world.register("bee-1", None, "bee")
     world.apply(ah.Sweep)
     world.commit()
-    assert world.store.inbox("bee-1", 0, 9, 9) == [1] and world.store.find("", 1)[1] == ("bee-1",)
+    assert world.store.seqs("deliveries", "bee-1", 0, 9, 9) == [1] and world.store.find("", 1).inboxes == ("bee-1",)
     assert world.store.load() == world.state()
 
 
@@ -1230,8 +1238,8 @@ def test_reading_an_inbox_costs_the_same_whatever_lies_in_the_others(tmp_path: P
         world.commit()
         count = [0]
         world.store._reader.set_progress_handler(lambda count=count: count.__setitem__(0, count[0] + 1), 1)
-        assert len(world.store.messages(world.store.inbox("mine", 0, 10**9, 5), world.clock())[0]) == 5
-        assert len(world.store.inbox_before("mine", 10**9, 5)) == 5
+        assert len(world.store.messages(world.store.seqs("deliveries", "mine", 0, 10**9, 5), world.clock())[0]) == 5
+        assert len(world.store.seqs("deliveries", "mine", 0, 10**9, 5, newest=True)) == 5
         steps.append(count[0])
     assert steps[0] == steps[1]
 
@@ -1244,15 +1252,15 @@ def test_what_ran_out_can_still_be_traced_and_its_id_is_still_known_until_it_is_
     world.register("c")
     world.call("POST", "/api/v1/messages/ack", {"agent_id": "c", "ids": ["mine"]})
     world.clock.advance(2)
-    world.apply(ah.Expire, tuple(world.store.expired(world.clock(), 9)))
+    world.apply(ah.Expire, tuple(world.store.expired(world.clock())))
     world.commit()
-    assert world.store.expired(world.clock(), 9) == [] and world.hub.unread("b") == 0
+    assert world.store.expired(world.clock()) == [] and world.hub.unread("b") == 0
     trace = world.call("GET", "/api/v1/messages/mine")[1]
     assert trace["message"] is None and [line["state"] for line in trace["trace"]] == ["expired", "acknowledged"]
     assert trace["trace"][0]["expired"] == trace["expires_at"] == "2023-11-14T22:13:21.000Z"
     assert world.call("POST", "/api/v1/messages", sent)[1]["duplicate"] and world.hub.seq == 1
     assert world.is_what_the_store_says()
-    world.apply(ah.Drop, tuple(world.store.aged(world.clock(), 9)))
+    world.apply(ah.Drop, tuple(world.store.aged(world.clock())))
     world.commit()
     assert world.call("GET", "/api/v1/messages/mine")[0] == 404
     world.store.close()
@@ -1265,11 +1273,11 @@ def test_no_turn_of_the_sweep_has_more_to_write_than_so_many_deliveries(world: W
     world.send("a", tuple(f"b{i}" for i in range(500)) + tuple(f"c{i}" for i in range(1000)))
     world.commit()
     world.clock.advance(1)
-    assert [seq for seq, _, _ in world.store.expired(world.clock(), 99)] == [1, 2]
-    assert [seq for seq, _, _ in world.store.aged(world.clock(), 99)] == [1, 2]
+    assert [seq for seq, _, _ in world.store.expired(world.clock())] == [1, 2]
+    assert [seq for seq, _, _ in world.store.aged(world.clock())] == [1, 2]
     world.apply(ah.Drop, tuple((n, "x", ()) for n in range(1, 13)))
     world.commit()
-    assert [seq for seq, _, _ in world.store.aged(world.clock(), 99)] == [13], "one alone may be larger"
+    assert [seq for seq, _, _ in world.store.aged(world.clock())] == [13], "one alone may be larger"
 
 
 def test_a_file_that_grows_no_more_once_as_much_is_dropped_as_comes(tmp_path: Path) -> None:
@@ -1282,7 +1290,7 @@ def test_a_file_that_grows_no_more_once_as_much_is_dropped_as_comes(tmp_path: Pa
         world.clock.advance(10)
         while world.store.search.lags(world.hub.seq):
             world.store.index(world.hub.seq)
-        while due := world.store.aged(world.clock(), ah.SWEEP_BATCH):
+        while due := world.store.aged(world.clock()):
             world.apply(ah.Drop, tuple(due))
             world.commit()
         world.store.checkpoint()
@@ -1545,7 +1553,7 @@ def test_a_gap_after_a_cursor_is_known_per_inbox(pair: World) -> None:
     for to, ttl in (("alpha-1", None), ("alpha-1", 1), ("beta-2", None)):
         pair.call("POST", "/api/v1/messages", {"from": "operator", "to": to, "message": 1, "ttl": ttl})
     pair.clock.advance(2)
-    pair.apply(ah.Expire, tuple(pair.store.expired(pair.clock(), 9)))
+    pair.apply(ah.Expire, tuple(pair.store.expired(pair.clock())))
     pair.commit()
     resume = pair.api._resume
     assert (
@@ -1895,7 +1903,7 @@ def test_a_delayed_message_is_told_as_such_and_is_not_there_before_it_is_due(pai
         {"agent_id": "alpha-1", "state": "delayed", "due": receipt["due_at"]}
     ]
     pair.clock.advance(5)
-    pair.apply(ah.Release, tuple(pair.store.due(pair.clock(), 9)))
+    pair.apply(ah.Release, tuple(pair.store.due(pair.clock())))
     pair.commit()
     (envelope,) = pair.call("GET", "/api/v1/messages?agent_id=alpha-1&after=1")[1]["messages"]
     assert (envelope["id"], envelope["seq"], envelope["message"]) == ("mine", 2, "later")
@@ -2536,6 +2544,29 @@ def test_half_sent_requests_are_cut_off_however_they_dribble(live: object) -> No
         dribbling.join()
 
 
+def test_a_download_nobody_takes_is_cut_off_and_one_that_breaks_leaves_nothing_behind(
+    live: object, tmp_path: Path
+) -> None:
+    hub = live("--idle-timeout", "1", "--max-inbox", "0", "--rate-limit", "0")
+    client = hub.client("a")
+    for n in range(60):
+        client.send_message("b", f"{n}" * 100_000)
+    files = lambda: len(os.listdir(f"/proc/{hub.process.pid}/fd"))  # noqa: E731
+    before = files()
+    with socket.create_connection(("127.0.0.1", hub.port), timeout=20) as line:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        line.sendall(b"POST /api/v1/backup HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n")
+        until(lambda: files() >= before + 2)
+        until(lambda: files() <= before)
+    with pytest.raises(OSError):
+        client.backup(str(tmp_path / "no" / "such.db"))
+    assert [path.name for path in tmp_path.iterdir() if "-copy-" in path.name] == []
+    assert hub.client().backup(str(tmp_path / "whole.db")) > 6_000_000
+
+
+# --- Sockets ----------------------------------------------------------------------------------------------------------
+
+
 def test_a_protocol_violation_closes_a_websocket_and_a_bad_frame_does_not(shared_hub: LiveHub) -> None:
     pytest.importorskip("websockets")
     from websockets.exceptions import ConnectionClosed
@@ -2600,26 +2631,6 @@ def test_a_frame_behind_the_peers_close_frame_is_not_stored(shared_hub: LiveHub)
         line.socket.sendall(send(1) + frame(b"\x03\xe8", 8) + send(2))
         until(lambda: not client.agent("parting")["connected"])
     assert [m["message"] for m in client.messages()] == [1]
-
-
-def test_a_download_nobody_takes_is_cut_off_and_one_that_breaks_leaves_nothing_behind(
-    live: object, tmp_path: Path
-) -> None:
-    hub = live("--idle-timeout", "1", "--max-inbox", "0", "--rate-limit", "0")
-    client = hub.client("a")
-    for n in range(60):
-        client.send_message("b", f"{n}" * 100_000)
-    files = lambda: len(os.listdir(f"/proc/{hub.process.pid}/fd"))  # noqa: E731
-    before = files()
-    with socket.create_connection(("127.0.0.1", hub.port), timeout=20) as line:
-        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        line.sendall(b"POST /api/v1/backup HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n")
-        until(lambda: files() >= before + 2)
-        until(lambda: files() <= before)
-    with pytest.raises(OSError):
-        client.backup(str(tmp_path / "no" / "such.db"))
-    assert [path.name for path in tmp_path.iterdir() if "agenthub-backup" in path.name] == []
-    assert hub.client().backup(str(tmp_path / "whole.db")) > 6_000_000
 
 
 # --- Batches ----------------------------------------------------------------------------------------------------------
@@ -3599,15 +3610,17 @@ MAY_USE = {  # what of the file a section's code may name, beside itself
     "Constants": [], "Errors": [], "Model": ["Constants"], "Fields": ["Constants", "Errors", "Model"],
     "Pace": ["Constants", "Errors", "Model"], "Inboxes": ["Model"], "Agents": ["Constants", "Errors", "Model"],
     "Mail": ["Constants", "Errors", "Model", "Pace", "Inboxes", "Agents"], "Hub": ["Constants", "Errors", "Model", "Inboxes", "Mail"],
-    "Schema": ["Model"], "Search": ["Constants", "Errors", "Model"], "Store": ["Constants", "Errors", "Model", "Schema", "Search"],
+    "Schema": ["Model"], "Search": ["Constants", "Errors", "Model"], "Log": ["Constants", "Errors", "Model", "Schema", "Search"],
+    "Store": ["Constants", "Errors", "Model", "Schema", "Search", "Log"],
     "HTTP": ["Constants", "Errors", "Model"], "Reading": ["Constants", "Errors", "Model", "Fields", "Hub", "Search", "HTTP"],
     "Handlers": ["Constants", "Errors", "Model", "Fields", "HTTP", "Reading"],
     "Routes": ["Constants", "Errors", "Model", "Fields", "Hub", "HTTP", "Reading", "Handlers"],
     "API": ["Constants", "Errors", "Model", "Fields", "HTTP", "Reading", "Handlers", "Routes"],
     "Readers": ["Constants", "Model", "HTTP", "Reading"],
     "Connections": ["Constants", "Errors", "Model", "HTTP", "Reading", "API", "Readers"],
-    "Batches": ["Constants", "Errors", "Schema", "Reading"],
-    "Server": ["Constants", "Errors", "Model", "Hub", "Store", "HTTP", "Reading", "API", "Readers", "Connections", "Batches"],
+    "Sockets": ["Constants", "Errors", "Model", "Reading", "API", "Readers"],
+    "Batches": ["Constants", "Errors", "Model", "Schema", "HTTP", "Reading"],
+    "Server": ["Constants", "Errors", "Model", "Hub", "Store", "HTTP", "Reading", "API", "Readers", "Connections", "Sockets", "Batches"],
     "Calls": ["Constants", "Errors", "Model", "HTTP"], "Client": ["Constants", "Errors", "Model", "HTTP", "Calls"],
     "AgentClient": ["Constants", "Errors", "Model", "HTTP", "Calls", "Client"],
     "Identity": ["Constants", "Errors", "Model", "Client"],
@@ -3617,7 +3630,7 @@ MAY_USE = {  # what of the file a section's code may name, beside itself
 }  # fmt: skip
 
 
-IMPURE = ("Constants", "Store", "Readers", "Connections", "Batches", "Server", "Calls", "Client", "AgentClient", "Identity", "Commands", "Doctor", "CLI")  # fmt: skip
+IMPURE = ("Constants", "Log", "Store", "Readers", "Connections", "Sockets", "Batches", "Server", "Calls", "Client", "AgentClient", "Identity", "Commands", "Doctor", "CLI")  # fmt: skip
 
 
 def sections() -> dict[str, tuple[int, int]]:
