@@ -112,7 +112,7 @@ COMMENT_SECONDS = 15  # an event stream says something this often, so that proxi
 SWEEP_SECONDS = 15  # who has fallen silent, and when everybody was last seen
 SWEEP_BATCH = 100  # messages that run out or are deleted in one turn: under 5 ms, so that nobody waits for it
 SWEEP_DELIVERIES = 1_000  # and no more inboxes than this may be concerned, unless it is by a single message
-SWEEP_PAUSE = 0.02  # seconds between two such turns while there is more: 5,000 messages a second may run out
+SWEEP_PAUSE = 0.005  # seconds between two such turns while there is more: 10,000 messages a second may run out
 MAX_REQUESTS = 100_000  # unanswered requests minded at a time, 40 MB; beyond, the oldest's asker is not told any more
 INDEX_BYTES = 64 * 1024  # and no more than this of their text
 INDEX_BATCH = 100  # messages taken into the search index in one turn: 2 ms, when nothing else is to be done
@@ -120,6 +120,7 @@ CLOCK_DAY = 86_400  # seconds the wall's clock may have been set back before the
 MERGE_PAGES = 16  # of the search index put together after each turn that changed it: 1 ms
 SEARCH_SCAN = 1_000  # messages one search looks at before it answers with a cursor to go on from: 10 ms
 LIBRARY_SECONDS = 0.05  # after the start websockets is imported, so that the first requests need not share the core
+SETTLE_SECONDS = 0.05  # what was pushed is written down with the next commit, or after this long
 TICK_SECONDS = 0.5  # how exact deadlines of connections are; one timer for all of them
 PRESENCE_SECONDS = 0.2  # presence changes are gathered this long, and 1 ms more for each agent that hears them
 PRESENCE_FRAMES = 200_000  # told at a time, over all readers: 20 MB, which a core writes in half a second
@@ -333,8 +334,9 @@ class Message(NamedTuple):
     """One stored message, however many inboxes it lies in.
 
     `to` and `payload` are JSON text, times are milliseconds since 1970. `digest` is there where the sender chose the
-    id: that of what it asked, to tell a retry from a reuse. `via` is the interface it came by, `due_at` is there where
-    it was sent with a delay. A negative `expires_at` says that it ran out then, and its payload is gone.
+    id: that of what it asked, to tell a retry from a reuse. `via` is the interface it came by. Where it was sent with
+    a delay, `due_at` is when that ends, or has ended, and `told_seq` the seq its receipt told, until it got this one.
+    A negative `expires_at` says that it ran out then, and its payload is gone.
     """
 
     seq: int
@@ -350,6 +352,7 @@ class Message(NamedTuple):
     digest: bytes = b""
     via: str = ""
     due_at: int = 0
+    told_seq: int = 0
 
     def envelope(self, redelivered: bool = False) -> str:
         """The message as every interface shows it (JSON text); only `to` and `payload` could need escaping."""
@@ -367,11 +370,13 @@ class Message(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Which messages a read is after; empty means any. `between` are two agents: what either sent the other."""
+    """Which messages a read is after; empty means any. `root` is the seq of the thread's first message, which does not
+    name the thread; `between` are two agents: what either sent the other."""
 
     type: str = ""
     sender: str = ""
     thread: str = ""
+    root: int = 0
     between: tuple[str, str] = ("", "")
 
 
@@ -399,14 +404,16 @@ class Asked(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """All that the hub remembers between two runs. An unread message is (inbox, seq, written to a reader, claimed
-    until), a delayed one (seq, inboxes), a ping (seq, id, sender)."""
+    """All that the hub remembers between two runs: seqs by inbox that are unread; of these, what was written to a
+    reader as (inbox, seq), and claims as (inbox, seq, until); pings as (seq, id, sender); delayed as (seq, inboxes)."""
 
     epoch: str = ""
     seq: int = 0
     agents: tuple[Agent, ...] = ()
     seen: tuple[tuple[str, int], ...] = ()
-    unread: tuple[tuple[str, int, bool, int], ...] = ()
+    unread: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    pushed: tuple[tuple[str, int], ...] = ()
+    claims: tuple[tuple[str, int, int], ...] = ()
     pings: tuple[tuple[int, str, str], ...] = ()
     departed: tuple[str, ...] = ()
     delayed: tuple[tuple[int, tuple[str, ...]], ...] = ()
@@ -781,6 +788,13 @@ def _recipient(value: Any) -> str | tuple[str, ...]:
     return tuple(dict.fromkeys(_one_recipient(one) for one in value))
 
 
+def _new_message_id(value: Any) -> str:
+    """An id that a sender may give: not one of the words that stand where a trace's id does."""
+    if _MESSAGE_ID.check(value) in ("search", "ack"):
+        raise ValueError("another message id: search and ack are reserved")
+    return value
+
+
 def _metadata(value: Any) -> str:
     """JSON text of an object that stays small: every list of agents carries it."""
     if not isinstance(value, dict) or len(text := dump(value)) > 16 * 1024:
@@ -807,6 +821,7 @@ KINDS: dict[str, Kind] = {
     "recipient": Kind({"oneOf": [_NAME.schema, {"type": "array", "items": _NAME.schema, "minItems": 1}]}, _recipient),
     "type": _pattern(_TYPE, "a type: 1 to 64 of a-z 0-9 _ . - and a letter first"),
     "message_id": _MESSAGE_ID,
+    "new_message_id": Kind(_MESSAGE_ID.schema, _new_message_id),
     "message_ids": _list_of(_MESSAGE_ID, MAX_PAGE, f"a list of up to {MAX_PAGE} message ids"),
     "json": Kind({}, lambda value: value),
     "seq": _number(0, (1 << 63) - 1, whole=True),
@@ -1176,18 +1191,16 @@ class Mail(Agents):
         self._strays: set[str] = set()  # inboxes under a name or id that nobody has had
         self._fresh: dict[str, Receipt] = {}
         self._settling: dict[str, Receipt] = {}
-        waiting: dict[int, int] = {}
-        pings = {seq for seq, _, _ in snapshot.pings}
-        for name, seq, pushed, until in snapshot.unread:
-            inbox = self._inbox(name)
-            inbox.unread.append(seq)
-            if pushed:
-                inbox.pushed.append(seq)
-            if until:
-                inbox.claims[seq] = until
-            if seq in pings:
-                waiting[seq] = waiting.get(seq, 0) + 1
-        self._pings = {seq: [id, sender, waiting[seq]] for seq, id, sender in snapshot.pings if seq in waiting}
+        for name, seqs in snapshot.unread:
+            self._inbox(name).unread.extend(seqs)
+        for name, seq in snapshot.pushed:
+            self.inboxes[name].pushed.append(seq)
+        for name, seq, until in snapshot.claims:
+            self.inboxes[name].claims[seq] = until
+        inboxes = self.inboxes.values()
+        self._pings = {
+            seq: [id, sender, sum(holds(inbox.unread, seq) for inbox in inboxes)] for seq, id, sender in snapshot.pings
+        }
         self.delayed = dict(snapshot.delayed)
         self._aside = collections.Counter(name for inboxes in self.delayed.values() for name in inboxes)
         self.requests = Requests(snapshot.requests)
@@ -1289,8 +1302,9 @@ class Mail(Agents):
             self._pings[seq] = [message.id, message.sender, len(inboxes)]
         elif message.type == "request" and inboxes:
             self._mind(Asked(message.id, seq, message.sender, message.thread or message.id, inboxes))
-        if message.reply_to in self.requests.open and message.type not in ("ack", "error"):
-            if self.requests.open[message.reply_to].asker in inboxes:
+        request = self.requests.open.get(message.reply_to)
+        if request and message.sender in request.asked and request.asker in inboxes and message.via != "hub":
+            if message.type != "ack":  # which says that it was seen, not what the answer is
                 self._close_request(message.reply_to)
 
     def _release(self, c: Release) -> None:
@@ -1303,7 +1317,9 @@ class Mail(Agents):
             self.seq += 1
             kept = [self.known(name) or name in self.departed for name in inboxes]
             now = [name if its else next(iter(self.named(name)), name) for name, its in zip(inboxes, kept)]
-            self._enter(message._replace(seq=self.seq), tuple(dict.fromkeys(now)), full)
+            self._enter(
+                message._replace(seq=self.seq, due_at=c.at, told_seq=message.seq), tuple(dict.fromkeys(now)), full
+            )
 
     def _mind(self, request: Asked) -> None:
         """Remember that somebody waits for an answer; of too many, the oldest is forgotten."""
@@ -1452,16 +1468,15 @@ class Hub(Mail):
 
     def snapshot(self) -> Snapshot:
         """What a store that wrote every event would load: equal hubs have equal snapshots."""
+        inboxes = sorted(self.inboxes.items())
         return Snapshot(
             self.epoch,
             self.seq,
             tuple(sorted(self.agents.values())),
             tuple(sorted((name, at) for name, at in self._seen.items() if name in self.agents)),
-            tuple(
-                (name, seq, holds(inbox.pushed, seq), inbox.claims.get(seq, 0))
-                for name, inbox in sorted(self.inboxes.items())
-                for seq in inbox.unread
-            ),
+            tuple((name, tuple(inbox.unread)) for name, inbox in inboxes if inbox.unread),
+            tuple((name, seq) for name, inbox in inboxes for seq in inbox.pushed),
+            tuple((name, seq, until) for name, inbox in inboxes for seq, until in sorted(inbox.claims.items())),
             tuple((seq, id, sender) for seq, (id, sender, _) in sorted(self._pings.items())),
             tuple(sorted(self.departed)),
             tuple(sorted(self.delayed.items())),
@@ -1508,7 +1523,7 @@ class Hub(Mail):
         )
         self.enter(agent)
         self.departed.discard(agent.agent_id)
-        self.events.append(Registered(agent))
+        self.events += [Registered(agent), Seen(agent.agent_id, c.at)]
         self._adopt(agent)
         self._touch(Touch(c.at, agent.agent_id))
         return agent
@@ -1593,12 +1608,13 @@ MIGRATIONS = (  # the n-th brings a file from user_version n to n + 1; what has 
     """
     ALTER TABLE messages ADD COLUMN via TEXT NOT NULL DEFAULT '';
     ALTER TABLE messages ADD COLUMN due_at INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE messages ADD COLUMN told_seq INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE messages ADD COLUMN refused TEXT NOT NULL DEFAULT '[]';
     CREATE INDEX message_senders ON messages (sender);
     CREATE TABLE delayed (seq INTEGER PRIMARY KEY, id TEXT UNIQUE, type TEXT NOT NULL, sender TEXT NOT NULL,
         recipient TEXT NOT NULL, payload TEXT NOT NULL, sent_at INTEGER NOT NULL, reply_to TEXT NOT NULL,
         thread TEXT NOT NULL, expires_at INTEGER NOT NULL, digest BLOB NOT NULL, inboxes TEXT NOT NULL,
-        via TEXT NOT NULL, due_at INTEGER NOT NULL, refused TEXT NOT NULL);
+        via TEXT NOT NULL, due_at INTEGER NOT NULL, told_seq INTEGER NOT NULL, refused TEXT NOT NULL);
     CREATE INDEX delayed_due ON delayed (due_at);
     ALTER TABLE deliveries ADD COLUMN acked_via TEXT;
     ALTER TABLE deliveries ADD COLUMN pushed_at INTEGER;
@@ -1606,6 +1622,7 @@ MIGRATIONS = (  # the n-th brings a file from user_version n to n + 1; what has 
     ALTER TABLE deliveries ADD COLUMN claimed_at INTEGER;
     ALTER TABLE deliveries ADD COLUMN claimed_until INTEGER;
     ALTER TABLE deliveries ADD COLUMN expired_at INTEGER;
+    CREATE TABLE forgotten (seq INTEGER PRIMARY KEY);
     CREATE TABLE requests (id TEXT PRIMARY KEY, seq INTEGER NOT NULL, asker TEXT NOT NULL, thread TEXT NOT NULL,
         asked TEXT NOT NULL, told INTEGER NOT NULL) WITHOUT ROWID;
     """,
@@ -1619,7 +1636,7 @@ def _agent_rows(batch: list[Registered]) -> list[tuple]:
 def _message_rows(batch: list[Any]) -> list[tuple]:
     """An id that the hub made follows from the seq and is not stored, unless the seq is not the one it was made of."""
     return [
-        (m.seq, m.id if m.digest or m.due_at else None, *m[2:11], dump(inboxes), m.via, m.due_at, dump(full))
+        (m.seq, m.id if m.digest or m.due_at else None, *m[2:11], dump(inboxes), *m[11:], dump(full))
         for m, inboxes, full in batch
     ]
 
@@ -1638,6 +1655,10 @@ _GAP = (  # what came to an inbox and is not there any more
     _each_seq,
 )
 
+_UNINDEX = (  # the search index hears of it in its own time (`Search`), if it knows the message at all
+    "INSERT OR IGNORE INTO forgotten SELECT ?1 WHERE ?1 <= (SELECT value FROM meta WHERE key = 'indexed')",
+    _each_seq,
+)
 
 # What each event does to the tables. An event that is not here is not meant to last.
 WRITES: dict[type, tuple[tuple[str, Callable[[list], list[tuple]]], ...]] = {
@@ -1654,13 +1675,13 @@ WRITES: dict[type, tuple[tuple[str, Callable[[list], list[tuple]]], ...]] = {
     Forgotten: (("DELETE FROM agents WHERE agent_id = ? AND departed", list),),
     Seen: (("UPDATE agents SET seen_at = ? WHERE agent_id = ?", lambda batch: [(e.at, e.agent_id) for e in batch]),),
     Sent: (
-        ("INSERT INTO messages VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)", _message_rows),
+        ("INSERT INTO messages VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)", _message_rows),
         (
             "INSERT INTO deliveries (inbox, seq) VALUES (?,?)",
             lambda batch: [(name, e[0][0]) for e in batch for name in e[1]],
         ),
     ),
-    Delayed: (("INSERT INTO delayed VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)", _message_rows),),
+    Delayed: (("INSERT INTO delayed VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)", _message_rows),),
     Released: (("DELETE FROM delayed WHERE seq = ?", list),),
     Acknowledged: (
         (
@@ -1701,6 +1722,7 @@ WRITES: dict[type, tuple[tuple[str, Callable[[list], list[tuple]]], ...]] = {
     ),
     Expired: (
         _GAP,
+        _UNINDEX,
         (
             "UPDATE deliveries SET expired_at = (SELECT expires_at FROM messages WHERE seq = ?1)"
             f" WHERE acked_at IS NULL AND {_IN_ITS_INBOXES}",
@@ -1710,6 +1732,7 @@ WRITES: dict[type, tuple[tuple[str, Callable[[list], list[tuple]]], ...]] = {
     ),
     Dropped: (
         _GAP,
+        _UNINDEX,
         (f"DELETE FROM deliveries WHERE {_IN_ITS_INBOXES}", _each_seq),
         ("DELETE FROM messages WHERE seq = ?", _each_seq),
         ("UPDATE meta SET value = max(value, ?) WHERE key = 'seq'", lambda batch: [(e.seq,) for e in batch]),
@@ -1786,47 +1809,67 @@ class Search:
     def __init__(self, writer: Any) -> None:
         self._writer = writer
         self.indexed = -1  # up to which seq all is in the index; -1: there is none
+        self.damaged, self.untidy = False, True  # to be made again; to be looked through for what is gone
         try:
-            if not writer.execute("SELECT 1 FROM sqlite_master WHERE name = 'words'").fetchone():
-                options = "tokenize = 'unicode61 remove_diacritics 0', columnsize = 0"
-                writer.execute(f"CREATE VIRTUAL TABLE words USING fts5(text, {options})")
-                writer.execute("INSERT INTO words (words, rank) VALUES ('automerge', 0)")  # `_merge` does it
-                writer.execute("INSERT INTO meta VALUES ('indexed', 0)")
-            writer.execute("SELECT rowid FROM words LIMIT 0")
-            self.indexed = writer.execute("SELECT value FROM meta WHERE key = 'indexed'").fetchone()[0]
+            self._make()
         except Exception as error:
             if "no such module" not in str(error):  # else this SQLite was built without FTS5
                 raise
 
+    def _make(self) -> None:
+        writer = self._writer
+        if not writer.execute("SELECT 1 FROM sqlite_master WHERE name = 'words'").fetchone():
+            options = "tokenize = 'unicode61 remove_diacritics 0', columnsize = 0"
+            writer.execute(f"CREATE VIRTUAL TABLE words USING fts5(text, {options})")
+            writer.execute("INSERT INTO words (words, rank) VALUES ('automerge', 0)")  # `_merge` does it
+            writer.execute("INSERT INTO meta VALUES ('indexed', 0)")
+        writer.execute("SELECT rowid FROM words LIMIT 0")
+        self.indexed = writer.execute("SELECT value FROM meta WHERE key = 'indexed'").fetchone()[0]
+
+    def make_again(self) -> None:
+        """Begin with an empty index, within the caller's transaction."""
+        for table in ("words", "words_data", "words_idx", "words_content", "words_docsize", "words_config"):
+            self._writer.execute(f"DROP TABLE IF EXISTS {table}")
+        for statement in ("DELETE FROM meta WHERE key = 'indexed'", "DELETE FROM forgotten"):
+            self._writer.execute(statement)
+        self._make()
+        self.damaged = False
+
     def lags(self, seq: int) -> bool:
-        """Whether so much is not in the index that it is worth a turn."""
-        return 0 <= self.indexed <= seq - INDEX_BATCH
+        """Whether so much is not in the index, or is and should not be, that it is worth a turn."""
+        return self.damaged or self.indexed >= 0 and (self.untidy or self.indexed <= seq - INDEX_BATCH)
 
     def take_in(self, up_to: int) -> int:
-        """Index the next messages, up to a seq, within the caller's transaction. Returns what `indexed` is once that
-        is durable."""
+        """Bring the index some way up to date, up to a seq, within the caller's transaction, which is none of a
+        message's: an index can be made again. Returns what `indexed` is once that is durable."""
+        lost = "SELECT f.seq, text FROM forgotten AS f LEFT JOIN words AS w ON w.rowid = f.seq LIMIT ?"
+        gone = self._bounded(lost, ())
+        for table, key in (("words", "rowid"), ("forgotten", "seq")):
+            self._writer.executemany(f"DELETE FROM {table} WHERE {key} = ?", [(seq,) for seq, _ in gone])
+        self.untidy = bool(gone)
         query = "SELECT seq, payload FROM messages WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT ?"
-        texts, room = [], INDEX_BYTES
-        for seq, payload in self._writer.execute(query, (self.indexed, up_to, INDEX_BATCH)):
-            texts.append((seq, text_of(json.loads(payload))))
-            room -= len(payload)
-            if room < 0:
-                break
+        some = self._bounded(query, (self.indexed, up_to))
+        texts = [(seq, text_of(json.loads(payload))) for seq, payload in some]
         self._writer.executemany("INSERT INTO words (rowid, text) VALUES (?,?)", texts)
-        indexed = texts[-1][0] if len(texts) == INDEX_BATCH or room < 0 else up_to
+        left = some and self._writer.execute(query, (some[-1][0], up_to, 1)).fetchone()
+        indexed = some[-1][0] if left else up_to
         self._writer.execute("UPDATE meta SET value = ? WHERE key = 'indexed'", (indexed,))
         self._merge()
         return indexed
 
+    def _bounded(self, query: str, given: tuple) -> list[tuple[int, str]]:
+        """As many rows as a turn may take."""
+        found, room = [], INDEX_BYTES
+        for seq, text in self._writer.execute(query, (*given, INDEX_BATCH)):
+            found.append((seq, text))
+            room -= len(text or "")
+            if room < 0:
+                break
+        return found
+
     def _merge(self) -> None:
         """FTS5 keeps what each transaction wrote apart until it is merged, which by itself it does in long strides."""
         self._writer.execute("INSERT INTO words (words, rank) VALUES ('merge', ?)", (MERGE_PAGES,))
-
-    def forget(self, seqs: list[tuple[int]]) -> None:
-        """What is deleted or past its time is not found any more, within the caller's transaction."""
-        if self.indexed >= 0:
-            self._writer.executemany("DELETE FROM words WHERE rowid = ?", seqs)
-            self._merge()
 
 
 _MINE = (  # what an agent sent or got, and is still to be had
@@ -1863,19 +1906,28 @@ def find_words(
 # --- Log --------------------------------------------------------------------------------------------------------------
 
 
+def quote_path(path: str) -> str:
+    """A file's path for a URI (RFC 3986), as SQLite reads one."""
+    return re.sub("[?#%]", lambda found: f"%{ord(found[0]):02X}", path)
+
+
 class Log:
     """The reading half of a store: what is committed, and nothing else."""
 
     path: str
     epoch: str
     search: Search
+    broken = ""  # why nothing can be made durable any more until the next start
     _reader: Any
     _writer: Any
     _sqlite: Any
 
     def connect(self) -> Any:
-        """One more connection to the file, callable from any thread."""
-        return self._sqlite.connect(self.path, isolation_level=None, check_same_thread=False, timeout=1)
+        """One more connection to the file, which it never makes; callable from any thread."""
+        options = {"isolation_level": None, "check_same_thread": False, "timeout": 1}
+        if self.path == ":memory:":
+            return self._sqlite.connect(self.path, **options)
+        return self._sqlite.connect(f"file:{quote_path(os.path.abspath(self.path))}?mode=rw", uri=True, **options)
 
     @contextlib.contextmanager
     def _snapshot(self) -> Iterator[Any]:
@@ -1886,6 +1938,17 @@ class Log:
         finally:
             if connection is not self._writer:
                 connection.close()
+
+    def _rows(self, sql: str, given: Any = (), reader: Any = None) -> Iterator[tuple]:
+        """What a query gives. Raises StorageFull where the file turns out to be damaged, and from then on for every
+        change: what is still whole can be read, and nothing is written over the rest."""
+        try:
+            yield from (reader or self._reader).execute(sql, given)
+        except self._sqlite.DatabaseError as error:
+            if type(error) is not self._sqlite.DatabaseError:  # a kind of it: busy, or out of something, for now
+                raise StorageFull(f"the store could not be read ({error}): try again") from error
+            self.broken = f"the store is damaged ({error}): stop the hub, and start it on a backup with --db"
+            raise StorageFull(self.broken) from error
 
     def load(self) -> Snapshot:
         """Everything the hub keeps in memory. Raises StoreError where the file is damaged."""
@@ -1904,12 +1967,16 @@ class Log:
             digests = tuple(tokens[i : i + 32] for i in range(0, len(tokens), 32))
             agents.append(Agent(*head, tuple(json.loads(capabilities)), metadata, digests, at))
             seen.append((head[0], seen_at))
-        pings = rows("SELECT seq, id, sender FROM messages WHERE type = 'ping' ORDER BY seq").fetchall()
-        unread = rows(
-            "SELECT inbox, seq, pushed_at IS NOT NULL, ifnull(claimed_until, 0) FROM deliveries"
-            " WHERE acked_at IS NULL AND expired_at IS NULL ORDER BY inbox, seq"
-        ).fetchall()
-        waiting = {row[1] for row in unread} if pings else set()
+        pings = (
+            "SELECT seq, id, sender FROM messages AS m WHERE type = 'ping' AND EXISTS (SELECT 1"
+            " FROM json_each(m.inboxes), deliveries AS d WHERE d.inbox = value AND d.seq = m.seq"
+            " AND acked_at IS NULL AND expired_at IS NULL) ORDER BY seq"
+        )
+        new = "FROM deliveries WHERE acked_at IS NULL AND expired_at IS NULL"
+        unread = [  # as JSON, a list an inbox, because a million rows would be a million tuples
+            (name, tuple(sorted(json.loads(seqs))))
+            for name, seqs in rows(f"SELECT inbox, json_group_array(seq) {new} GROUP BY inbox ORDER BY inbox")
+        ]
         top = rows(
             "SELECT max(value, (SELECT ifnull(max(seq), 0) FROM messages), (SELECT ifnull(max(seq), 0) FROM delayed))"
             " FROM meta WHERE key = 'seq'"
@@ -1921,7 +1988,9 @@ class Log:
             tuple(agents),
             tuple(pair for pair in seen if pair[1]),
             tuple(unread),
-            tuple((seq, id or made_id(self.epoch, seq), who) for seq, id, who in pings if seq in waiting),
+            tuple(rows(f"SELECT inbox, seq {new} AND pushed_at IS NOT NULL ORDER BY inbox, seq")),
+            tuple(rows(f"SELECT inbox, seq, claimed_until {new} AND claimed_until IS NOT NULL ORDER BY inbox, seq")),
+            tuple((seq, id or made_id(self.epoch, seq), who) for seq, id, who in rows(pings)),
             tuple(name for (name,) in rows("SELECT agent_id FROM agents WHERE departed ORDER BY agent_id")),
             tuple(
                 (seq, tuple(json.loads(names))) for seq, names in rows("SELECT seq, inboxes FROM delayed ORDER BY seq")
@@ -1930,20 +1999,22 @@ class Log:
         )
 
     def _message(self, row: tuple) -> Message:
-        return Message(row[0], row[1] or made_id(self.epoch, row[0]), *row[2:11], *row[12:14])
+        return Message(row[0], row[1] or made_id(self.epoch, row[0]), *row[2:11], *row[12:15])
 
     def messages(
         self, seqs: Iterable[int], now: int, want: Wanted = Wanted(), most: int = MAX_ANSWER, reader: Any = None
     ) -> tuple[list[Message], bool]:
         """Those of the messages that are not past their time and wanted, in the order of `seqs`, and whether there are
         more than go into `most` bytes (one goes in any case)."""
-        rows = (reader or self._reader).execute(
+        rows = self._rows(
             "SELECT m.* FROM json_each(:seqs) AS wanted CROSS JOIN messages AS m ON m.seq = wanted.value"
             " WHERE (m.expires_at = 0 OR m.expires_at > :now) AND :type IN ('', m.type) AND :sender IN ('', m.sender)"
-            " AND :thread IN ('', m.thread) AND (:other IN ('', m.sender) OR m.sender = :me AND EXISTS"
-            " (SELECT 1 FROM deliveries AS d WHERE d.inbox = :other AND d.seq = m.seq)) ORDER BY wanted.key",
+            " AND (:thread IN ('', m.thread) OR m.seq = :root) AND (:me = '' OR m.sender IN (:me, :other) AND EXISTS"
+            " (SELECT 1 FROM deliveries AS d WHERE d.inbox = iif(m.sender = :me, :other, :me) AND d.seq = m.seq))"
+            " ORDER BY wanted.key",
             {"seqs": dump(seqs), "now": now, "type": want.type, "sender": want.sender, "thread": want.thread,
-             "me": want.between[0], "other": want.between[1]},
+             "root": want.root, "me": want.between[0], "other": want.between[1]},
+            reader,
         )  # fmt: skip
         found: list[Message] = []
         for row in rows:
@@ -1958,7 +2029,7 @@ class Log:
         not (`deliveries`), or what an agent sent (`messages`)."""
         column, order = ("inbox" if table == "deliveries" else "sender"), "DESC" if newest else "ASC"
         query = f"SELECT seq FROM {table} WHERE {column} = ? AND seq > ? AND seq < ? ORDER BY seq {order} LIMIT ?"
-        return [seq for (seq,) in self._reader.execute(query, (name, after, before, limit))]
+        return [seq for (seq,) in self._rows(query, (name, after, before, limit))]
 
     def find_words(self, query: Query, who: str, before: int, limit: int, now: int) -> tuple[list[Message], int]:
         """The newest messages of `who` that match, and the seq to go on before (`find_words`). Callable from any
@@ -1966,7 +2037,12 @@ class Log:
         with self._snapshot() as reader:
             reader.execute("BEGIN")
             try:
-                seqs, following = find_words(reader, query, who, before, limit, now, self.search.indexed >= 0)
+                given = (reader, query, who, before, limit, now)
+                try:
+                    seqs, following = find_words(*given, self.search.indexed >= 0 and not self.search.damaged)
+                except self._sqlite.DatabaseError:
+                    self.search.damaged = True
+                    seqs, following = find_words(*given, False)
                 found, cut = self.messages(seqs, now, reader=reader)
             finally:
                 reader.execute("COMMIT")
@@ -1974,65 +2050,63 @@ class Log:
 
     def gap(self, name: str) -> int:
         """The newest seq that once lay in this inbox and is deleted; 0 where nothing is missing."""
-        row = self._reader.execute("SELECT seq FROM gaps WHERE inbox = ?", (name,)).fetchone()
-        return row[0] if row else 0
+        return next(self._rows("SELECT seq FROM gaps WHERE inbox = ?", (name,)), (0,))[0]
 
     def find(self, message_id: str, seq: int = 0) -> Receipt | None:
         """A message by its seq, or by an id that does not follow from it, the inboxes it went or will go to, and those
         that had no room."""
         where, key = ("seq", seq) if seq else ("id", message_id)
         for table in ("messages", "delayed"):
-            row = self._reader.execute(f"SELECT * FROM {table} WHERE {where} = ?", (key,)).fetchone()
-            if row:
+            for row in self._rows(f"SELECT * FROM {table} WHERE {where} = ?", (key,)):
                 return self._receipt(row)
         return None
 
     def _receipt(self, row: tuple) -> Receipt:
-        return Receipt(self._message(row), tuple(json.loads(row[11])), tuple(json.loads(row[14])))
+        return Receipt(self._message(row), tuple(json.loads(row[11])), tuple(json.loads(row[15])))
 
     def deliveries(self, seq: int) -> dict[str, dict[str, Any]]:
         """What became of a message, by inbox: times in milliseconds since 1970, and the interfaces that told them."""
-        rows = self._reader.execute(
-            "SELECT inbox, acked_at AS acknowledged, acked_via AS acknowledged_via, pushed_at AS pushed, pushed_via,"
-            f" claimed_at AS claimed, claimed_until, expired_at AS expired FROM deliveries WHERE {_IN_ITS_INBOXES}",
+        rows = self._rows(
+            "SELECT inbox, acked_at, acked_via, pushed_at, pushed_via, claimed_at, claimed_until, expired_at"
+            f" FROM deliveries WHERE {_IN_ITS_INBOXES}",
             (seq,),
         )
-        names = [column[0] for column in rows.description]
-        return {row[0]: dict(zip(names[1:], row[1:])) for row in rows}
+        names = "acknowledged acknowledged_via pushed pushed_via claimed claimed_until expired".split()
+        return {row[0]: dict(zip(names, row[1:])) for row in rows}
 
     def latest(self) -> int:
         """The newest time that is written down, in milliseconds since 1970."""
         query = (
             f"SELECT ifnull((SELECT {_CAME_AT} FROM messages ORDER BY seq DESC LIMIT 1), 0), ifnull(max(seen_at), 0)"
         )
-        return max(self._reader.execute(f"{query} FROM agents").fetchone())
+        return max(next(self._rows(f"{query} FROM agents")))
 
     def came_at(self, seqs: Iterable[int]) -> dict[int, int]:
         """When these messages came into their inboxes."""
         query = f"SELECT seq, {_CAME_AT} FROM messages WHERE seq IN (SELECT value FROM json_each(?))"
-        return dict(self._reader.execute(query, (dump(list(seqs)),)))
+        return dict(self._rows(query, (dump(list(seqs)),)))
 
     # what time brings about
 
     def due(self, now: int) -> list[tuple[Message, tuple[str, ...], tuple[str, ...]]]:
         """Some delayed messages whose time has come, in the order in which it came, as (message, inboxes, full)."""
         query = "SELECT * FROM delayed WHERE due_at <= ? ORDER BY due_at, seq LIMIT ?"
-        rows = self._reader.execute(query, (now, SWEEP_BATCH))
+        rows = self._rows(query, (now, SWEEP_BATCH))
         return [self._receipt(row)[:3] for row in self._some(rows, lambda row: (row[11], row[5]))]
 
     def expired(self, now: int) -> list[tuple[int, str, tuple[str, ...]]]:
         """Some messages that are past their own time, as (seq, id, inboxes)."""
-        query = "SELECT seq, id, inboxes FROM messages WHERE expires_at > 0 AND expires_at <= ? LIMIT ?"
-        return self._ended(self._reader.execute(query, (now, SWEEP_BATCH)))
+        query = "SELECT seq, id, inboxes, payload FROM messages WHERE expires_at > 0 AND expires_at <= ? LIMIT ?"
+        return self._ended(self._rows(query, (now, SWEEP_BATCH)))
 
     def aged(self, before: int) -> list[tuple[int, str, tuple[str, ...]]]:
         """Some of the oldest messages, if they came before then, as (seq, id, inboxes)."""
-        query = f"SELECT seq, id, inboxes, {_CAME_AT} FROM messages ORDER BY seq LIMIT ?"
-        rows = self._reader.execute(query, (SWEEP_BATCH,))
-        return self._ended(itertools.takewhile(lambda row: row[3] < before, rows))
+        oldest = f"SELECT *, {_CAME_AT} AS came_at FROM messages ORDER BY seq LIMIT ?"
+        query = f"SELECT seq, id, inboxes, payload FROM ({oldest}) WHERE came_at < ?"
+        return self._ended(self._rows(query, (SWEEP_BATCH, before)))
 
     def _ended(self, rows: Iterable[tuple]) -> list[tuple[int, str, tuple[str, ...]]]:
-        some = self._some(rows, lambda row: (row[2], ""))
+        some = self._some(rows, lambda row: row[2:4])
         return [(seq, id or made_id(self.epoch, seq), tuple(json.loads(names))) for seq, id, names, *_ in some]
 
     def _some(self, rows: Iterable[tuple], weight: Callable[[tuple], tuple[str, str]]) -> list[tuple]:
@@ -2065,9 +2139,8 @@ class Store(Log):
 
         self.path, self._sqlite = path, sqlite3
         self._copies = os.path.basename(path) + "-copy-"  # how the names of copies begin while they are being made
-        self._lock: Any = None
-        self.pages = 0  # written to the log since the last checkpoint, about
-        self.broken = ""  # why nothing can be made durable any more until the next start
+        self._lock = self._file = None
+        self.pages, self._scale = 0.0, 1.0  # written to the log since the last checkpoint; how far that guess is off
         try:
             if path != ":memory:":
                 self._prepare_file()
@@ -2082,6 +2155,8 @@ class Store(Log):
             self._reader = self._writer if path == ":memory:" else self.connect()
             self._reader.execute("PRAGMA query_only = ON" if path != ":memory:" else "SELECT 1")
             self.search = Search(self._writer)
+            for connection in (self._writer, self._reader):
+                connection.execute("PRAGMA busy_timeout = 0")  # the loop waits for nobody
             self.epoch = self._reader.execute("SELECT value FROM meta WHERE key = 'epoch'").fetchone()[0]
         except (sqlite3.Error, OSError, TypeError) as error:
             self.close()
@@ -2101,10 +2176,15 @@ class Store(Log):
             with open(self.path, "rb") as file:
                 if file.read(16) not in (b"", b"SQLite format 3\0"):
                     raise StoreError(f"{self.path} is not an agenthub store: name another file with --db")
-        elif os.path.exists(self.path + "-wal"):
+        if self._wal() and not (os.path.exists(self.path) and os.path.getsize(self.path)):
             raise StoreError(
-                f"{self.path} is gone, but its write-ahead log is there with messages in it: put the file back,"
+                f"{self.path} is gone or empty, but its write-ahead log is there with messages in it: put it back,"
                 f" or remove {self.path}-wal to start empty"
+            )
+        if self._wal() not in (b"", b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83"):
+            raise StoreError(
+                f"{self.path}-wal, the write-ahead log, is damaged, and what was in it is lost: remove it to go on with"
+                " the rest, or put the right one back"
             )
         self._take_lock()
         for name in os.listdir(folder):  # copies whose making was interrupted
@@ -2112,6 +2192,15 @@ class Store(Log):
                 os.unlink(os.path.join(folder, name))
         os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
         os.chmod(self.path, 0o600)
+        self._file = os.stat(self.path)
+
+    def _wal(self) -> bytes:
+        """How the write-ahead log begins; nothing where there is none, or an empty one."""
+        try:
+            with open(self.path + "-wal", "rb") as file:
+                return file.read(4)
+        except FileNotFoundError:
+            return b""
 
     def _take_lock(self) -> None:
         """One hub a file: flock ends with the process, however it ends, so a lock left behind holds nobody up."""
@@ -2168,19 +2257,20 @@ class Store(Log):
 
     def write(self, events: list[Any]) -> None:
         """Begin a transaction with all that the events change; `commit` or `undo` must follow."""
-        self._check_whole()
+        if self.broken:
+            raise StorageFull(self.broken)
         try:
             self._writer.execute("BEGIN IMMEDIATE")
             for kind, run in itertools.groupby(events, type):
                 batch = list(run)
                 for statement, rows in WRITES.get(kind, ()):
                     self._writer.executemany(statement, rows(batch))
-                if kind in (Expired, Dropped):
-                    self.search.forget(_each_seq(batch))
+                self.search.untidy = self.search.untidy or kind in (Expired, Dropped)
         except self._sqlite.Error as error:
             raise self._full(error) from error
-        self.pages += 3 + len(events) // 16 + sum(len(e.message.payload) for e in events if type(e) is Sent) // 4096
-        self.pages += sum(len(e.seqs) for e in events if type(e) in (Expired, Dropped)) // 2
+        self.pages += self._scale * (
+            3 + len(events) / 8 + sum(len(e.message.payload) for e in events if type(e) is Sent) / 4096
+        )
 
     def commit(self) -> None:
         """Make the batch durable. This is the one call that waits for the disk; it may run on another thread."""
@@ -2196,7 +2286,7 @@ class Store(Log):
 
     def probe(self) -> None:
         """Raise StorageFull unless a small change can be made durable now."""
-        self._check_whole()
+        self.check()
         try:
             self._writer.execute("INSERT OR REPLACE INTO meta VALUES ('probe', zeroblob(16384))")
             self._writer.execute("DELETE FROM meta WHERE key = 'probe'")
@@ -2205,29 +2295,39 @@ class Store(Log):
 
     def checkpoint(self) -> None:
         """Move the write-ahead log into the file, as far as no reader stands in the way."""
-        self.pages = 0
+        guessed, self.pages = self.pages, 0.0
         try:
-            self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            _, pages, _ = self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            if guessed > CHECKPOINT_PAGES:
+                self._scale *= max(0.5, min(2.0, pages / guessed))
         except self._sqlite.Error as error:
             raise self._full(error) from error
 
     def index(self, up_to: int) -> None:
         """Take some more messages, up to a seq, into the search index. Waits for the disk, like `commit`."""
-        self._check_whole()
+        self.check()
         try:
             self._writer.execute("BEGIN IMMEDIATE")
+            if self.search.damaged:
+                self.search.make_again()
             indexed = self.search.take_in(up_to)
             self._writer.execute("COMMIT")
-            self.pages += INDEX_BATCH // 2
+            self.pages += self._scale * INDEX_BATCH / 2
             self.search.indexed = indexed
         except self._sqlite.Error as error:
-            failure = self._full(error)
             self.undo()
-            raise failure from error
+            self.search.damaged = "malformed" in str(error)
+            raise self._full(error) from error
 
-    def _check_whole(self) -> None:
+    def check(self) -> None:
+        """Raise StorageFull where changes would be lost: the store is broken, or its file is not at its place."""
         if self.broken:
             raise StorageFull(self.broken)
+        try:
+            if self._file and not os.path.samestat(self._file, os.stat(self.path)):
+                raise FileNotFoundError
+        except OSError:
+            raise StorageFull(f"{os.path.basename(self.path)} was moved, replaced or removed: put it back") from None
 
     def _full(self, error: Exception) -> StorageFull:
         """The error for a change that was refused. After an fsync that failed nothing is tried again: the system may
@@ -2238,9 +2338,8 @@ class Store(Log):
                 " is lost in silence; look after the disk, then start the hub again"
             )
             return StorageFull(self.broken)
-        return StorageFull(
-            f"the hub's disk refused the change ({error}): nothing was stored, free some space and retry"
-        )
+        what = "stop the other program that writes to the store" if "locked" in str(error) else "free some space"
+        return StorageFull(f"the hub's disk refused the change ({error}): nothing was stored, {what} and retry")
 
     def backup(self) -> Any:
         """A consistent copy of what is committed, as an open file without a name. Callable from any thread while the
@@ -2248,6 +2347,7 @@ class Store(Log):
         import tempfile
 
         copy = ""
+        self.check()
         try:
             handle, copy = tempfile.mkstemp(".db", self._copies, self._folder())
             os.close(handle)
@@ -2255,6 +2355,7 @@ class Store(Log):
                 target = self._sqlite.connect(copy, check_same_thread=False)
                 try:
                     source.backup(target)
+                    self._rename_epoch(target)
                 finally:
                     target.close()
             return open(copy, "rb")
@@ -2263,6 +2364,13 @@ class Store(Log):
         finally:
             if copy:
                 os.unlink(copy)
+
+    def _rename_epoch(self, copy: Any) -> None:
+        """A copy goes its own way from here: the seqs and ids it gives must not be taken for those of the original."""
+        copy.execute("PRAGMA journal_mode = DELETE")
+        copy.execute("UPDATE messages SET id = ? || printf('-%013x', seq) WHERE id IS NULL", (self.epoch,))
+        copy.execute("UPDATE meta SET value = ? WHERE key = 'epoch'", (os.urandom(4).hex(),))
+        copy.commit()
 
     def _folder(self) -> str | None:
         return None if self.path == ":memory:" else os.path.dirname(os.path.abspath(self.path))
@@ -2736,6 +2844,8 @@ class Reading:
         claim, wait = want["claim"] or 0 if call.head.method == "GET" else 0, want["wait"] or 0
         after, recovered = self._resume(name, want["after"], want["epoch"] or "")
         want = want | {"after": after, "unread": want["unread"] or claim or not recovered and after is None}
+        if want["before"] is not None and (after is not None or want["unread"]):
+            raise InvalidRequest("`before` is for the newest messages: leave out `after`, `unread` and `claim`, or it")
         if claim and self.trouble:
             self.probe()
         extra = "" if recovered else ',"recovered":false'
@@ -2744,8 +2854,8 @@ class Reading:
             found, cursor, more, previous = self._page(name, want, at)
             if not found and not more and not final:
                 return None
-            flagged = bool(want["unread"])
-            texts = [m.envelope(flagged and self.hub.was_pushed(name, m.seq)) for m in found]
+            new = want["unread"] or after is not None  # of what is read again out of interest, nothing is redelivered
+            texts = [m.envelope(bool(new) and self.hub.was_pushed(name, m.seq)) for m in found]
             seqs = tuple([message.seq for message in found])
             if claim and seqs:
                 self.hub.apply(Claim(at, name, seqs, at + int(claim * 1000)))
@@ -2763,11 +2873,17 @@ class Reading:
         """Messages, oldest first, the cursor after them, whether a filter has more to look at; and where the newest
         were asked for, the field that says before which seq there may be older ones."""
         other = want["with"] or ""
-        chosen = Wanted(want["type"] or "", want["from"] or "", want["thread"] or "", (name if other else "", other))
+        root = self._find(want["thread"]) if want["thread"] else None
+        chosen = Wanted(
+            want["type"] or "", want["from"] or "", want["thread"] or "", root.message.seq if root else 0,
+            (name if other else "", other),
+        )  # fmt: skip
         limit = want["limit"] or DEFAULT_LIMIT
         step = limit if chosen == Wanted() else MAX_PAGE
         newest = want["after"] is None and not want["unread"]
-        cursor = (want["before"] or sys.maxsize) if newest else want["after"] or 0
+        cursor = want["after"] or 0
+        if newest:
+            cursor = sys.maxsize if want["before"] is None else want["before"]
         found: list[Message] = []
         scanned, cut, end = 0, False, False
         while len(found) < limit and scanned < MAX_SCAN and not (cut or end):
@@ -2804,7 +2920,9 @@ class Reading:
     def search(self, call: Call) -> Later:
         """GET /api/v1/messages/search: newest first. Looks at SEARCH_SCAN messages; `next` goes on, 0 is the end."""
         self.hub.expect(call.agent_id)
-        query, before = Query.read(call.params["q"]), min(call.params["before"] or sys.maxsize, self.committed + 1)
+        query, before = Query.read(call.params["q"]), self.committed + 1
+        if call.params["before"] is not None:
+            before = min(before, call.params["before"])
         limit = call.params["limit"] or DEFAULT_LIMIT
 
         def make() -> Response:
@@ -3085,17 +3203,19 @@ class Handlers(Reading):
         """The receipt as JSON text, written by hand: it is most of what a sender costs."""
         hub, message, lines = self.hub, receipt.message, []
         pushed = {name for name in receipt.inboxes if hub.was_pushed(name, message.seq)}
-        if receipt.duplicate:  # some may have been acknowledged since
-            pushed |= {name for name, row in self.log.deliveries(message.seq).items() if row["pushed"]}
-            pushed.update(hub.pushes(message.seq))
+        states = dict.fromkeys(pushed, "pushed") | dict.fromkeys(receipt.full, "inbox_full")
+        if receipt.duplicate:  # some may have been acknowledged since, or have run out
+            rows = self.log.deliveries(message.seq).items()
+            states |= {name: "expired" for name, row in rows if row["expired"]}
+            states |= {name: "pushed" for name, row in rows if row["pushed"]} | dict.fromkeys(
+                hub.pushes(message.seq), "pushed"
+            )
         for name in (*receipt.inboxes, *receipt.full):
-            state = "pushed" if name in pushed else "queued"
+            state = states.get(name, "queued")
             shown, close = f'"{name}"', ""  # an agent_id needs no escaping
             if not hub.known(name):
-                state, shown, found = "unknown", dump(name), hub.close_to(name)
+                state, shown, found = states.get(name, "unknown"), dump(name), hub.close_to(name)
                 close = f',"did_you_mean":{dump(found)}' if found else ""
-            if name in receipt.full:
-                state = "inbox_full"
             lines.append(
                 f'{{"agent_id":{shown},"state":"{state}","connected":{_BOOL[name in hub.connections]},'
                 f'"unread":{hub.unread(name)}{close}}}'
@@ -3104,15 +3224,16 @@ class Handlers(Reading):
         if not lines:
             warning = f"nobody else is in {json.loads(message.to)} now: the message was kept for no one"
         elif receipt.full:
-            warning = f"no room in the inbox of {', '.join(receipt.full[:5])}: send it to them again later"
+            warning = f"no room in the inbox of {', '.join(receipt.full[:5])}: send it to them later, with another id"
         extra = f',"due_at":"{timestamp(message.due_at)}"' if message.due_at else ""
         extra += f',"warning":{dump(warning)}' if warning else ""
         extra += ',"duplicate":true' if receipt.duplicate else ""
+        kinds = list(states.values())
+        queued = len(receipt.inboxes) + len(receipt.full) - len(kinds)
         return (
-            f'{{"success":true,"message_id":"{message.id}","seq":{message.seq},'
+            f'{{"success":true,"message_id":"{message.id}","seq":{message.told_seq or message.seq},'
             f'"timestamp":"{timestamp(message.sent_at)}","recipients":[{",".join(lines)}],'
-            f'"pushed":{len(pushed)},"queued":{len(receipt.inboxes) - len(pushed)}'
-            f"{extra}}}"
+            f'"pushed":{kinds.count("pushed")},"queued":{queued}{extra}}}'
         )
 
     def ack(self, call: Call) -> Response:
@@ -3153,7 +3274,8 @@ class Route(NamedTuple):
     actor: str = ""
     access: str = "agent"
     charged: bool = True
-    headers: tuple[tuple[str, str], ...] = ()  # headers that stand for a field which is left out
+    headers: tuple[tuple[str, str], ...] = ()  # headers that stand for a field
+    headers_win: bool = False  # over the field itself: a browser that reconnects repeats the address it was given
     raw: bool = False  # the body is the message itself
     default_actor: str = ""  # who acts where nobody is named
 
@@ -3218,7 +3340,7 @@ SEND_FIELDS = (
     Field("to", "recipient", True, RECIPIENTS),
     Field("message", "json", True, "the payload, any JSON value"),
     Field("type", "type", doc="default: the payload's own type, else broadcast for ALL, else message"),
-    Field("id", "message_id", doc="an idempotency key: the same id again gives the first answer"),
+    Field("id", "new_message_id", doc="an idempotency key: the same id again gives the first answer"),
     Field("reply_to", "message_id", doc="the id of the message this answers"),
     Field("ttl", "ttl", doc="seconds after which it is not delivered any more"),
     Field("delay", "delay", doc="seconds to keep it aside before it is delivered"),
@@ -3294,7 +3416,7 @@ ROUTES = (
     Route("GET", "/api/v1/requests", Handlers.requests, "Requests nobody has answered", query=_REQUESTS_FIELDS,
           actor="agent_id"),
     Route("GET", "/api/v1/stream", Handlers.stream, "An inbox as it fills", query=_STREAM_FIELDS,
-          actor="agent_id", headers=(("last-event-id", "after"),)),
+          actor="agent_id", headers=(("last-event-id", "after"),), headers_win=True),
     Route("GET", "/ws/{agent_id}", Handlers.socket, "A WebSocket", query=_SOCKET_FIELDS, actor="agent_id"),
     Route("POST", "/api/v1/backup", Handlers.backup, "A copy of the store", access="key"),
     Route("GET", "/health", About.health, "Whether the hub is well", access="open", charged=False),
@@ -3506,10 +3628,12 @@ class API(About):
         return Call(head, body, params, actor, at)
 
     def _params(self, route: Route, head: Head, body: bytes, given: dict) -> dict[str, Any]:
-        stated = {name: head.headers[header] for header, name in route.headers if header in head.headers}
+        stated = {name: head.headers[header] for header, name in route.headers if head.headers.get(header)}
         if head.query:
             in_path = {name: given[name] for name in given if f"{{{name}}}" in route.path}
             given = given | parse_query(head.query) | in_path
+        if route.headers_win:
+            given = given | stated
         params = read_fields(route.query, self._from_text(route.query, stated | given)) if route.query else {}
         if route.method == "POST" and not route.raw:
             posted = self._json_body(head, body)
@@ -3892,6 +4016,7 @@ class HttpConnection:
         self.stream: Reader | None = None
         self.poll: Poll | None = None
         self.file: Any = None
+        self._sending = False
         self.since = server.loop.time()
         self.unsent = 0
         self._said_at, self._comment = self.since, b""
@@ -3935,7 +4060,7 @@ class HttpConnection:
         if self.stream:
             self.stream.resume()
         elif self.file:
-            self._send_file()
+            self._send_soon()
         else:
             self._go_on()
 
@@ -4092,19 +4217,26 @@ class HttpConnection:
             headers = (length, *self.server.api.cors(request.head))
             self.transport.write(plain_head(200, download.content_type, headers, self.server.date))
             self.server.api.answers[200] += 1
-            self._send_file()
+            self._send_soon()
 
         self.server.copier.run(download.make, made)
 
+    def _send_soon(self) -> None:
+        """Never from within what asyncio calls: a line that is closed there is closed twice."""
+        if not self._sending:
+            self._sending = True
+            self.server.loop.call_soon(self._send_file)
+
     def _send_file(self) -> None:
         """A piece of a download, and the next in the next turn, until the peer takes no more or it is whole."""
+        self._sending = False
         if not self.file or self.paused or self.transport.is_closing():
             return
         piece = self.file.read(READ_AHEAD)
         self.since = self.server.loop.time()
         if piece:
             self.transport.write(piece)
-            self.server.loop.call_soon(self._send_file)
+            self._send_soon()
         else:
             self._drop_file()
             self.blocked = False
@@ -4239,7 +4371,7 @@ class HubSocket:
         if self._heard_at < 0:
             self._heard_at = heard
             self._partial_at = self._partial_at or self.hub_server.loop.time()
-        else:
+        elif not self._parts:
             self._partial_at = None
 
     def process_event(self, event: Any) -> None:
@@ -4259,6 +4391,8 @@ class HubSocket:
             if event.fin:
                 data, self._parts = b"".join(self._parts), []
                 self._on_text(data)
+            else:
+                self._partial_at = self._partial_at or self.hub_server.loop.time()
 
     def _on_text(self, data: bytes) -> None:
         server = self.hub_server
@@ -4612,7 +4746,7 @@ class Server:
         memory = store.path == ":memory:"  # its one connection is the loop's
         self.searcher, self.copier, self.copying = Worker(self.loop, memory), Worker(self.loop, memory), set()
         self.closing = False
-        self._flushing = self._bringing = False
+        self._flushing = self._bringing = self._settling = False
         self._presence: dict[str, Presence] = {}
         self._pushes: dict[tuple[str, str], list[int]] = {}
         self._listeners: list[Any] = []
@@ -4658,6 +4792,8 @@ class Server:
         self.metrics["messages_total"] += 1
         self.metrics["deliveries_total"] += len(event.inboxes)
         frames: dict[Callable, bytes] = {}
+        if event.message.expires_at and event.message.expires_at <= self.clock():
+            return  # it was due only just before
         for name in event.inboxes:
             readers = self.readers.get(name)
             took = [reader.via for reader in list(readers) if reader.push(event.message, frames)] if readers else ()
@@ -4718,6 +4854,16 @@ class Server:
     def pushed(self, agent_id: str, seqs: tuple[int, ...], via: str) -> None:
         """Remember what was written to a live reader: receipts tell it, and what is sent again says so."""
         self.hub.apply(Push(self.clock(), agent_id, seqs, via))
+        if self.hub.later and not self._settling:
+            self._settling = True
+            self.loop.call_later(SETTLE_SECONDS, self._settle)
+
+    def _settle(self) -> None:
+        """Have what could wait written down, if no commit has taken it along meanwhile."""
+        self._settling = False
+        if self.hub.later and not self.api.trouble:
+            self.hub.settle()
+            self.schedule()
 
     def add_reader(self, reader: Any) -> None:
         """Count a reader in: its agent is connected now."""
@@ -4746,21 +4892,24 @@ class Server:
         self.date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
         for connection in list(self.connections):
             connection.check(now)
-        if self.api.trouble:
-            try:
-                self.batches.probe()
-            except StorageFull:
-                pass
-        else:
-            if now - self._swept_at >= SWEEP_SECONDS:
-                self._swept_at = now
-                self.hub.apply(Sweep(self.clock()))
-            self.hub.settle()
-            if not self._bringing:
-                self._bring_due()
-            self._claims_over()
-            self.batches.index()
+        try:
+            self._look_after(now)
+        except StorageFull as error:
+            self.api.trouble = error.message
         self.schedule()
+
+    def _look_after(self, now: float) -> None:
+        """What is to be done twice a second. Raises StorageFull where the store can't be used."""
+        if self.api.trouble:
+            return self.batches.probe()
+        self.store.check()
+        if now - self._swept_at >= SWEEP_SECONDS:
+            self._swept_at = now
+            self.hub.apply(Sweep(self.clock()))
+        if not self._bringing:
+            self._bring_due()
+        self._claims_over()
+        self.batches.index()
 
     def _bring_due(self) -> None:
         """What time has brought about: delayed messages are sent, others run out. As much as a turn may take of it, and
@@ -4770,9 +4919,14 @@ class Server:
         if not self._bringing:
             return
         if self.batches.busy:
-            return self.when_durable(lambda error: self._bring_due())
-        at, kept = self.clock(), self.limits.retention * 1000
+            return self.when_durable(lambda error: self.loop.call_soon(self._bring_due))
         self._bringing = False
+        try:
+            self._bring(self.clock(), self.limits.retention * 1000)
+        except StorageFull as error:
+            self.api.trouble = error.message
+
+    def _bring(self, at: int, kept: float) -> None:
         for kind, some in (
             (Release, self.store.due(at)),
             (Expire, self.store.expired(at)),
@@ -5013,7 +5167,9 @@ class _Calls:
 
     def _ping(self, to: str, wait: float) -> Generator:
         started = time.monotonic()
-        yield from self._ask(to, time.time(), wait, "ping", wait or None)  # never twice the same, which is no loop
+        yield from self._ask(
+            to, time.time(), wait, "ping", min(wait, 86_400) or None
+        )  # never twice the same, which is no loop
         return time.monotonic() - started
 
     def _answer_to(self, receipt: dict, wait: float, type: str) -> Generator:
@@ -5021,21 +5177,25 @@ class _Calls:
         if not receipt["recipients"]:
             raise Unanswered(receipt["warning"])
         me, id, after = self._me(), receipt["message_id"], receipt["seq"]
+        asked = {line["agent_id"] for line in receipt["recipients"]}
+        anybody = any(line["state"] == "unknown" for line in receipt["recipients"])  # a name will be an agent's by then
         end = time.monotonic() + wait
         while (left := end - time.monotonic()) > 0:
             query = {"agent_id": me, "after": after, "wait": min(MAX_WAIT, round(left + 0.001, 3))}
             page = yield "GET", "/api/v1/messages", None, query, None
             after = page["next"]
             for answer in page["messages"]:
-                if answer.get("reply_to") == id and (answer["type"] == type or not type and answer["type"] != "ack"):
+                if answer.get("reply_to") != id or not (anybody or answer["from"] in asked):
+                    continue
+                if answer["type"] == type or not type and answer["type"] != "ack":
                     yield "POST", "/api/v1/messages/ack", {"agent_id": me, "ids": [answer["id"]]}, {}, None
                     if answer["type"] == "error":
                         words = answer["message"]
                         words = words["message"] if isinstance(words, dict) and "message" in words else dump(words)
                         raise Unanswered(words, answer=answer)
                     return answer
-        whom = ", ".join(line["agent_id"] for line in receipt["recipients"])
-        raise TimedOut(f"{whom} has not answered within {wait:g} s: the answer will come to the inbox of {me}")
+        late = f"; a later answer will come to the inbox of {me}" if type != "ack" else ""
+        raise TimedOut(f"{', '.join(sorted(asked))} has not answered within {wait:g} s{late}")
 
     def messages(
         self, after: int | None = None, unread: bool = False, limit: int | None = None, wait: float | None = None,
@@ -5067,6 +5227,8 @@ class _Calls:
         while len(found) < limit:
             asked = query | {by: cursor, "limit": min(MAX_PAGE, limit - len(found))}
             page = yield "GET", "/api/v1/messages" + path, None, asked, None
+            if page.get("recovered") is False:
+                raise InvalidRequest(f"there is no seq {cursor} in this hub's log: begin without a cursor")
             found = [*page["messages"], *found] if step == "previous" else [*found, *page["messages"]]
             if not page[step] or page[step] == cursor:
                 break
@@ -5755,6 +5917,9 @@ def _send_command(args: Any) -> int:
     receipt = Identity(args).act(
         lambda client: client.send_message(_to(args), message, args.type, id, args.reply_to, args.ttl, args.delay)
     )
+    if "recipients" not in receipt:  # a heartbeat, which goes to nobody
+        _show(args, receipt, f"alive at {receipt['last_heartbeat']}")
+        return 0
     _warn(receipt)
     due = f", due at {receipt['due_at'][:19]}Z" if "due_at" in receipt else ""
     states = ", ".join(f"{line['agent_id']} ({line['state']})" for line in receipt["recipients"]) or "nobody"
@@ -5775,14 +5940,15 @@ def _warn(receipt: dict) -> None:
 def _ask_command(args: Any) -> int:
     identity, message, id = Identity(args), _message(args), new_message_id()
     receipt = identity.act(lambda client: client.send_message(_to(args), message, "request", id, ttl=args.ttl))
-    _warn(receipt)
+    if receipt["recipients"]:  # else that is what `answer_to` says
+        _warn(receipt)
     _show_message(args, identity.client.answer_to(receipt, args.wait))
     return 0
 
 
 def _reply_command(args: Any) -> int:
     message = _message(args)
-    receipt = Identity(args).act(lambda client: client.reply(args.id, message, args.type or "response"))
+    receipt = Identity(args).act(lambda client: client.reply(args.id, message, args.type))
     _warn(receipt)
     line = receipt["recipients"][0]
     _show(args, receipt, f"sent {receipt['message_id']} to {line['agent_id']} ({line['state']})")
@@ -5871,8 +6037,8 @@ def _when(time: str, since: str) -> str:
 
 
 def _backup_command(args: Any) -> int:
-    if os.path.exists(args.file):
-        raise InvalidRequest(f"{args.file} is there already: name a new file, so that no older copy is lost")
+    if not args.file or os.path.exists(args.file):
+        raise InvalidRequest(f"{args.file or 'that'} is no new file: name one, so that no older copy is lost")
     size = Identity(args).client.backup(args.file)
     _show(
         args, {"file": args.file, "bytes": size}, f"{args.file}: {size} bytes; a hub runs on it with --db {args.file}"
@@ -6003,7 +6169,12 @@ class Doctor:
     def _peer(self) -> tuple[str, str] | None:
         if not self.recipient:
             return None
-        agent = self.client.agent(self.recipient)
+        called = [
+            a
+            for a in self.client.agents()
+            if self.recipient.casefold() in (a["agent_id"].casefold(), a["name"].casefold())
+        ]
+        agent = called[0] if len(called) == 1 else self.client.agent(self.recipient)
         if agent["connected"]:
             return "ok", f"{agent['agent_id']} is connected: messages are pushed to it"
         age = f", the oldest for {ago(agent['unread_age'])}" if "unread_age" in agent else ""
@@ -6154,6 +6325,13 @@ def port_number(text: str) -> int:
     return int(text)
 
 
+def whole_number(text: str) -> int:
+    """A whole number, 1 or more. Raises ValueError."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def amount(text: str) -> float:
     """A finite number, 0 or more. Raises ValueError."""
     value = float(text)
@@ -6175,7 +6353,7 @@ _TO_ARG = _arg("to", help="an agent_id, a name, ALL, @capability, or several wit
 _TEXT_ARG = _arg("text", help="the message; - reads stdin")
 _JSON_ARG = _arg("--json-message", action="store_true", help="the text is JSON")
 _LIMIT_ARG = _arg(
-    "--limit", type=int, default=DEFAULT_LIMIT, metavar="N", help=f"the newest N, default {DEFAULT_LIMIT}"
+    "--limit", type=whole_number, default=DEFAULT_LIMIT, metavar="N", help=f"the newest N, default {DEFAULT_LIMIT}"
 )
 _TTL_ARG = _arg("--ttl", type=float, metavar="S", help="seconds after which it is not delivered any more")
 _COMMANDS: dict[str, tuple] = {
@@ -6206,7 +6384,7 @@ _COMMANDS: dict[str, tuple] = {
         _arg("id", help="the id of the message, as recv --json and status show it"),
         _TEXT_ARG,
         _JSON_ARG,
-        _arg("--type", help="the message's type, default response"),
+        _arg("--type", choices=("response", "error", "ack"), default="response", help="default response"),
     ), 'agenthub reply 01a2…-4fe2 "yes, since 12:04"'),
     "ping": (_ping_command, "how long an agent takes to acknowledge", (
         _arg("to", help="an agent_id or a name"),
@@ -6215,7 +6393,7 @@ _COMMANDS: dict[str, tuple] = {
     "recv": (_recv_command, "print what is unread and acknowledge it", (
         _arg("--wait", type=float, metavar="S", help=f"wait up to S seconds (at most {MAX_WAIT}) for something"),
         _arg("--peek", action="store_true", help="acknowledge nothing"),
-        _arg("--limit", type=int, metavar="N", help=f"at most N messages, default {DEFAULT_LIMIT}"),
+        _arg("--limit", type=whole_number, metavar="N", help=f"at most N messages, default {DEFAULT_LIMIT}"),
     ), "agenthub recv --as alpha --wait 30"),
     "listen": (_listen_command, "print messages as they come, for ever", (), "agenthub listen --as alpha --json"),
     "agents": (_agents_command, "who is here", (

@@ -689,6 +689,36 @@ def test_a_request_to_a_name_nobody_has_is_owed_by_whoever_comes_with_it(pair: W
     assert pair.store.load().requests == pair.state().requests
 
 
+def test_what_is_delayed_for_an_agent_that_left_waits_for_its_return_and_for_nobody_else(pair: World) -> None:
+    pair.send("beta-2", "alpha-1", '"secret"', due_at=pair.clock() + 1000)
+    pair.apply(ah.Leave, "alpha-1")
+    pair.commit()
+    pair.apply(ah.Sweep)
+    pair.register("mallory", None, "Alpha-1")
+    pair.clock.advance(1)
+    pair.apply(ah.Release, tuple(pair.store.due(pair.clock())))
+    assert (pair.hub.unread("mallory"), pair.hub.unread("alpha-1")) == (0, 1)
+
+
+def test_only_whoever_was_asked_can_answer(pair: World) -> None:
+    pair.register("gamma-3")
+    asked = pair.send("beta-2", "alpha-1", '"?"', "request").message
+    for sender in ("gamma-3", "beta-2"):
+        pair.send(sender, "beta-2", '"!"', "response", reply_to=asked.id)
+    assert list(pair.hub.requests.open) == [asked.id]
+    pair.send("alpha-1", "beta-2", '"!"', reply_to=asked.id)
+    assert not pair.hub.requests.open
+
+
+def test_the_order_of_open_requests_is_that_of_their_asking_whatever_becomes_of_them(pair: World) -> None:
+    ids = [pair.send("beta-2", to, '"?"', "request").message.id for to in ("Gamma", "alpha-1", "alpha-1")]
+    pair.register("g-1", None, "gamma")
+    assert [request.id for request in pair.hub.requests.of("beta-2")] == ids == list(pair.hub.requests.open)
+    pair.commit()
+    again = ah.Hub(pair.limits, pair.store.load(), pair.clock())
+    assert list(again.requests.open) == ids
+
+
 # --- Hub --------------------------------------------------------------------------------------------------------------
 
 
@@ -751,7 +781,7 @@ class Model:
         self.claims: dict[tuple[str, int], int] = {}
         self.agents: set[str] = set()
         self.aside: dict[int, tuple[str, ...]] = {}
-        self.open: dict[str, str] = {}  # the asker of each unanswered request
+        self.open: dict[str, tuple[str, set[str]]] = {}  # each unanswered request: its asker, and who was asked
 
     def gone(self, inbox: str, seqs: set[int]) -> None:
         self.unread[inbox] = [seq for seq in self.unread.get(inbox, []) if seq not in seqs]
@@ -769,9 +799,19 @@ class Model:
                 for inbox in event.inboxes:
                     self.unread.setdefault(inbox, []).append(event.message.seq)
                 if event.message.type == "request" and event.inboxes:
-                    self.open[event.message.id] = event.message.sender
-                if event.message.type == "response" and self.open.get(event.message.reply_to) in event.inboxes:
+                    self.open[event.message.id] = event.message.sender, set(event.inboxes)
+                asker, asked = self.open.get(event.message.reply_to, ("", set()))
+                if event.message.type == "response" and asker in event.inboxes and event.message.sender in asked:
                     del self.open[event.message.reply_to]
+            elif type(event) is ah.Adopted:
+                both = set(event.seqs) & set(self.unread.get(event.agent_id, []))
+                self.gone(event.agent_id, both)
+                self.unread[event.agent_id] = sorted([*self.unread[event.agent_id], *event.seqs])
+                self.unread.pop(event.inbox)
+                for _, asked in self.open.values():
+                    if event.inbox in asked:
+                        asked.remove(event.inbox)
+                        asked.add(event.agent_id)
             elif type(event) is ah.Delayed:
                 self.aside[event.message.seq] = event.inboxes
             elif type(event) is ah.Released:
@@ -816,15 +856,17 @@ class Player:
             self.world.commit()
 
     def register(self) -> None:
-        self.world.register(self.name)
+        self.world.register(self.name, None, self.chance.choice([None, self.name, f"Name {self.name}"]))
         self.model.agents.add(self.name)
 
     def send(self) -> None:
-        to = self.chance.choice([self.other, "ALL", (self.other, self.name)])
+        to = self.chance.choice([self.other, "ALL", (self.other, self.name), f"Name {self.other}"])
         receipt = self.world.send(
             self.name, to, f"{self.clock.ms}", expires_at=self.chance.choice([0, 0, self.clock() + 9000])
         )
         expected = self.model.agents - {self.name} if to == "ALL" else {to} if isinstance(to, str) else set(to)
+        if isinstance(to, str) and to.startswith("Name "):  # whoever has that name, else it waits under it
+            expected = {name for name in self.model.agents if self.world.hub.agents[name].name == to} or {to}
         assert set(receipt.inboxes) == expected
 
     def ack_up_to(self) -> None:
@@ -842,7 +884,7 @@ class Player:
     def leave(self) -> None:
         self.world.apply(ah.Leave, self.name)
         self.model.agents.discard(self.name)
-        self.model.open = {id: asker for id, asker in self.model.open.items() if asker != self.name}
+        self.model.open = {id: who for id, who in self.model.open.items() if who[0] != self.name}
 
     def sweep(self) -> None:
         self.world.apply(ah.Sweep)
@@ -873,8 +915,9 @@ class Player:
         )
 
     def answer(self) -> None:
-        id, asker = self.chance.choice(list(self.model.open.items()) or [("", "nobody")])
-        self.world.send(self.name, self.chance.choice([asker, asker, self.other]), '"!"', "response", reply_to=id)
+        id, (asker, asked) = self.chance.choice(list(self.model.open.items()) or [("", ("nobody", {"nobody"}))])
+        sender = self.chance.choice([self.name, *sorted(asked)])
+        self.world.send(sender, self.chance.choice([asker, asker, self.other]), '"!"', "response", reply_to=id)
 
     def expire(self) -> None:
         self.world.commit()
@@ -911,7 +954,7 @@ class Player:
             ("pushed", {(n, seq) for n, i in inboxes for seq in i.pushed}, model.pushed),
             ("claims", {(n, seq): until for n, i in inboxes for seq, until in i.claims.items()}, model.claims),
             ("aside", hub.delayed, model.aside),
-            ("open", {request.id: request.asker for request in hub.requests.open.values()}, model.open),
+            ("open", {r.id: (r.asker, set(r.asked)) for r in hub.requests.open.values()}, model.open),
         ]:
             assert has == should, (what, when)
 
@@ -929,6 +972,17 @@ def test_whatever_happens_everything_is_delivered_in_order_until_acknowledged_an
         player.agree(f"seed {seed} step {step}")
     assert player.world.hub.seq > 400 and player.model.unread
     player.world.store.close()
+
+
+def test_an_agent_that_just_came_is_active_after_a_crash_too(tmp_path: Path) -> None:
+    world = World(str(tmp_path / "hub.db"))
+    world.register("a", "one")
+    world.commit()
+    again = ah.Hub(world.limits, world.store.load(), world.clock())
+    assert again.status("a", world.clock()) == "active"
+    with pytest.raises(ah.AgentIdTaken):
+        again.apply(ah.Register(world.clock(), "a", "two", "x", None, None, None, b"t" * 32, True))
+    world.store.close()
 
 
 # --- Schema -----------------------------------------------------------------------------------------------------------
@@ -976,6 +1030,10 @@ def test_a_store_of_the_first_version_is_brought_up_to_date_with_all_that_is_in_
 # --- Search -----------------------------------------------------------------------------------------------------------
 
 
+ALPHABETS = [  # two of each: words that only differ as far as a search must tell them apart
+    "한국", "がぎ", "カタカナ", "một", "йод", "ёлка", "οδός", "हिन्दी", "ＡＢＣ", "ﬁne", "①x", "x²", "½", "Straße", "İstanbul", "Łódź",
+    "ไทย", "e\u0301tude",
+]  # fmt: skip
 WORDS = [
     "auth",
     "Auth",
@@ -989,6 +1047,7 @@ WORDS = [
     "日本",
     "42",
     "x",
+    *ALPHABETS,
 ]
 
 
@@ -1031,7 +1090,7 @@ def test_a_search_finds_the_same_with_an_index_without_and_half_way(seed: int, t
     ]:
         pages: list[list] = []
         for world in worlds:
-            before, found = 0, []
+            before, found = 1 << 40, []
             while True:
                 target = f"/api/v1/messages/search?agent_id=a&limit=20&q={ah.quote(q)}&before={before}"
                 page = world.call("GET", target)[1]
@@ -1055,7 +1114,7 @@ def test_a_search_looks_at_so_many_messages_and_says_where_to_go_on(
     for n in range(250):
         pair.send("beta-2", "alpha-1", ah.dump("needle" if n == 5 else f"hay {n}"))
     pair.commit()
-    seen, before = [], 0
+    seen, before = [], 1 << 40
     while True:
         page = pair.call("GET", f"/api/v1/messages/search?agent_id=alpha-1&q=needle&before={before}")[1]
         seen.append((len(page["messages"]), page["next"]))
@@ -1078,6 +1137,7 @@ def test_what_is_deleted_or_past_its_time_is_not_in_the_index_either(tmp_path: P
     world.apply(ah.Expire, tuple(world.store.expired(world.clock())))
     world.apply(ah.Drop, ((6, ah.made_id(world.hub.epoch, 6), ("b",)),))
     world.commit()
+    world.store.index(world.hub.seq)
     with contextlib.closing(sqlite3.connect(tmp_path / "hub.db")) as rows:
         assert rows.execute("SELECT count(*), min(rowid) FROM words WHERE words MATCH 'secret'").fetchone() == (
             ah.INDEX_BATCH - 6,
@@ -1394,6 +1454,135 @@ def test_a_store_in_memory_can_be_copied_too(live: object, tmp_path: Path) -> No
         assert rows.execute("SELECT payload FROM messages").fetchall() == [('"hi"',)]
 
 
+def test_what_was_delayed_is_kept_from_when_it_came_and_its_wait_begins_then(pair: World) -> None:
+    pair.call("POST", "/api/v1/messages", {"from": "beta-2", "to": "alpha-1", "message": 1, "delay": 100, "id": "mine"})
+    pair.clock.advance(130)
+    pair.apply(ah.Release, tuple(pair.store.due(pair.clock())))
+    pair.commit()
+    assert pair.store.aged(pair.clock() - 50_000) == [] and pair.store.latest() == pair.clock()
+    assert pair.call("GET", "/api/v1/agents/alpha-1")[1]["unread_age"] == 0
+    assert pair.call("GET", "/api/v1/messages/mine")[1]["trace"][0]["stored"] == ah.timestamp(pair.clock())
+    pair.clock.advance(60)
+    assert [seq for seq, _, _ in pair.store.aged(pair.clock() - 50_000)] == [2]
+
+
+def test_a_time_in_the_future_does_not_keep_what_stands_behind_it(pair: World) -> None:
+    pair.clock.advance(1_000_000)
+    pair.send("beta-2", "alpha-1")
+    pair.clock.advance(-1_000_000)
+    pair.send("beta-2", "alpha-1")
+    pair.commit()
+    pair.clock.advance(100)
+    assert [seq for seq, _, _ in pair.store.aged(pair.clock())] == [2]
+
+
+def test_large_messages_are_swept_released_and_indexed_a_few_at_a_time(world: World) -> None:
+    world.register("a")
+    for n in range(5):
+        world.send("a", "b", ah.dump(f"{n} " * 20_000), expires_at=world.clock() + 1)
+        world.send("a", "b", ah.dump(f"{n} " * 20_000), due_at=world.clock() + 1)
+    world.commit()
+    world.clock.advance(1)
+    assert [len(some) for some in (world.store.expired(world.clock()), world.store.aged(world.clock()), world.store.due(world.clock()))] == [
+        1, 1, 1]  # fmt: skip
+    world.store.index(world.hub.seq)
+    assert world.store.search.indexed == 3, "what goes over the bound is taken in, and no more"
+
+
+def test_a_log_whose_file_is_empty_or_whose_own_beginning_is_damaged_is_not_thrown_away(tmp_path: Path) -> None:
+    path, wal = tmp_path / "hub.db", tmp_path / "hub.db-wal"
+    for file, log, words in [(b"", b"\x37\x7f\x06\x82 messages", "gone or empty"), (None, b"garbage!", "is damaged")]:
+        if file is None:
+            ah.Store(str(path)).close()
+        else:
+            path.write_bytes(file)
+        wal.write_bytes(log)
+        with pytest.raises(ah.StoreError, match=words):
+            ah.Store(str(path))
+        assert wal.read_bytes() == log
+        wal.unlink()
+
+
+def test_a_running_hub_whose_file_is_taken_away_takes_no_more_until_it_is_back(live: object, tmp_path: Path) -> None:
+    hub = live()
+    client = hub.client("a")
+    client.send_message("a", 1)
+    hub.db.rename(tmp_path / "elsewhere.db")
+    until(lambda: client.health()["status"] == "failing")
+    with pytest.raises(ah.StorageFull, match="put it back"):
+        client.send_message("a", 2)
+    with pytest.raises(ah.StorageFull):
+        hub.client().backup(str(tmp_path / "copy.db"))
+    assert not hub.db.exists() and [m["message"] for m in client.messages()] == [1]
+    (tmp_path / "elsewhere.db").rename(hub.db)
+    until(lambda: client.health()["status"] == "ok")
+    assert client.send_message("a", 3)["seq"] == 2
+
+
+def test_a_page_that_turns_out_to_be_damaged_stops_writing_and_is_told(live: object) -> None:
+    hub = live("--rate-limit", "0", "--loop-guard", "0", "--max-inbox", "0")
+    client = hub.client("a")
+    for n in range(40):
+        client.send_message("a", f"w{n} " + "x" * 3000)
+    hub.stop()
+    data = bytearray(hub.db.read_bytes())
+    at = data.index(b"w20 xxx") // 4096 * 4096
+    data[at : at + 4096] = b"\xaa" * 4096
+    hub.db.write_bytes(data)
+    client = ah.Client(live().url, "a")
+    with pytest.raises(ah.StorageFull, match="damaged"):
+        client.messages(after=0, limit=100)
+    until(lambda: client.health()["status"] == "failing")
+    with pytest.raises(ah.StorageFull, match="backup"):
+        client.send_message("a", "more")
+
+
+def test_a_search_index_that_is_damaged_is_made_again_and_keeps_nobody_from_sending(tmp_path: Path) -> None:
+    world = World(str(tmp_path / "hub.db"))
+    world.register("a")
+    for n in range(ah.INDEX_BATCH):
+        world.send("a", "b", ah.dump(f"word{n}"), expires_at=world.clock() + 1)
+    world.commit()
+    world.store.index(world.hub.seq)
+    world.store._writer.execute("UPDATE words_data SET block = randomblob(length(block)) WHERE id >= 10")
+    assert (
+        len(world.store.find_words(ah.Query.read("word7"), "a", 1 << 40, 9, 0)[0]) == 1 and world.store.search.damaged
+    )
+    world.store.search.damaged = False
+    world.clock.advance(1)
+    world.apply(ah.Expire, tuple(world.store.expired(world.clock())))
+    world.send("a", "b", '"goes on"')
+    world.commit()
+    assert world.hub.unread("b") == 1, "nothing that is sent or runs out waits for the index"
+    with pytest.raises(ah.StorageFull):
+        world.store.index(world.hub.seq)
+    assert world.store.search.damaged and world.store.search.lags(0)
+    world.store.index(world.hub.seq)
+    assert not world.store.search.damaged and world.store.search.indexed == ah.INDEX_BATCH
+    assert [m.payload for m in world.store.find_words(ah.Query.read("goes"), "a", 1 << 40, 9, world.clock())[0]] == [
+        '"goes on"'
+    ]
+    world.store.close()
+
+
+def test_a_copy_is_a_log_of_its_own_with_the_old_ids_and_no_new_one_that_the_original_gives(tmp_path: Path) -> None:
+    world = World(str(tmp_path / "hub.db"))
+    world.register("a")
+    first = world.send("a", "b").message
+    world.commit()
+    with world.store.backup() as copy:
+        (tmp_path / "copy.db").write_bytes(copy.read())
+    second = world.send("a", "b").message
+    again = World(str(tmp_path / "copy.db"))
+    assert again.hub.epoch != world.hub.epoch and again.store.find(first.id).message.seq == 1
+    other = again.send("a", "b").message
+    assert other.seq == second.seq and other.id != second.id
+    assert again.call("GET", f"/api/v1/messages?agent_id=a&after=1&epoch={world.hub.epoch}")[1]["recovered"] is False
+    for one in (world, again):
+        one.commit()
+        one.store.close()
+
+
 # --- HTTP -------------------------------------------------------------------------------------------------------------
 
 POST = b"POST /x?a=1 HTTP/1.1\r\nHost: h:1\r\nContent-Length: 5\r\nX-A:  b \r\nX-A: c\r\n\r\nhello"
@@ -1668,7 +1857,7 @@ def test_a_conversation_shows_both_sides_of_it_and_can_be_paged_back(pair: World
     assert [m["message"] for m in page("&sent=true")["messages"]] == list(range(30))
     assert [m["message"] for m in page("&with=gamma-3")["messages"]] == [n for n in range(30) if n % 3 == 2]
     assert [m["message"] for m in page("&with=beta-2&after=0&limit=5")["messages"]] == between[:5]
-    got, before = [], 0
+    got, before = [], 1 << 40
     while True:
         found = page(f"&with=beta-2&limit=6&before={before}")
         got, before = [m["message"] for m in found["messages"]] + got, found["previous"]
@@ -1696,6 +1885,37 @@ def test_how_long_mail_has_waited_is_shown_with_its_agent_and_in_the_metrics(pai
     assert b"agenthub_oldest_unread_seconds 75.0\n" in pair.raw("GET", "/metrics").encode("now")
     pair.call("POST", "/api/v1/messages/ack", {"agent_id": "alpha-1", "up_to": 1})
     assert b"agenthub_oldest_unread_seconds 0.0\n" in pair.raw("GET", "/metrics").encode("now")
+
+
+def test_a_conversation_with_oneself_is_the_notes_to_oneself(pair: World) -> None:
+    for to in ("alpha-1", "beta-2", "ALL"):
+        pair.call("POST", "/api/v1/messages", {"from": "alpha-1", "to": to, "message": to})
+    found = pair.call("GET", "/api/v1/messages?agent_id=alpha-1&with=alpha-1")[1]["messages"]
+    assert [m["message"] for m in found] == ["alpha-1"]
+
+
+def test_asking_for_the_head_of_a_claim_claims_nothing(pair: World) -> None:
+    pair.call("POST", "/api/v1/messages", {"from": "beta-2", "to": "alpha-1", "message": 1})
+    pair.raw("HEAD", "/api/v1/messages?agent_id=alpha-1&claim=60&unread=true")
+    assert len(pair.call("GET", "/api/v1/messages?agent_id=alpha-1&claim=60")[1]["messages"]) == 1
+
+
+def test_paging_back_through_large_messages_loses_none_and_ends_at_the_first(
+    pair: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ah, "MAX_ANSWER", 2500)
+    for number in range(6):
+        pair.send("beta-2", "alpha-1", ah.dump(str(number) * 1000))
+    pair.commit()
+    got, before = [], 1 << 40
+    while before:
+        page = pair.call("GET", f"/api/v1/messages?agent_id=alpha-1&before={before}")[1]
+        got, before = [m["message"][0] for m in page["messages"]] + got, page["previous"]
+        assert page["messages"] or not before
+    assert got == list("012345")
+    assert pair.call("GET", "/api/v1/messages?agent_id=alpha-1&before=0")[1]["messages"] == []
+    for query in ("before=9&after=1", "before=9&unread=true", "before=9&claim=5"):
+        assert pair.call("GET", f"/api/v1/messages?agent_id=alpha-1&{query}")[0] == 400
 
 
 # --- Handlers ---------------------------------------------------------------------------------------------------------
@@ -1813,7 +2033,12 @@ def test_a_reply_shares_the_thread_of_what_it_answers(pair: World) -> None:
     second = pair.call("POST", "/api/v1/messages", reply)[1]["message_id"]
     pair.call("POST", "/api/v1/messages", {"from": "beta-2", "to": "alpha-1", "message": "!!", "reply_to": second})
     page = pair.call("GET", f"/api/v1/messages?agent_id=alpha-1&thread={first}")[1]["messages"]
-    assert [(m["message"], m["reply_to"], m["thread"]) for m in page] == [("!!", second, first)]
+    assert [(m["message"], m.get("reply_to"), m.get("thread")) for m in page] == [
+        ("?", None, None),
+        ("!!", second, first),
+    ]
+    whole = pair.call("GET", f"/api/v1/messages?agent_id=alpha-1&thread={first}&sent=true")[1]["messages"]
+    assert [m["message"] for m in whole] == ["?", "!", "!!"]
 
 
 def test_a_body_posted_to_a_name_is_the_message_from_the_operator_or_whoever_is_named(pair: World) -> None:
@@ -1919,6 +2144,33 @@ def test_a_retry_is_told_that_it_was_pushed_even_when_it_is_acknowledged_by_now(
     assert pair.call("POST", "/api/v1/messages", body)[1]["pushed"] == 1
     pair.call("POST", "/api/v1/messages/ack", {"agent_id": "alpha-1", "up_to": 1})
     assert pair.call("POST", "/api/v1/messages", body)[1]["recipients"][0]["state"] == "pushed"
+
+
+def test_a_retry_tells_again_who_had_no_room_and_what_ran_out_meanwhile(tmp_path: Path) -> None:
+    world = World(max_inbox=1)
+    for name in ("a", "b", "c"):
+        world.register(name)
+    world.call("POST", "/api/v1/messages", {"from": "a", "to": "b", "message": 0})
+    body = {"from": "a", "to": ["b", "c"], "message": 1, "id": "mine", "ttl": 5}
+    first = world.call("POST", "/api/v1/messages", body)[1]
+    assert [line["state"] for line in first["recipients"]] == ["queued", "inbox_full"] and "another id" in first[
+        "warning"
+    ]
+    assert world.call("POST", "/api/v1/messages", body)[1] == first | {"duplicate": True}
+    states = [line["state"] for line in world.call("GET", "/api/v1/messages/mine")[1]["trace"]]
+    assert states == ["queued", "inbox_full"]
+    world.clock.advance(6)
+    world.apply(ah.Expire, tuple(world.store.expired(world.clock())))
+    world.commit()
+    again = world.call("POST", "/api/v1/messages", body)[1]
+    assert (again["recipients"][0]["state"], again["pushed"], again["queued"]) == ("expired", 0, 0)
+
+
+def test_ids_that_stand_where_a_trace_stands_are_not_given(pair: World) -> None:
+    for id in ("search", "ack"):
+        assert (
+            pair.call("POST", "/api/v1/messages", {"from": "beta-2", "to": "alpha-1", "message": 1, "id": id})[0] == 400
+        )
 
 
 # --- Routes -----------------------------------------------------------------------------------------------------------
@@ -2231,7 +2483,7 @@ def test_a_stream_gives_events_or_lines_resumes_by_id_and_acknowledges_nothing(s
     found = re.findall(r"id: (\d+)\nevent: (\w+)\ndata: (.+)\n\n", events)
     assert [(int(seq), kind) for seq, kind, _ in found] == [(seq, "note") for seq in seqs[1:]]
     lines = [json.loads(line) for line in read("&format=json", "", 3).splitlines() if line.strip()]
-    assert [json.loads(text) for _, _, text in found] == me.messages(after=seqs[0])
+    assert [json.loads(text) | {"redelivered": True} for _, _, text in found] == me.messages(after=seqs[0])
     assert [line.get("redelivered") for line in lines] == [None, True, True], "the first was read past, not pushed"
     assert [{**line, "redelivered": True} for line in lines] == me.messages(unread=True)
     assert me.heartbeat()["unread"] == 3
@@ -2330,12 +2582,12 @@ def test_a_reader_that_takes_nothing_is_cut_off_costs_little_and_gets_everything
             )
         )
         before = memory() if sys.platform == "linux" else 0
-        for n in range(400):
+        for n in range(250):
             writer.send(json.dumps({"to": ["slow", "quick"], "message": [n, "x" * 40_000]}))
             assert next_frame(writer, "sent")["success"]
             assert next_envelope(quick)["message"][0] == n
         if before:
-            assert memory() - before < 12_000, "KiB more while 16 MB lie unread"
+            assert memory() - before < 12_000, "KiB more while 10 MB lie unread"
         until(
             lambda: (
                 "agenthub_slow_readers_total 1"
@@ -2343,7 +2595,7 @@ def test_a_reader_that_takes_nothing_is_cut_off_costs_little_and_gets_everything
             )
         )
     with hub.socket("slow", "?ack=explicit") as line:
-        assert [next_envelope(line)["message"][0] for _ in range(400)] == list(range(400))
+        assert [next_envelope(line)["message"][0] for _ in range(250)] == list(range(250))
 
 
 def test_a_poll_that_claims_is_answered_when_another_claim_has_run_out_and_only_one_of_two_gets_a_message(
@@ -2437,6 +2689,20 @@ def test_a_peer_that_vanishes_without_a_word_is_noticed_and_its_mail_waits(
         await server.stop()
 
     asyncio.run(play())
+
+
+def test_the_browsers_last_event_id_is_newer_than_the_cursor_in_the_address(shared_hub: LiveHub) -> None:
+    me = shared_hub.client("events-1")
+    seqs = [me.send_message("events-1", n)["seq"] for n in range(4)]
+    with socket.create_connection(("127.0.0.1", shared_hub.port), timeout=20) as line:
+        line.sendall(
+            f"GET /api/v1/stream?agent_id=events-1&after={seqs[0]}&format=json HTTP/1.1\r\nHost: localhost\r\n"
+            f"Last-Event-ID: {seqs[2]}\r\n\r\n".encode()
+        )
+        text = b""
+        while b'"message"' not in text:
+            text += line.recv(65536) or pytest.fail("closed")
+    assert f'"seq":{seqs[3]},' in text.decode() and f'"seq":{seqs[2]},' not in text.decode()
 
 
 # --- Connections ------------------------------------------------------------------------------------------------------
@@ -2633,6 +2899,30 @@ def test_a_frame_behind_the_peers_close_frame_is_not_stored(shared_hub: LiveHub)
     assert [m["message"] for m in client.messages()] == [1]
 
 
+def test_a_message_in_pieces_that_never_ends_is_cut_off(live: object) -> None:
+    pytest.importorskip("websockets")
+    hub = live("--head-timeout", "1")
+    hub.client("piecemeal")
+    from websockets.exceptions import ConnectionClosed
+
+    with hub.socket("piecemeal") as line:
+        next_frame(line, "welcome")
+        stop = threading.Event()
+
+        def dribble() -> None:
+            line.socket.sendall(b"\x01\x81\0\0\0\0{")
+            while not stop.wait(0.1):
+                with contextlib.suppress(OSError):
+                    line.socket.sendall(b"\x00\x81\0\0\0\0 ")
+
+        dribbling = threading.Thread(target=dribble)
+        dribbling.start()
+        with pytest.raises(ConnectionClosed):
+            line.recv(20)
+        stop.set()
+        dribbling.join()
+
+
 # --- Batches ----------------------------------------------------------------------------------------------------------
 
 
@@ -2729,6 +3019,82 @@ def test_the_search_index_is_filled_when_there_is_nothing_else_to_do(shared_hub:
     )  # noqa: E731
     until(lambda: indexed() >= 2 * ah.INDEX_BATCH)
     assert [m["message"] for m in client.search("number 17")] == ["number 17"]
+
+
+def test_index_turns_do_not_multiply_and_end_when_the_disk_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ah, "INDEX_BATCH", 2)
+
+    async def play() -> None:
+        server = ah.Server(
+            ah.Store(str(tmp_path / "hub.db")), ah.Settings(ah.make_limits(rate_limit=0), websockets=False)
+        )
+        address = (await server.start("127.0.0.1", 0))[0]
+        client = ah.AgentClient(f"http://127.0.0.1:{address[1]}", "a")
+        await client.register()
+        under_way, most, index = [0], [0], server.store.index
+
+        def counted(up_to: int) -> None:
+            under_way[0] += 1
+            index(up_to)
+
+        server.store.index = counted
+        for n in range(60):
+            await client.send_message("b", n)
+        for _ in range(10):  # as ten ticks would
+            server.batches.index()
+        while server.store.search.lags(server.hub.seq):
+            assert not server.api.trouble
+            before = under_way[0]
+            await asyncio.sleep(0)
+            most[0] = max(most[0], under_way[0] - before)
+        assert most[0] == 1 and 30 <= under_way[0] <= 40
+        for n in range(4):
+            await client.send_message("b", n)
+
+        def refused(up_to: int) -> None:
+            under_way[0] += 1
+            raise ah.StorageFull("no room")
+
+        server.store.index, under_way[0] = refused, 0
+        server.batches.index()
+        while not server.api.trouble:
+            await asyncio.sleep(0)
+        server.batches.index()
+        assert under_way[0] == 1
+        await client.close()
+        await server.stop()
+
+    asyncio.run(play())
+
+
+def test_what_was_pushed_stays_known_when_the_commit_that_was_to_tell_it_fails(tmp_path: Path) -> None:
+    async def play() -> None:
+        server = ah.Server(ah.Store(str(tmp_path / "hub.db")), ah.Settings(ah.make_limits(), websockets=False))
+        hub, now = server.hub, server.clock
+        hub.apply(ah.Register(now(), "a", "s", "s", None, None, None, b"t" * 32, True))
+        hub.apply(ah.Send(now(), "a", "a", '"x"', "message"))
+        server.schedule()
+        while server.batches.busy:
+            await asyncio.sleep(0)
+        server.pushed("a", (1,), "stream")
+        store, commit = server.store, server.store.commit
+
+        def refuse() -> None:
+            raise ah.StorageFull("no room")
+
+        store.commit = refuse
+        hub.apply(ah.Send(now(), "a", "a", '"y"', "message"))
+        server.schedule()
+        while not server.api.trouble:
+            await asyncio.sleep(0)
+        store.commit = commit
+        assert hub.seq == 1 and hub.was_pushed("a", 1)
+        await server.stop()
+        assert ah.Store(str(tmp_path / "hub.db")).deliveries(1)["a"]["pushed_via"] == "stream"
+
+    asyncio.run(play())
 
 
 # --- Server -----------------------------------------------------------------------------------------------------------
@@ -3011,6 +3377,28 @@ def test_one_id_over_many_lines_and_a_restart_is_one_message(live: object) -> No
     got = [json.loads(part) for part in re.findall(rb'\{"success".*?\}(?=HTTP|$)', b"".join(answers), re.S)]
     assert len(got) == 501 and {answer["seq"] for answer in got} == {1}
     assert sum("duplicate" not in answer for answer in got) == 1 and "duplicate" in got[-1]
+
+
+def test_a_poll_that_breaks_late_is_asked_again_like_one_that_breaks_at_once(
+    live: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time a client goes on trying counts from the failure, not from when it began to wait."""
+    monkeypatch.setattr(ah, "RETRY_SECONDS", 3)
+    hub = live(port=steady_port())
+    asker, got = hub.client("patient"), []
+    asking = threading.Thread(target=lambda: got.append(asker.ask("asked", "?", wait=60)))
+    hub.client("asked")
+    started, clock = time.monotonic(), time.monotonic
+    asking.start()
+    until(lambda: any(agent["connected"] for agent in hub.client().agents()))
+    monkeypatch.setattr(ah.time, "monotonic", lambda: clock() + 30)  # half a minute later
+    hub.stop(signal.SIGKILL)
+    again = live(port=str(hub.port))
+    other = again.client("asked")
+    (request,) = other.messages(unread=True)
+    other.reply(request, "at last")
+    asking.join(20)
+    assert got and got[0]["message"] == "at last" and clock() - started < 60
 
 
 # --- Client -----------------------------------------------------------------------------------------------------------
@@ -3406,7 +3794,7 @@ def test_asking_replying_tracing_and_finding_from_the_shell(live: object) -> Non
     assert [m["message"] for m in map(json.loads, hub.cli("search", "green", "--as", "alpha", "--json").stdout.splitlines())] == [
         "is main green?"]  # fmt: skip
     assert len(hub.cli("history", "--with", "alpha", "--as", "beta").stdout.splitlines()) == 2
-    assert hub.cli("history", "--thread", id, "--as", "beta").stdout.endswith(": yes\n")
+    assert len(hub.cli("history", "--thread", id, "--as", "beta").stdout.splitlines()) == 2
     late = hub.cli("ask", "nobody-yet", "?", "--wait", "0.01", "--as", "beta")
     assert late.returncode == 4 and "nobody is registered as nobody-yet" in late.stderr
     assert ", due at 20" in hub.cli("send", "alpha", "later", "--delay", "60").stdout
@@ -3425,10 +3813,25 @@ def test_a_copy_from_the_shell_is_a_store_and_never_replaces_a_file(live: object
     assert "a hub runs on it" in hub.cli("backup", str(copy)).stdout
     before = copy.read_bytes()
     again = hub.cli("backup", str(copy))
-    assert (again.returncode, copy.read_bytes()) == (1, before) and "name a new file" in again.stderr
+    assert (again.returncode, copy.read_bytes()) == (1, before) and "no new file" in again.stderr
     assert hub.cli("backup", str(tmp_path / "no" / "copy.db")).returncode == 1
     hub.stop()
     assert json.loads(live(db="copy.db").cli("recv", "--as", "alpha", "--json").stdout)["message"] == "kept"
+
+
+def test_odd_words_on_the_command_line_are_refused_in_one_line_or_do_what_they_say(live: object) -> None:
+    hub = live("--rate-limit", "0")
+    hub.cli("register", "b", "--name", "Nice Name")
+    assert "alive at 20" in hub.cli("send", "b", "x", "--type", "heartbeat").stdout
+    assert "ok   hub" in hub.cli("doctor", "nice name").stdout
+    nobody = hub.cli("ask", "@none", "?")
+    assert (nobody.returncode, nobody.stderr.count("kept for no one")) == (1, 1)
+    unheard = hub.cli("ping", "b", "--wait", "0.01")
+    assert unheard.returncode == 4 and "inbox" not in unheard.stderr
+    for words, code in [(("history", "--limit", "0"), 2), (("backup", ""), 1), (("history", "--after", "999999"), 1),
+                        (("history", "--limit", "5000"), 0), (("reply", "x", "y", "--type", "heartbeat"), 2)]:  # fmt: skip
+        done = hub.cli(*words)
+        assert done.returncode == code and "Traceback" not in done.stderr, (words, done)
 
 
 # --- Doctor -----------------------------------------------------------------------------------------------------------
@@ -3664,15 +4067,19 @@ def test_each_section_uses_only_what_the_floor_plan_lets_it() -> None:
 
 
 def test_pure_sections_import_nothing_that_does_io_and_only_the_store_knows_sqlite() -> None:
-    for name, (start, end) in sections().items():
-        imported = {alias.name.partition(".")[0] for node in ast.walk(TREE) if isinstance(node, (ast.Import, ast.ImportFrom))
-                    and start <= node.lineno <= end for alias in (node.names if isinstance(node, ast.Import) else [ast.alias(node.module)])}  # fmt: skip
-        if name not in IMPURE:
-            assert not imported & {"asyncio", "socket", "sqlite3", "ssl", "os", "time", "random", "threading"}, (
+    rooms, imported = sections(), {}
+    for node in ast.walk(TREE):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            room = next((name for name, (start, end) in rooms.items() if start <= node.lineno <= end), "")
+            names = node.names if isinstance(node, ast.Import) else [ast.alias(node.module)]
+            imported.setdefault(room, set()).update(alias.name.partition(".")[0] for alias in names)
+    for name, found in imported.items():
+        if name and name not in IMPURE:
+            assert not found & {"asyncio", "socket", "sqlite3", "ssl", "os", "time", "random", "threading"}, (
                 name,
-                imported,
+                found,
             )
-        assert name == "Store" or "sqlite3" not in imported
+        assert name == "Store" or "sqlite3" not in found
 
 
 def test_the_rooms_and_the_functions_are_of_human_size() -> None:
