@@ -1075,7 +1075,7 @@ class Agents:
         self.active: set[str] = set()
         self._seen: dict[str, int] = {}
 
-    def take_in(self, agents: Iterable[Agent], seen: Iterable[tuple[str, int]], at: int) -> None:
+    def load_agents(self, agents: Iterable[Agent], seen: Iterable[tuple[str, int]], at: int) -> None:
         """Become what was stored. Who is connected, and was seen since, stays."""
         self.agents = {agent.agent_id: agent for agent in agents}
         self._names: dict[str, set[str]] = {}
@@ -1185,7 +1185,7 @@ class Mail(Agents):
         self.events: list[Any] = []
         self.later: list[Any] = []  # events not worth a commit of their own: they go with the next (`Hub.settle`)
 
-    def _take_in_mail(self, snapshot: Snapshot) -> None:
+    def _load_mail(self, snapshot: Snapshot) -> None:
         self.epoch, self.seq, self.departed = snapshot.epoch, snapshot.seq, set(snapshot.departed)
         self.inboxes: dict[str, Inbox] = {}
         self._strays: set[str] = set()  # inboxes under a name or id that nobody has had
@@ -1461,8 +1461,8 @@ class Hub(Mail):
         """Become what the snapshot says. Who is connected and how fast everybody goes is not in it and stays."""
         self.events.clear()
         self.later.clear()
-        self.take_in(snapshot.agents, snapshot.seen, at)
-        self._take_in_mail(snapshot)
+        self.load_agents(snapshot.agents, snapshot.seen, at)
+        self._load_mail(snapshot)
         # whoever was asked counts as here until a sweep has looked: its asker may have to be told that it is not
         self.active.update(name for r in snapshot.requests if not r.told for name in r.asked if name in self.agents)
 
@@ -1839,7 +1839,7 @@ class Search:
         """Whether so much is not in the index, or is and should not be, that it is worth a turn."""
         return self.damaged or self.indexed >= 0 and (self.untidy or self.indexed <= seq - INDEX_BATCH)
 
-    def take_in(self, up_to: int) -> int:
+    def advance(self, up_to: int) -> int:
         """Bring the index some way up to date, up to a seq, within the caller's transaction, which is none of a
         message's: an index can be made again. Returns what `indexed` is once that is durable."""
         lost = "SELECT f.seq, text FROM forgotten AS f LEFT JOIN words AS w ON w.rowid = f.seq LIMIT ?"
@@ -2310,7 +2310,7 @@ class Store(Log):
             self._writer.execute("BEGIN IMMEDIATE")
             if self.search.damaged:
                 self.search.make_again()
-            indexed = self.search.take_in(up_to)
+            indexed = self.search.advance(up_to)
             self._writer.execute("COMMIT")
             self.pages += self._scale * INDEX_BATCH / 2
             self.search.indexed = indexed
@@ -3281,7 +3281,7 @@ class Route(NamedTuple):
 
     @property
     def writes(self) -> bool:
-        """Whether it changes what the store keeps. A heartbeat does not, and goes on while the disk is full."""
+        """Whether it changes what the store keeps. A heartbeat and a copy do not, and go on while the disk is full."""
         return self.method != "GET" and self.handler not in (Handlers.heartbeat, Handlers.backup)
 
 
@@ -5131,9 +5131,12 @@ class _Calls:
     ) -> Any:  # fmt: skip
         """Send any JSON value and return the receipt. Safe to repeat: a message without an id gets one here. After
         `ttl` seconds nobody gets it any more, before `delay` seconds nobody gets it yet."""
-        body = {"from": self._me(), "to": to, "type": type, "id": id or new_message_id(), "reply_to": reply_to}
-        body |= {"ttl": ttl, "delay": delay}
-        return self._run(self._pick(None, "POST", "/api/v1/messages", _given(body) | {"message": message}))
+        more = {"id": id or new_message_id(), "reply_to": reply_to, "ttl": ttl, "delay": delay}
+        return self._run(self._post(to, message, type, **more))
+
+    def _post(self, to: str | list[str], message: Any, type: str | None, **more: Any) -> Generator:
+        body = {"from": self._me(), "to": to, "type": type, "id": new_message_id()} | more
+        return (yield "POST", "/api/v1/messages", _given(body) | {"message": message}, {}, None)
 
     def reply(self, to: dict | str, message: Any, type: str = "response") -> Any:
         """Answer a message one got: its envelope, or its id. Returns the receipt."""
@@ -5143,9 +5146,7 @@ class _Calls:
         envelope = to
         if isinstance(to, str):
             envelope = yield "GET", f"/api/v1/messages/{quote(to)}", None, {"agent_id": self._me()}, None
-        body = {"from": self._me(), "to": envelope["from"], "type": type, "id": new_message_id()}
-        body |= {"reply_to": envelope["id"], "message": message}
-        return (yield "POST", "/api/v1/messages", body, {}, None)
+        return (yield from self._post(envelope["from"], message, type, reply_to=envelope["id"]))
 
     def ask(self, to: str | list[str], message: Any, wait: float = 60, ttl: float | None = None) -> Any:
         """Send a request and return the envelope that answers it. Raises as `answer_to` does."""
@@ -5161,8 +5162,7 @@ class _Calls:
         return self._run(self._answer_to(receipt, wait, ""))
 
     def _ask(self, to: str | list[str], message: Any, wait: float, type: str, ttl: float | None) -> Generator:
-        body = {"from": self._me(), "to": to, "type": type, "id": new_message_id(), "ttl": ttl}
-        receipt = yield "POST", "/api/v1/messages", _given(body) | {"message": message}, {}, None
+        receipt = yield from self._post(to, message, type, ttl=ttl)
         return (yield from self._answer_to(receipt, wait, "ack" if type == "ping" else ""))
 
     def _ping(self, to: str, wait: float) -> Generator:
@@ -5868,9 +5868,14 @@ def _show(args: Any, value: dict, text: str) -> None:
         raise KeyboardInterrupt from None
 
 
-def _show_message(args: Any, envelope: dict) -> None:
+def message_text(envelope: dict) -> str:
+    """What a message says, as a person reads it."""
     message = envelope["message"]
-    text = message if isinstance(message, str) else dump(message)
+    return message if isinstance(message, str) else dump(message)
+
+
+def _show_message(args: Any, envelope: dict) -> None:
+    text = message_text(envelope)
     asks = f" {envelope['id']}" if envelope["type"] == "request" else ""  # what `reply` needs
     kind = "" if envelope["type"] in ("message", "broadcast") else f" ({envelope['type']}{asks})"
     to = envelope["to"] if isinstance(envelope["to"], str) else ", ".join(envelope["to"])
@@ -6064,8 +6069,7 @@ def _status_command(args: Any) -> int:
 
 
 def _short(envelope: dict) -> str:
-    message = envelope["message"]
-    text = message if isinstance(message, str) else dump(message)
+    text = message_text(envelope)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -6074,7 +6078,7 @@ def _short(envelope: dict) -> str:
 
 class Doctor:
     """What one looks at when something does not work: each check gives (state, words), state being ok, warn or fail.
-    Nothing is changed by looking."""
+    Looking is a sign of life, and otherwise changes nothing."""
 
     def __init__(self, args: Any) -> None:
         self.identity, self.recipient = Identity(args), args.recipient
@@ -6084,9 +6088,9 @@ class Doctor:
 
     def examine(self) -> Iterator[tuple[str, str, str]]:
         """Every check's name, state and words. Raises Unreachable where there is no hub to ask the rest."""
-        for name, check in self.CHECKS:
+        for name, check, of_somebody in self.CHECKS:
             try:
-                found = check(self)
+                found = check(self) if self.known or not of_somebody else None
             except Unreachable:
                 raise
             except (HubError, OSError) as error:
@@ -6138,15 +6142,11 @@ class Doctor:
         how = "--as or AGENTHUB_AGENT" if self.identity.chosen else "what was saved for this hub and session"
         return "ok", f"you are {agent['agent_id']} (by {how}), session {agent['session_id']}, {agent['status']}"
 
-    def _token(self) -> tuple[str, str] | None:
-        if not self.known:
-            return None
+    def _token(self) -> tuple[str, str]:
         self.client.heartbeat()
         return "ok", "your token is good" if self.client.token else "no token is needed, and you send none"
 
-    def _queue(self) -> tuple[str, str] | None:
-        if not self.known:
-            return None
+    def _queue(self) -> tuple[str, str]:
         newest = self.client.messages(limit=1)
         self.after = newest[-1]["seq"] if newest else 0
         agent = self.client.agent(self.client.agent_id)
@@ -6158,10 +6158,8 @@ class Doctor:
             f"{agent['unread']} unread, the oldest for {ago(age)}: read with `agenthub recv`",
         )
 
-    def _stream(self) -> tuple[str, str] | None:
+    def _stream(self) -> tuple[str, str]:
         """With a cursor behind everything, so that nothing is written to a line that nobody reads."""
-        if not self.known:
-            return None
         started = time.time()
         self.client.open_stream(self.after)
         return "ok", f"the event stream began after {(time.time() - started) * 1000:.0f} ms: live messages get through"
@@ -6181,9 +6179,10 @@ class Doctor:
         words = f"{agent['agent_id']} is {agent['status']} and has no line open; {agent['unread']} unread{age}"
         return "warn", f"{words}: what you send waits until it reads"
 
-    CHECKS = (
-        ("hub", _hub), ("version", _version), ("clock", _clock), ("websockets", _websockets), ("identity", _who),
-        ("token", _token), ("queue", _queue), ("stream", _stream), ("recipient", _peer),
+    CHECKS = (  # the last column: only for somebody who is registered
+        ("hub", _hub, False), ("version", _version, False), ("clock", _clock, False), ("websockets", _websockets, False),
+        ("identity", _who, False), ("token", _token, True), ("queue", _queue, True), ("recipient", _peer, False),
+        ("stream", _stream, True),
     )  # fmt: skip
 
 
@@ -6426,7 +6425,7 @@ COMMANDS = {name: Command(*row) for name, row in _COMMANDS.items()}
 
 
 def _parser(name: str | None) -> Any:
-    """The parser for one command, or for all where none is named: building nine costs 3 ms."""
+    """The parser for one command, or for all where none is named: building them all costs 5 ms."""
     import argparse
 
     parser = argparse.ArgumentParser("agenthub", description="Agents find each other and talk.", allow_abbrev=False)

@@ -9,6 +9,7 @@ import ast
 import asyncio
 import contextlib
 import hashlib
+import io
 import json
 import os
 import random
@@ -192,6 +193,19 @@ class LiveHub:
     ) -> subprocess.CompletedProcess:
         command = [python, str(FILE), *words]
         return subprocess.run(command, capture_output=True, text=True, env=self.env | env, timeout=60, input=stdin)
+
+    def here(self, *words: str, **env: str) -> subprocess.CompletedProcess:
+        """The same in this process, which is ten times as quick."""
+        out, err, before = io.StringIO(), io.StringIO(), dict(os.environ)
+        os.environ.clear()
+        os.environ.update(self.env | env)
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                code = ah.main(list(words))
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
     def socket(self, agent_id: str, query: str = "") -> object:
         from websockets.sync.client import connect
@@ -3773,36 +3787,36 @@ def test_two_first_uses_at_the_same_instant_are_one_agent(live: object) -> None:
 def test_asking_replying_tracing_and_finding_from_the_shell(live: object) -> None:
     hub = live("--rate-limit", "0")
     for name in ("alpha", "beta"):
-        hub.cli("register", name)
+        hub.here("register", name)
     asking = subprocess.Popen(
         [sys.executable, str(FILE), "ask", "alpha", "is main green?", "--as", "beta", "--wait", "30"],
         stdout=subprocess.PIPE, text=True, env=hub.env,
     )  # fmt: skip
-    line = hub.cli("recv", "--as", "alpha", "--wait", "30").stdout
+    line = hub.here("recv", "--as", "alpha", "--wait", "30").stdout
     id = re.search(r"beta to alpha \(request (\S+)\): is main green\?\n$", line)[1]
-    status = hub.cli("status", "--as", "alpha").stdout
+    status = hub.here("status", "--as", "alpha").stdout
     assert (
-        f"beta waits for an answer to {id}" in status and "alpha owes you" in hub.cli("status", "--as", "beta").stdout
+        f"beta waits for an answer to {id}" in status and "alpha owes you" in hub.here("status", "--as", "beta").stdout
     )
-    assert "beta (pushed)" in hub.cli("reply", id, "yes", "--as", "alpha").stdout
+    assert "beta (pushed)" in hub.here("reply", id, "yes", "--as", "alpha").stdout
     assert asking.communicate(timeout=30)[0].endswith("alpha to beta (response): yes\n") and asking.returncode == 0
-    assert json.loads(hub.cli("status", "--as", "beta", "--json").stdout)["requests"] == []
-    trace = hub.cli("trace", id, "--as", "beta").stdout.splitlines()
+    assert json.loads(hub.here("status", "--as", "beta", "--json").stdout)["requests"] == []
+    trace = hub.here("trace", id, "--as", "beta").stdout.splitlines()
     assert trace[0].startswith(f"{id} (request) from beta, 2") and re.match(
         r"  alpha is acknowledged: stored \S+, ", trace[1]
     )
-    assert [m["message"] for m in map(json.loads, hub.cli("search", "green", "--as", "alpha", "--json").stdout.splitlines())] == [
+    assert [m["message"] for m in map(json.loads, hub.here("search", "green", "--as", "alpha", "--json").stdout.splitlines())] == [
         "is main green?"]  # fmt: skip
-    assert len(hub.cli("history", "--with", "alpha", "--as", "beta").stdout.splitlines()) == 2
-    assert len(hub.cli("history", "--thread", id, "--as", "beta").stdout.splitlines()) == 2
-    late = hub.cli("ask", "nobody-yet", "?", "--wait", "0.01", "--as", "beta")
+    assert len(hub.here("history", "--with", "alpha", "--as", "beta").stdout.splitlines()) == 2
+    assert len(hub.here("history", "--thread", id, "--as", "beta").stdout.splitlines()) == 2
+    late = hub.here("ask", "nobody-yet", "?", "--wait", "0.01", "--as", "beta")
     assert late.returncode == 4 and "nobody is registered as nobody-yet" in late.stderr
-    assert ", due at 20" in hub.cli("send", "alpha", "later", "--delay", "60").stdout
-    assert hub.cli("ping", "alpha", "--wait", "0.01").returncode == 4
-    assert hub.cli("send", "beta", "unread").returncode == 0
-    assert re.search(r"^beta .* 1 unread \(oldest \d+ s\)$", hub.cli("agents").stdout, re.M)
+    assert ", due at 20" in hub.here("send", "alpha", "later", "--delay", "60").stdout
+    assert hub.here("ping", "alpha", "--wait", "0.01").returncode == 4
+    assert hub.here("send", "beta", "unread").returncode == 0
+    assert re.search(r"^beta .* 1 unread \(oldest \d+ s\)$", hub.here("agents").stdout, re.M)
     for words in (("trace", "nothing"), ("reply", "nothing", "x"), ("search", "!")):
-        done = hub.cli(*words, "--as", "beta")
+        done = hub.here(*words, "--as", "beta")
         assert done.returncode == 1 and done.stderr.count("\n") == 1, done
 
 
@@ -3821,16 +3835,16 @@ def test_a_copy_from_the_shell_is_a_store_and_never_replaces_a_file(live: object
 
 def test_odd_words_on_the_command_line_are_refused_in_one_line_or_do_what_they_say(live: object) -> None:
     hub = live("--rate-limit", "0")
-    hub.cli("register", "b", "--name", "Nice Name")
-    assert "alive at 20" in hub.cli("send", "b", "x", "--type", "heartbeat").stdout
-    assert "ok   hub" in hub.cli("doctor", "nice name").stdout
-    nobody = hub.cli("ask", "@none", "?")
+    hub.here("register", "b", "--name", "Nice Name")
+    assert "alive at 20" in hub.here("send", "b", "x", "--type", "heartbeat").stdout
+    assert "ok   hub" in hub.here("doctor", "nice name").stdout
+    nobody = hub.here("ask", "@none", "?")
     assert (nobody.returncode, nobody.stderr.count("kept for no one")) == (1, 1)
-    unheard = hub.cli("ping", "b", "--wait", "0.01")
+    unheard = hub.here("ping", "b", "--wait", "0.01")
     assert unheard.returncode == 4 and "inbox" not in unheard.stderr
     for words, code in [(("history", "--limit", "0"), 2), (("backup", ""), 1), (("history", "--after", "999999"), 1),
                         (("history", "--limit", "5000"), 0), (("reply", "x", "y", "--type", "heartbeat"), 2)]:  # fmt: skip
-        done = hub.cli(*words)
+        done = hub.here(*words)
         assert done.returncode == code and "Traceback" not in done.stderr, (words, done)
 
 
@@ -3841,11 +3855,11 @@ def test_the_doctor_says_what_is_wrong_and_what_to_do_and_changes_nothing(live: 
     hub = live()
     checks = lambda *words: {  # noqa: E731
         c["check"]: (c["state"], c["message"])
-        for c in map(json.loads, hub.cli("doctor", "--json", *words).stdout.splitlines())
+        for c in map(json.loads, hub.here("doctor", "--json", *words).stdout.splitlines())
     }
     nobody = checks()
     assert nobody["identity"][0] == "warn" and "agenthub register" in nobody["identity"][1] and "token" not in nobody
-    hub.cli("register", "alpha"), hub.cli("send", "alpha", "hi", "--as", "alpha")
+    hub.here("register", "alpha"), hub.here("send", "alpha", "hi", "--as", "alpha")
     well = checks("alpha", "--as", "alpha")
     assert set(well) == {"hub", "version", "clock", "websockets", "identity", "token", "queue", "stream", "recipient"}
     assert [name for name, (state, _) in well.items() if state == "fail"] == []
@@ -3855,9 +3869,9 @@ def test_the_doctor_says_what_is_wrong_and_what_to_do_and_changes_nothing(live: 
         and "no line open" in well["recipient"][1]
     )
     assert hub.client("alpha").trace(hub.client("alpha").messages()[0]["id"])["trace"][0]["state"] == "queued"
-    sick = hub.cli("doctor", "alpa", "--as", "alpha", AGENTHUB_TOKEN="alpha.wrong")
+    sick = hub.here("doctor", "alpa", "--as", "alpha", AGENTHUB_TOKEN="alpha.wrong")
     assert sick.returncode == 1 and "fail token: " in sick.stdout and "did you mean alpha" in sick.stdout
-    away = hub.cli("doctor", "--url", "http://127.0.0.1:1")
+    away = hub.here("doctor", "--url", "http://127.0.0.1:1")
     assert away.returncode == 3 and "agenthub serve" in away.stderr and away.stderr.count("\n") == 1
 
 
@@ -3961,7 +3975,7 @@ def test_the_exit_status_says_what_happened(live: object) -> None:
         (("serve", "--port", "99999"), 2), (("send", "a", "b", "--ttl", "nan"), 1), (("send", "a", "1e999", "--json-message"), 1),
         (("send", "a", "bad\udcff"), 1), (("status", "--as", "a b"), 1),
     ]:  # fmt: skip
-        done = hub.cli(*words)
+        done = hub.here(*words)
         assert done.returncode == code, (words, done)
         assert "Traceback" not in done.stderr and (code in (0, 2) or done.stderr.count("\n") == 1), done.stderr
         assert code == 0 or done.stdout == ""
