@@ -6180,9 +6180,9 @@ class Doctor:
         return "warn", f"{words}: what you send waits until it reads"
 
     CHECKS = (  # the last column: only for somebody who is registered
-        ("hub", _hub, False), ("version", _version, False), ("clock", _clock, False), ("websockets", _websockets, False),
-        ("identity", _who, False), ("token", _token, True), ("queue", _queue, True), ("recipient", _peer, False),
-        ("stream", _stream, True),
+        ("hub", _hub, False), ("version", _version, False), ("clock", _clock, False),
+        ("websockets", _websockets, False), ("identity", _who, False), ("token", _token, True),
+        ("queue", _queue, True), ("recipient", _peer, False), ("stream", _stream, True),
     )  # fmt: skip
 
 
