@@ -1758,6 +1758,14 @@ def text_of(value: Any) -> str:
     return value if isinstance(value, str) else dump(value)
 
 
+def payload_text(payload: str) -> str:
+    """The same of JSON text; nothing of what is none, as on a damaged page."""
+    try:
+        return text_of(json.loads(payload))
+    except ValueError:
+        return ""
+
+
 class Phrase(NamedTuple):
     """Words that stand in a row, as they were written and one by one; the last may be the beginning of a word."""
 
@@ -1849,7 +1857,7 @@ class Search:
         self.untidy = bool(gone)
         query = "SELECT seq, payload FROM messages WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT ?"
         some = self._bounded(query, (self.indexed, up_to))
-        texts = [(seq, text_of(json.loads(payload))) for seq, payload in some]
+        texts = [(seq, payload_text(payload)) for seq, payload in some]
         self._writer.executemany("INSERT INTO words (rowid, text) VALUES (?,?)", texts)
         left = some and self._writer.execute(query, (some[-1][0], up_to, 1)).fetchone()
         indexed = some[-1][0] if left else up_to
@@ -1896,7 +1904,7 @@ def find_words(
         for seq, mine, payload in reader.execute(sql, given):
             looked += 1
             room -= len(payload or "")
-            if mine and (payload is None or query.matches(text_of(json.loads(payload)))):
+            if mine and (payload is None or query.matches(payload_text(payload))):
                 found.append(seq)
             if len(found) == limit or looked == SEARCH_SCAN or room < 0:
                 return found, seq
