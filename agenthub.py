@@ -112,15 +112,19 @@ COMMENT_SECONDS = 15  # an event stream says something this often, so that proxi
 SWEEP_SECONDS = 15  # who has fallen silent, and when everybody was last seen
 SWEEP_BATCH = 100  # messages that run out or are deleted in one turn: under 5 ms, so that nobody waits for it
 SWEEP_DELIVERIES = 1_000  # and no more inboxes than this may be concerned, unless it is by a single message
+SWEEP_BYTES = 512 * 1024  # and about this much of messages: freeing their pages costs too
 SWEEP_PAUSE = 0.005  # seconds between two such turns while there is more: 10,000 messages a second may run out
 MAX_REQUESTS = 100_000  # unanswered requests minded at a time, 40 MB; beyond, the oldest's asker is not told any more
+INDEX_TEXT = (
+    32 * 1024
+)  # characters of a message that can be searched: more would take 20 ms to index, and as long again
 INDEX_BYTES = 64 * 1024  # and no more than this of their text
 INDEX_BATCH = 100  # messages taken into the search index in one turn: 2 ms, when nothing else is to be done
 CLOCK_DAY = 86_400  # seconds the wall's clock may have been set back before the hub believes it
 MERGE_PAGES = 16  # of the search index put together after each turn that changed it: 1 ms
 SEARCH_SCAN = 1_000  # messages one search looks at before it answers with a cursor to go on from: 10 ms
 LIBRARY_SECONDS = 0.05  # after the start websockets is imported, so that the first requests need not share the core
-SETTLE_SECONDS = 0.05  # what was pushed is written down with the next commit, or after this long
+SETTLE_SECONDS = 0.01  # what was pushed is written down with the next commit, or after this long
 TICK_SECONDS = 0.5  # how exact deadlines of connections are; one timer for all of them
 PRESENCE_SECONDS = 0.2  # presence changes are gathered this long, and 1 ms more for each agent that hears them
 PRESENCE_FRAMES = 200_000  # told at a time, over all readers: 20 MB, which a core writes in half a second
@@ -1743,10 +1747,19 @@ WRITES: dict[type, tuple[tuple[str, Callable[[list], list[tuple]]], ...]] = {
 # --- Search -----------------------------------------------------------------------------------------------------------
 
 
+def folded(text: str) -> str:
+    """Text as a search compares it: without case, and one spelling where Unicode has several (NFKC)."""
+    if text.isascii():
+        return text.lower()
+    from unicodedata import normalize
+
+    return normalize("NFKC", normalize("NFKC", text).casefold())
+
+
 def words_of(text: str) -> list[str]:
-    """What is looked for: runs of letters and digits in any case, as FTS5's unicode61 cuts them (with a combining
-    accent, U+0300 to U+0331, being part of its word)."""
-    return re.findall("(?:[^\\W_]|[\u0300-\u0331])+", text.lower())
+    """What is looked for: runs of letters and digits, as FTS5's unicode61 cuts them (with a combining accent, U+0300
+    to U+0331, being part of its word)."""
+    return re.findall("(?:[^\\W_]|[\u0300-\u0331])+", text)
 
 
 def text_of(value: Any) -> str:
@@ -1759,15 +1772,16 @@ def text_of(value: Any) -> str:
 
 
 def payload_text(payload: str) -> str:
-    """The same of JSON text; nothing of what is none, as on a damaged page."""
+    """What a search looks at of a message: of its JSON text, folded, the first INDEX_TEXT characters; nothing of what
+    is no JSON, as on a damaged page."""
     try:
-        return text_of(json.loads(payload))
+        return folded(text_of(json.loads(payload))[:INDEX_TEXT])
     except ValueError:
         return ""
 
 
 class Phrase(NamedTuple):
-    """Words that stand in a row, as they were written and one by one; the last may be the beginning of a word."""
+    """Words that stand in a row, folded, together and one by one; the last may be the beginning of a word."""
 
     text: str
     words: list[str]
@@ -1783,7 +1797,7 @@ class Query(NamedTuple):
     def read(cls, text: str) -> Query:
         """`auth "race condition" refact*`: three phrases. Raises InvalidRequest where there is no word in it."""
         found = []
-        for quoted, star, bare in re.findall(r'"([^"]*)"(\*?)|([^\s"]+)', text):
+        for quoted, star, bare in re.findall(r'"([^"]*)"(\*?)|([^\s"]+)', folded(text)):
             phrase = Phrase(quoted or bare, words_of(quoted or bare), bool(star) or bare.endswith("*"))
             if phrase.words:
                 found.append(phrase)
@@ -1830,7 +1844,7 @@ class Search:
             options = "tokenize = 'unicode61 remove_diacritics 0', columnsize = 0"
             writer.execute(f"CREATE VIRTUAL TABLE words USING fts5(text, {options})")
             writer.execute("INSERT INTO words (words, rank) VALUES ('automerge', 0)")  # `_merge` does it
-            writer.execute("INSERT INTO meta VALUES ('indexed', 0)")
+        writer.execute("INSERT OR IGNORE INTO meta VALUES ('indexed', 0)")
         writer.execute("SELECT rowid FROM words LIMIT 0")
         self.indexed = writer.execute("SELECT value FROM meta WHERE key = 'indexed'").fetchone()[0]
 
@@ -1870,7 +1884,7 @@ class Search:
         found, room = [], INDEX_BYTES
         for seq, text in self._writer.execute(query, (*given, INDEX_BATCH)):
             found.append((seq, text))
-            room -= len(text or "")
+            room -= min(len(text or ""), INDEX_TEXT)
             if room < 0:
                 break
         return found
@@ -1925,6 +1939,7 @@ class Log:
     path: str
     epoch: str
     search: Search
+    check: Callable[[], None]
     broken = ""  # why nothing can be made durable any more until the next start
     _reader: Any
     _writer: Any
@@ -1940,9 +1955,12 @@ class Log:
     @contextlib.contextmanager
     def _snapshot(self) -> Iterator[Any]:
         """A connection of one's own, for a thread of one's own; in memory there is but one."""
+        self.check()
         connection = self._writer if self.path == ":memory:" else self.connect()
         try:
             yield connection
+        except self._sqlite.DatabaseError as error:
+            raise StorageFull(f"the store could not be read ({error}): try again") from error
         finally:
             if connection is not self._writer:
                 connection.close()
@@ -2043,17 +2061,19 @@ class Log:
         """The newest messages of `who` that match, and the seq to go on before (`find_words`). Callable from any
         thread, unless the store is in memory."""
         with self._snapshot() as reader:
-            reader.execute("BEGIN")
             try:
-                given = (reader, query, who, before, limit, now)
-                try:
-                    seqs, following = find_words(*given, self.search.indexed >= 0 and not self.search.damaged)
-                except self._sqlite.DatabaseError:
-                    self.search.damaged = True
-                    seqs, following = find_words(*given, False)
-                found, cut = self.messages(seqs, now, reader=reader)
-            finally:
-                reader.execute("COMMIT")
+                return self._find_words(reader, query, who, before, limit, now, self.search.indexed >= 0)
+            except self._sqlite.DatabaseError:
+                self.search.damaged = True
+                if reader.in_transaction:
+                    reader.execute("ROLLBACK")
+                return self._find_words(reader, query, who, before, limit, now, False)
+
+    def _find_words(self, reader: Any, *given: Any) -> tuple[list[Message], int]:
+        reader.execute("BEGIN")
+        seqs, following = find_words(reader, *given)
+        found, cut = self.messages(seqs, given[4], reader=reader)
+        reader.execute("COMMIT")
         return found, found[-1].seq if cut else following
 
     def gap(self, name: str) -> int:
@@ -2120,7 +2140,7 @@ class Log:
     def _some(self, rows: Iterable[tuple], weight: Callable[[tuple], tuple[str, str]]) -> list[tuple]:
         """No more of the rows than can be written in one turn, but one in any case: it is the inboxes that cost, and
         the bytes."""
-        found, room, most = [], SWEEP_DELIVERIES, READ_AHEAD
+        found, room, most = [], SWEEP_DELIVERIES, SWEEP_BYTES
         for row in rows:
             inboxes, payload = weight(row)
             room -= inboxes.count(",") + 1
@@ -2147,7 +2167,8 @@ class Store(Log):
 
         self.path, self._sqlite = path, sqlite3
         self._copies = os.path.basename(path) + "-copy-"  # how the names of copies begin while they are being made
-        self._lock = self._file = None
+        self._lock: Any = None
+        self._files: dict[str, os.stat_result] = {}
         self.pages, self._scale = 0.0, 1.0  # written to the log since the last checkpoint; how far that guess is off
         try:
             if path != ":memory:":
@@ -2165,6 +2186,8 @@ class Store(Log):
             self.search = Search(self._writer)
             for connection in (self._writer, self._reader):
                 connection.execute("PRAGMA busy_timeout = 0")  # the loop waits for nobody
+            if path != ":memory:":
+                self._files = {file: os.stat(file) for file in (path, f"{path}-wal")}
             self.epoch = self._reader.execute("SELECT value FROM meta WHERE key = 'epoch'").fetchone()[0]
         except (sqlite3.Error, OSError, TypeError) as error:
             self.close()
@@ -2200,7 +2223,6 @@ class Store(Log):
                 os.unlink(os.path.join(folder, name))
         os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
         os.chmod(self.path, 0o600)
-        self._file = os.stat(self.path)
 
     def _wal(self) -> bytes:
         """How the write-ahead log begins; nothing where there is none, or an empty one."""
@@ -2312,11 +2334,13 @@ class Store(Log):
             raise self._full(error) from error
 
     def index(self, up_to: int) -> None:
-        """Take some more messages, up to a seq, into the search index. Waits for the disk, like `commit`."""
+        """Bring the search index some way up to date, up to a seq. Waits for the disk, like `commit`. If damaged, it is
+        made again; where even that fails, it is left alone, and searches look through the messages themselves."""
         self.check()
+        again = self.search.damaged
         try:
             self._writer.execute("BEGIN IMMEDIATE")
-            if self.search.damaged:
+            if again:
                 self.search.make_again()
             indexed = self.search.advance(up_to)
             self._writer.execute("COMMIT")
@@ -2324,18 +2348,27 @@ class Store(Log):
             self.search.indexed = indexed
         except self._sqlite.Error as error:
             self.undo()
-            self.search.damaged = "malformed" in str(error)
-            raise self._full(error) from error
+            if "malformed" not in str(error):
+                raise self._full(error) from error
+            self.search.damaged = not again
+            if again:
+                self.search.indexed = -1
+                self._writer.execute("DELETE FROM meta WHERE key = 'indexed'")
 
     def check(self) -> None:
-        """Raise StorageFull where changes would be lost: the store is broken, or its file is not at its place."""
+        """Raise StorageFull where changes would be lost: the store is broken, or one of its files is not the one that
+        was opened, or empty. SQLite goes on with what it has open; a new connection may throw the log away."""
         if self.broken:
             raise StorageFull(self.broken)
-        try:
-            if self._file and not os.path.samestat(self._file, os.stat(self.path)):
-                raise FileNotFoundError
-        except OSError:
-            raise StorageFull(f"{os.path.basename(self.path)} was moved, replaced or removed: put it back") from None
+        for path, opened in self._files.items():
+            try:
+                now = os.stat(path)
+                gone = not os.path.samestat(opened, now) or now.st_size == 0 < opened.st_size
+            except OSError:
+                gone = True
+            if gone:
+                name = os.path.basename(path)
+                raise StorageFull(f"{name} was moved, replaced, emptied or removed: put it back, or stop the hub")
 
     def _full(self, error: Exception) -> StorageFull:
         """The error for a change that was refused. After an fsync that failed nothing is tried again: the system may
@@ -3181,7 +3214,7 @@ class Handlers(Reading):
                 self._digest(asked) if id else b"", self._find_given(id) if id else None, via, due_at,
             )
         )  # fmt: skip
-        return Response(lambda: self._receipt(receipt))
+        return Response(lambda: self._receipt(receipt, at))
 
     def _payload(self, message: Any) -> str:
         try:
@@ -3207,14 +3240,15 @@ class Handlers(Reading):
         parent = self._find(reply_to)
         return (parent.message.thread or parent.message.id) if parent else reply_to
 
-    def _receipt(self, receipt: Receipt) -> str:
+    def _receipt(self, receipt: Receipt, at: int) -> str:
         """The receipt as JSON text, written by hand: it is most of what a sender costs."""
         hub, message, lines = self.hub, receipt.message, []
         pushed = {name for name in receipt.inboxes if hub.was_pushed(name, message.seq)}
         states = dict.fromkeys(pushed, "pushed") | dict.fromkeys(receipt.full, "inbox_full")
         if receipt.duplicate:  # some may have been acknowledged since, or have run out
             rows = self.log.deliveries(message.seq).items()
-            states |= {name: "expired" for name, row in rows if row["expired"]}
+            over = 0 < abs(message.expires_at) <= at
+            states |= {name: "expired" for name, row in rows if over and not row["acknowledged"]}
             states |= {name: "pushed" for name, row in rows if row["pushed"]} | dict.fromkeys(
                 hub.pushes(message.seq), "pushed"
             )
