@@ -1540,7 +1540,10 @@ def test_a_time_in_the_future_does_not_keep_what_stands_behind_it(pair: World) -
     assert [seq for seq, _, _ in pair.store.aged(pair.clock())] == [2]
 
 
-def test_large_messages_are_swept_released_and_indexed_a_few_at_a_time(world: World) -> None:
+def test_large_messages_are_swept_released_and_indexed_a_few_at_a_time(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ah, "SWEEP_BYTES", 512 * 1024)
     world.register("a")
     for n in range(5):
         world.send("a", "b", ah.dump(f"{n} " * 110_000), expires_at=world.clock() + 1)
