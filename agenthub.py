@@ -129,7 +129,7 @@ TICK_SECONDS = 0.5  # how exact deadlines of connections are; one timer for all 
 PRESENCE_SECONDS = 0.2  # presence changes are gathered this long, and 1 ms more for each agent that hears them
 PRESENCE_FRAMES = 200_000  # told at a time, over all readers: 20 MB, which a core writes in half a second
 SLOW_SECONDS = 2  # a reader owed more than max_unsent has this long to take something before it is cut off
-MAX_COPIES = 2  # of the store being made or taken at a time: each needs as much room as the store
+MAX_COPIES = 2  # of the store being made or taken at a time: each needs up to twice the store's room
 MAX_PIPELINE = 256  # requests of one connection that may be unanswered at a time
 READ_AHEAD = 64 * 1024  # bytes taken in from a line that is not being answered yet, or read for one that is behind
 MAX_ANSWER = 4 << 20  # bytes of messages in one answer; what is left comes with the next cursor
@@ -409,7 +409,8 @@ class Asked(NamedTuple):
 
 class Snapshot(NamedTuple):
     """All that the hub remembers between two runs: seqs by inbox that are unread; of these, what was written to a
-    reader as (inbox, seq), and claims as (inbox, seq, until); pings as (seq, id, sender); delayed as (seq, inboxes)."""
+    reader as (inbox, seq), and claims as (inbox, seq, until); pings as (seq, id, sender, how many have them unread);
+    delayed messages as (seq, inboxes)."""
 
     epoch: str = ""
     seq: int = 0
@@ -418,7 +419,7 @@ class Snapshot(NamedTuple):
     unread: tuple[tuple[str, tuple[int, ...]], ...] = ()
     pushed: tuple[tuple[str, int], ...] = ()
     claims: tuple[tuple[str, int, int], ...] = ()
-    pings: tuple[tuple[int, str, str], ...] = ()
+    pings: tuple[tuple[int, str, str, int], ...] = ()
     departed: tuple[str, ...] = ()
     delayed: tuple[tuple[int, tuple[str, ...]], ...] = ()
     requests: tuple[Asked, ...] = ()
@@ -1201,10 +1202,7 @@ class Mail(Agents):
             self.inboxes[name].pushed.append(seq)
         for name, seq, until in snapshot.claims:
             self.inboxes[name].claims[seq] = until
-        inboxes = self.inboxes.values()
-        self._pings = {
-            seq: [id, sender, sum(holds(inbox.unread, seq) for inbox in inboxes)] for seq, id, sender in snapshot.pings
-        }
+        self._pings = {seq: ping for seq, *ping in snapshot.pings}
         self.delayed = dict(snapshot.delayed)
         self._aside = collections.Counter(name for inboxes in self.delayed.values() for name in inboxes)
         self.requests = Requests(snapshot.requests)
@@ -1481,7 +1479,7 @@ class Hub(Mail):
             tuple((name, tuple(inbox.unread)) for name, inbox in inboxes if inbox.unread),
             tuple((name, seq) for name, inbox in inboxes for seq in inbox.pushed),
             tuple((name, seq, until) for name, inbox in inboxes for seq, until in sorted(inbox.claims.items())),
-            tuple((seq, id, sender) for seq, (id, sender, _) in sorted(self._pings.items())),
+            tuple((seq, *ping) for seq, ping in sorted(self._pings.items())),
             tuple(sorted(self.departed)),
             tuple(sorted(self.delayed.items())),
             tuple(sorted(self.requests.open.values(), key=lambda request: request.seq)),
@@ -1655,6 +1653,7 @@ _IN_ITS_INBOXES = (
 )
 _GAP = (  # what came to an inbox and is not there any more
     "INSERT INTO gaps SELECT value, seq FROM messages, json_each(messages.inboxes) WHERE messages.seq = ?"
+    " AND value IN (SELECT agent_id FROM agents UNION SELECT 'operator')"
     " ON CONFLICT DO UPDATE SET seq = max(seq, excluded.seq)",
     _each_seq,
 )
@@ -1676,7 +1675,10 @@ WRITES: dict[type, tuple[tuple[str, Callable[[list], list[tuple]]], ...]] = {
         ),
     ),
     Left: (("UPDATE agents SET departed = 1, tokens = x'' WHERE agent_id = ?", list),),
-    Forgotten: (("DELETE FROM agents WHERE agent_id = ? AND departed", list),),
+    Forgotten: (
+        ("DELETE FROM agents WHERE agent_id = ? AND departed", list),
+        ("DELETE FROM gaps WHERE inbox = ?", list),
+    ),
     Seen: (("UPDATE agents SET seen_at = ? WHERE agent_id = ?", lambda batch: [(e.at, e.agent_id) for e in batch]),),
     Sent: (
         ("INSERT INTO messages VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)", _message_rows),
@@ -1763,12 +1765,17 @@ def words_of(text: str) -> list[str]:
 
 
 def text_of(value: Any) -> str:
-    """All that can be read in a JSON value: its texts, numbers and keys, a line each."""
-    if isinstance(value, dict):
-        return "\n".join(f"{key}\n{text_of(inner)}" for key, inner in value.items())
-    if isinstance(value, list):
-        return "\n".join(map(text_of, value))
-    return value if isinstance(value, str) else dump(value)
+    """All that can be read in a JSON value: its texts, numbers and keys, a line each; however deep it is."""
+    found, left = [], [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            left += [part for pair in reversed(value.items()) for part in reversed(pair)]
+        elif isinstance(value, list):
+            left += reversed(value)
+        else:
+            found.append(value if isinstance(value, str) else dump(value))
+    return "\n".join(found)
 
 
 def payload_text(payload: str) -> str:
@@ -1823,6 +1830,21 @@ class Query(NamedTuple):
         return False
 
 
+NEXT_TO_INDEX = "SELECT seq, payload FROM messages WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT ?"
+GONE_FROM_INDEX = "SELECT f.seq, text FROM forgotten AS f LEFT JOIN words AS w ON w.rowid = f.seq LIMIT ?"
+
+
+def bounded(rows: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
+    """As many of the texts as one turn may take."""
+    found, room = [], INDEX_BYTES
+    for seq, text in rows:
+        found.append((seq, text))
+        room -= min(len(text or ""), INDEX_TEXT)
+        if room < 0:
+            break
+    return found
+
+
 class Search:
     """Full text over the log. A send does not pay for it: messages are taken into the index (SQLite's FTS5, where it
     is there) when the hub has nothing else to do, and those that are not in it yet are looked through one by one.
@@ -1833,12 +1855,12 @@ class Search:
         self.indexed = -1  # up to which seq all is in the index; -1: there is none
         self.damaged, self.untidy = False, True  # to be made again; to be looked through for what is gone
         try:
-            self._make()
+            self.indexed = self._make()
         except Exception as error:
             if "no such module" not in str(error):  # else this SQLite was built without FTS5
                 raise
 
-    def _make(self) -> None:
+    def _make(self) -> int:
         writer = self._writer
         if not writer.execute("SELECT 1 FROM sqlite_master WHERE name = 'words'").fetchone():
             options = "tokenize = 'unicode61 remove_diacritics 0', columnsize = 0"
@@ -1846,48 +1868,37 @@ class Search:
             writer.execute("INSERT INTO words (words, rank) VALUES ('automerge', 0)")  # `_merge` does it
         writer.execute("INSERT OR IGNORE INTO meta VALUES ('indexed', 0)")
         writer.execute("SELECT rowid FROM words LIMIT 0")
-        self.indexed = writer.execute("SELECT value FROM meta WHERE key = 'indexed'").fetchone()[0]
+        return writer.execute("SELECT value FROM meta WHERE key = 'indexed'").fetchone()[0]
 
-    def make_again(self) -> None:
-        """Begin with an empty index, within the caller's transaction."""
+    def make_again(self) -> int:
+        """Begin with an empty index, within the caller's transaction. Returns what `indexed` is then."""
         for table in ("words", "words_data", "words_idx", "words_content", "words_docsize", "words_config"):
             self._writer.execute(f"DROP TABLE IF EXISTS {table}")
         for statement in ("DELETE FROM meta WHERE key = 'indexed'", "DELETE FROM forgotten"):
             self._writer.execute(statement)
-        self._make()
-        self.damaged = False
+        return self._make()
 
     def lags(self, seq: int) -> bool:
         """Whether so much is not in the index, or is and should not be, that it is worth a turn."""
         return self.damaged or self.indexed >= 0 and (self.untidy or self.indexed <= seq - INDEX_BATCH)
 
-    def advance(self, up_to: int) -> int:
-        """Bring the index some way up to date, up to a seq, within the caller's transaction, which is none of a
-        message's: an index can be made again. Returns what `indexed` is once that is durable."""
-        lost = "SELECT f.seq, text FROM forgotten AS f LEFT JOIN words AS w ON w.rowid = f.seq LIMIT ?"
-        gone = self._bounded(lost, ())
+    def next_up_to(self, seq: int) -> tuple[int, int, int]:
+        """What NEXT_TO_INDEX is to be asked with."""
+        return self.indexed, seq, INDEX_BATCH + 1
+
+    def advance(self, some: list[tuple[int, str]], up_to: int) -> int:
+        """Bring the index some way up to date with the next messages, within the caller's transaction, which is none
+        of a message's: an index can be made again. Returns what `indexed` is once that is durable."""
+        gone = bounded(self._writer.execute(GONE_FROM_INDEX, (INDEX_BATCH,)))
         for table, key in (("words", "rowid"), ("forgotten", "seq")):
             self._writer.executemany(f"DELETE FROM {table} WHERE {key} = ?", [(seq,) for seq, _ in gone])
         self.untidy = bool(gone)
-        query = "SELECT seq, payload FROM messages WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT ?"
-        some = self._bounded(query, (self.indexed, up_to))
-        texts = [(seq, payload_text(payload)) for seq, payload in some]
+        texts = [(seq, payload_text(payload)) for seq, payload in bounded(some[:INDEX_BATCH])]
         self._writer.executemany("INSERT INTO words (rowid, text) VALUES (?,?)", texts)
-        left = some and self._writer.execute(query, (some[-1][0], up_to, 1)).fetchone()
-        indexed = some[-1][0] if left else up_to
+        indexed = texts[-1][0] if len(texts) < len(some) else up_to
         self._writer.execute("UPDATE meta SET value = ? WHERE key = 'indexed'", (indexed,))
         self._merge()
         return indexed
-
-    def _bounded(self, query: str, given: tuple) -> list[tuple[int, str]]:
-        """As many rows as a turn may take."""
-        found, room = [], INDEX_BYTES
-        for seq, text in self._writer.execute(query, (*given, INDEX_BATCH)):
-            found.append((seq, text))
-            room -= min(len(text or ""), INDEX_TEXT)
-            if room < 0:
-                break
-        return found
 
     def _merge(self) -> None:
         """FTS5 keeps what each transaction wrote apart until it is merged, which by itself it does in long strides."""
@@ -1960,7 +1971,7 @@ class Log:
         try:
             yield connection
         except self._sqlite.DatabaseError as error:
-            raise StorageFull(f"the store could not be read ({error}): try again") from error
+            raise self._refusal(error, "the store could not be read") from error
         finally:
             if connection is not self._writer:
                 connection.close()
@@ -1971,10 +1982,21 @@ class Log:
         try:
             yield from (reader or self._reader).execute(sql, given)
         except self._sqlite.DatabaseError as error:
-            if type(error) is not self._sqlite.DatabaseError:  # a kind of it: busy, or out of something, for now
-                raise StorageFull(f"the store could not be read ({error}): try again") from error
+            raise self._refusal(error, "the store could not be read") from error
+
+    def _refusal(self, error: Exception, what: str = "the hub's disk refused the change") -> StorageFull:
+        """What an error of SQLite's means. After an fsync that failed nothing is tried again: the system may have
+        thrown away what it could not write, and say of the next attempt that all is well. In a damaged file nothing
+        is written over the rest."""
+        if getattr(error, "sqlite_errorcode", 0) in FSYNC_FAILED:
+            self.broken = (
+                "the hub's disk failed to make a change durable (fsync): the hub takes no more changes, so that nothing"
+                " is lost in silence; look after the disk, then start the hub again"
+            )
+        elif type(error) is self._sqlite.DatabaseError:  # itself, and none of its kinds
             self.broken = f"the store is damaged ({error}): stop the hub, and start it on a backup with --db"
-            raise StorageFull(self.broken) from error
+        fix = "stop the other program that writes to the store" if "locked" in str(error) else "free some space"
+        return StorageFull(self.broken or f"{what} ({error}): nothing was stored, {fix} and retry")
 
     def load(self) -> Snapshot:
         """Everything the hub keeps in memory. Raises StoreError where the file is damaged."""
@@ -1994,9 +2016,9 @@ class Log:
             agents.append(Agent(*head, tuple(json.loads(capabilities)), metadata, digests, at))
             seen.append((head[0], seen_at))
         pings = (
-            "SELECT seq, id, sender FROM messages AS m WHERE type = 'ping' AND EXISTS (SELECT 1"
-            " FROM json_each(m.inboxes), deliveries AS d WHERE d.inbox = value AND d.seq = m.seq"
-            " AND acked_at IS NULL AND expired_at IS NULL) ORDER BY seq"
+            "SELECT seq, id, sender, (SELECT count(*) FROM json_each(m.inboxes), deliveries AS d WHERE d.inbox = value"
+            " AND d.seq = m.seq AND acked_at IS NULL AND expired_at IS NULL) AS n"
+            " FROM messages AS m WHERE type = 'ping' AND n > 0 ORDER BY seq"
         )
         new = "FROM deliveries WHERE acked_at IS NULL AND expired_at IS NULL"
         unread = [  # as JSON, a list an inbox, because a million rows would be a million tuples
@@ -2016,7 +2038,7 @@ class Log:
             tuple(unread),
             tuple(rows(f"SELECT inbox, seq {new} AND pushed_at IS NOT NULL ORDER BY inbox, seq")),
             tuple(rows(f"SELECT inbox, seq, claimed_until {new} AND claimed_until IS NOT NULL ORDER BY inbox, seq")),
-            tuple((seq, id or made_id(self.epoch, seq), who) for seq, id, who in rows(pings)),
+            tuple((seq, id or made_id(self.epoch, seq), *rest) for seq, id, *rest in rows(pings)),
             tuple(name for (name,) in rows("SELECT agent_id FROM agents WHERE departed ORDER BY agent_id")),
             tuple(
                 (seq, tuple(json.loads(names))) for seq, names in rows("SELECT seq, inboxes FROM delayed ORDER BY seq")
@@ -2127,11 +2149,17 @@ class Log:
         query = "SELECT seq, id, inboxes, payload FROM messages WHERE expires_at > 0 AND expires_at <= ? LIMIT ?"
         return self._ended(self._rows(query, (now, SWEEP_BATCH)))
 
-    def aged(self, before: int) -> list[tuple[int, str, tuple[str, ...]]]:
-        """Some of the oldest messages, if they came before then, as (seq, id, inboxes)."""
-        oldest = f"SELECT *, {_CAME_AT} AS came_at FROM messages ORDER BY seq LIMIT ?"
-        query = f"SELECT seq, id, inboxes, payload FROM ({oldest}) WHERE came_at < ?"
-        return self._ended(self._rows(query, (SWEEP_BATCH, before)))
+    def aged(self, before: int, deep: bool = True) -> list[tuple[int, str, tuple[str, ...]]]:
+        """Some of the oldest messages, if they came before then, as (seq, id, inboxes); if not `deep`, only if the very
+        oldest did: the times lie behind the text in a row, and looking at a hundred of them may take 10 ms."""
+        if not deep and not self._ended(self._rows(self._AGED, (1, before))):
+            return []
+        return self._ended(self._rows(self._AGED, (SWEEP_BATCH, before)))
+
+    _AGED = (
+        f"SELECT seq, id, inboxes, payload FROM (SELECT *, {_CAME_AT} AS came_at FROM messages ORDER BY seq LIMIT ?)"
+        " WHERE came_at < ?"
+    )
 
     def _ended(self, rows: Iterable[tuple]) -> list[tuple[int, str, tuple[str, ...]]]:
         some = self._some(rows, lambda row: row[2:4])
@@ -2287,8 +2315,8 @@ class Store(Log):
 
     def write(self, events: list[Any]) -> None:
         """Begin a transaction with all that the events change; `commit` or `undo` must follow."""
-        if self.broken:
-            raise StorageFull(self.broken)
+        self.check()
+        before = self._writer.total_changes
         try:
             self._writer.execute("BEGIN IMMEDIATE")
             for kind, run in itertools.groupby(events, type):
@@ -2297,17 +2325,16 @@ class Store(Log):
                     self._writer.executemany(statement, rows(batch))
                 self.search.untidy = self.search.untidy or kind in (Expired, Dropped)
         except self._sqlite.Error as error:
-            raise self._full(error) from error
-        self.pages += self._scale * (
-            3 + len(events) / 8 + sum(len(e.message.payload) for e in events if type(e) is Sent) / 4096
-        )
+            raise self._refusal(error) from error
+        text = sum(len(e.message.payload) for e in events if type(e) in (Sent, Delayed))
+        self.pages += self._scale * (3 + (self._writer.total_changes - before) / 8 + text / 4096)
 
     def commit(self) -> None:
         """Make the batch durable. This is the one call that waits for the disk; it may run on another thread."""
         try:
             self._writer.execute("COMMIT")
         except self._sqlite.Error as error:
-            raise self._full(error) from error
+            raise self._refusal(error) from error
 
     def undo(self) -> None:
         """Take back a batch that could not be written."""
@@ -2321,7 +2348,7 @@ class Store(Log):
             self._writer.execute("INSERT OR REPLACE INTO meta VALUES ('probe', zeroblob(16384))")
             self._writer.execute("DELETE FROM meta WHERE key = 'probe'")
         except self._sqlite.Error as error:
-            raise self._full(error) from error
+            raise self._refusal(error) from error
 
     def checkpoint(self) -> None:
         """Move the write-ahead log into the file, as far as no reader stands in the way."""
@@ -2329,30 +2356,29 @@ class Store(Log):
         try:
             _, pages, _ = self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
             if guessed > CHECKPOINT_PAGES:
-                self._scale *= max(0.5, min(2.0, pages / guessed))
+                self._scale = min(16.0, self._scale * max(0.5, min(2.0, pages / guessed)))
         except self._sqlite.Error as error:
-            raise self._full(error) from error
+            raise self._refusal(error) from error
 
     def index(self, up_to: int) -> None:
         """Bring the search index some way up to date, up to a seq. Waits for the disk, like `commit`. If damaged, it is
         made again; where even that fails, it is left alone, and searches look through the messages themselves."""
         self.check()
-        again = self.search.damaged
+        search, again = self.search, self.search.damaged
+        some = [] if again else list(self._rows(NEXT_TO_INDEX, search.next_up_to(up_to), self._writer))
         try:
             self._writer.execute("BEGIN IMMEDIATE")
-            if again:
-                self.search.make_again()
-            indexed = self.search.advance(up_to)
+            indexed = search.make_again() if again else search.advance(some, up_to)
             self._writer.execute("COMMIT")
             self.pages += self._scale * INDEX_BATCH / 2
-            self.search.indexed = indexed
-        except self._sqlite.Error as error:
+            search.indexed, search.damaged = indexed, False
+        except Exception as error:
             self.undo()
-            if "malformed" not in str(error):
-                raise self._full(error) from error
-            self.search.damaged = not again
+            if isinstance(error, self._sqlite.OperationalError):
+                raise self._refusal(error) from error
+            search.damaged = not again
             if again:
-                self.search.indexed = -1
+                search.indexed = -1
                 self._writer.execute("DELETE FROM meta WHERE key = 'indexed'")
 
     def check(self) -> None:
@@ -2369,18 +2395,6 @@ class Store(Log):
             if gone:
                 name = os.path.basename(path)
                 raise StorageFull(f"{name} was moved, replaced, emptied or removed: put it back, or stop the hub")
-
-    def _full(self, error: Exception) -> StorageFull:
-        """The error for a change that was refused. After an fsync that failed nothing is tried again: the system may
-        have thrown away what it could not write, and say of the next attempt that all is well."""
-        if getattr(error, "sqlite_errorcode", 0) in FSYNC_FAILED:
-            self.broken = (
-                "the hub's disk failed to make a change durable (fsync): the hub takes no more changes, so that nothing"
-                " is lost in silence; look after the disk, then start the hub again"
-            )
-            return StorageFull(self.broken)
-        what = "stop the other program that writes to the store" if "locked" in str(error) else "free some space"
-        return StorageFull(f"the hub's disk refused the change ({error}): nothing was stored, {what} and retry")
 
     def backup(self) -> Any:
         """A consistent copy of what is committed, as an open file without a name. Callable from any thread while the
@@ -2401,14 +2415,21 @@ class Store(Log):
                     target.close()
             return open(copy, "rb")
         except (self._sqlite.Error, OSError) as error:
-            raise StorageFull(f"the copy could not be made ({error}): it needs as much room as the store") from error
+            raise StorageFull(
+                f"the copy could not be made ({error}): it needs up to twice as much room as the store"
+            ) from error
         finally:
             if copy:
                 os.unlink(copy)
 
     def _rename_epoch(self, copy: Any) -> None:
         """A copy goes its own way from here: the seqs and ids it gives must not be taken for those of the original."""
-        copy.execute("PRAGMA journal_mode = DELETE")
+        for pragma in (
+            "journal_mode = DELETE",
+            "journal_mode = OFF",
+            "synchronous = OFF",
+        ):  # half a copy is none anyway
+            copy.execute(f"PRAGMA {pragma}")
         copy.execute("UPDATE messages SET id = ? || printf('-%013x', seq) WHERE id IS NULL", (self.epoch,))
         copy.execute("UPDATE meta SET value = ? WHERE key = 'epoch'", (os.urandom(4).hex(),))
         copy.commit()
@@ -2770,14 +2791,15 @@ def parse_query(query: str) -> dict[str, str]:
 
 
 class Wait(NamedTuple):
-    """An answer that is not there yet: `attempt(final, at)` is asked when the inbox gets something, and at the end.
+    """An answer that is not there yet: `attempt(final, at)` is asked when the inbox gets something, and at the end;
+    with a third argument, when what has come is older than that.
 
     `claims` says that it is also worth asking when a claim has run out.
     """
 
     agent_id: str
     seconds: float
-    attempt: Callable[[bool, int], Response | None]
+    attempt: Callable[..., Response | None]
     claims: bool
 
 
@@ -2890,10 +2912,15 @@ class Reading:
         if claim and self.trouble:
             self.probe()
         extra = "" if recovered else ',"recovered":false'
+        reached = after  # of what was looked at and not wanted nothing is looked at again
 
-        def attempt(final: bool, at: int) -> Response | None:
-            found, cursor, more, previous = self._page(name, want, at)
+        def attempt(final: bool, at: int, back_to: int | None = None) -> Response | None:
+            nonlocal reached
+            if back_to is not None:
+                reached = after
+            found, cursor, more, previous = self._page(name, want | {"after": reached}, at)
             if not found and not more and not final:
+                reached = cursor if (want["unread"] or after is not None) and not claim else after
                 return None
             new = want["unread"] or after is not None  # of what is read again out of interest, nothing is redelivered
             texts = [m.envelope(bool(new) and self.hub.was_pushed(name, m.seq)) for m in found]
@@ -3590,8 +3617,8 @@ class API(About):
     # the one place where requests come in and errors become answers
 
     def dispatch(self, head: Head, body: bytes, address: str, at: int) -> Any:
-        """Answer one HTTP request: a Response, Wait, Stream, Download or Upgrade. Never raises: a HubError becomes its
-        status, all else is logged and `internal`."""
+        """Answer one HTTP request: a Response, Wait, Later, Stream, Download or Upgrade. Never raises: a HubError
+        becomes its status, all else is logged and `internal`."""
         try:
             self._check_site(head)
             methods, given = self._match(head)
@@ -4013,9 +4040,9 @@ class Poll:
         self._timer = server.loop.call_later(wait.seconds, self.end)
         server.add_reader(self)
 
-    def push(self, message: Message | None, frames: dict) -> bool:
+    def push(self, message: Message | None, frames: dict, *back_to: int) -> bool:
         """Ask again whether there is an answer now. What goes out with it has been noted as pushed when it was made."""
-        answer = self._wait.attempt(False, self.server.clock())
+        answer = self._wait.attempt(False, self.server.clock(), *back_to)
         if answer:
             self.close()
             self._answer(answer)
@@ -4023,7 +4050,7 @@ class Poll:
 
     def fall_behind(self, seq: int) -> None:
         """Something older came into the inbox."""
-        self.push(None, {})
+        self.push(None, {}, seq)
 
     def news(self, frames: bytes) -> None:
         """A poll asks for mail only."""
@@ -4164,6 +4191,7 @@ class HttpConnection:
             final = answer
             if error and request.head.method == "GET" and not answer.changes:  # so it can simply be asked again
                 final = self.server.process_request(self, request)
+                final = final if isinstance(final, Response) else error_response(error)
             elif error:
                 final = error_response(error)
             self._fill(request, final, slot, started)
@@ -4245,6 +4273,8 @@ class HttpConnection:
         self.server.copying.add(self)
 
         def made(made: Any) -> None:
+            if made is None:  # the peer had gone before it was begun
+                return self.server.copying.discard(self)
             if isinstance(made, Response):
                 self.blocked = False
                 self.server.copying.discard(self)
@@ -4261,7 +4291,7 @@ class HttpConnection:
             self.server.api.answers[200] += 1
             self._send_soon()
 
-        self.server.copier.run(download.make, made)
+        self.server.copier.run(lambda: None if self.transport.is_closing() else download.make(), made)
 
     def _send_soon(self) -> None:
         """Never from within what asyncio calls: a line that is closed there is closed twice."""
@@ -4286,8 +4316,8 @@ class HttpConnection:
             self._go_on()
 
     def _drop_file(self) -> None:
-        self.server.copying.discard(self)
         if self.file:
+            self.server.copying.discard(self)
             self.file.close()
             self.file = None
 
@@ -4564,8 +4594,8 @@ class Disk:
     quick fsync; on a thread of its own while commits take over SLOW_COMMIT on average, or one has just stalled.
     """
 
-    def __init__(self, loop: Any) -> None:
-        self._worker, self._mean = Worker(loop), 0.0
+    def __init__(self, loop: Any, here: bool = False) -> None:
+        self._worker, self._mean = Worker(loop, here), 0.0
         self.close = functools.partial(self._worker.close, STOP_SECONDS)
 
     def run(self, work: Callable[[], None], done: Callable[[HubError | None], None]) -> None:
@@ -4602,7 +4632,7 @@ class Batches:
     def __init__(self, server: Any) -> None:
         self._server, self.loop = server, server.loop
         self.hub, self.api, self.store = server.hub, server.api, server.store
-        self.disk = Disk(self.loop)
+        self.disk = Disk(self.loop, self.store.path == ":memory:")
         self._waiters: list[Callable[[HubError | None], None]] = []
         self._batch: list[Callable[[HubError | None], None]] | None = None  # who waits for the commit under way
         self._scheduled = self._indexing = False
@@ -4788,7 +4818,7 @@ class Server:
         memory = store.path == ":memory:"  # its one connection is the loop's
         self.searcher, self.copier, self.copying = Worker(self.loop, memory), Worker(self.loop, memory), set()
         self.closing = False
-        self._flushing = self._bringing = self._settling = False
+        self._flushing = self._bringing = self._settling = self._deep = False
         self._presence: dict[str, Presence] = {}
         self._pushes: dict[tuple[str, str], list[int]] = {}
         self._listeners: list[Any] = []
@@ -4946,7 +4976,7 @@ class Server:
             return self.batches.probe()
         self.store.check()
         if now - self._swept_at >= SWEEP_SECONDS:
-            self._swept_at = now
+            self._swept_at, self._deep = now, True
             self.hub.apply(Sweep(self.clock()))
         if not self._bringing:
             self._bring_due()
@@ -4972,11 +5002,12 @@ class Server:
         for kind, some in (
             (Release, self.store.due(at)),
             (Expire, self.store.expired(at)),
-            (Drop, self.store.aged(int(at - kept)) if kept < float("inf") else []),
+            (Drop, self.store.aged(int(at - kept), self._deep) if kept < float("inf") else []),
         ):
             if some:
                 self._bringing = True
                 self.hub.apply(kind(at, tuple(some)))
+        self._deep = False
         if self._bringing:
             self.loop.call_later(SWEEP_PAUSE, self._bring_due)
             self.schedule()
@@ -5507,31 +5538,42 @@ class Client(_Calls):
         only when it is whole. Raises FileExistsError, or the hub's error."""
         import tempfile
 
-        handle, part = tempfile.mkstemp(".part", os.path.basename(path) + ".", os.path.dirname(os.path.abspath(path)))
+        folder = os.path.dirname(os.path.abspath(path))
+        line = self._connect()
+        handle, part = tempfile.mkstemp(".part", os.path.basename(path) + ".", folder)
         try:
-            with self._connect() as line, open(handle, "r+b") as file:
-                line.sendall(self._request("POST", "/api/v1/backup", None, {}, self.key or None))
-                reader = ResponseReader()
-                while not reader.done:
-                    data = line.recv(RECEIVE)
-                    if not data:
-                        raise self._unreachable(EOFError("the line broke: the copy is not whole"))
-                    file.write(reader.feed(data))
-                if reader.status != 200:
-                    file.seek(0)
-                    self._result(reader, file.read())
-                file.flush()
+            with line, open(handle, "r+b") as file:
+                self._download(line, file)
                 os.fsync(file.fileno())
+            if os.path.exists(path):
+                raise FileExistsError(f"{path} is there already: name a new file")
             try:
                 os.link(part, path)
-            except FileExistsError:
-                raise
             except OSError:  # a file system without links
                 os.rename(part, path)
             return os.path.getsize(path)
         finally:
             if os.path.exists(part):
                 os.unlink(part)
+
+    def _download(self, line: Any, file: Any) -> None:
+        try:
+            line.settimeout(None)  # nothing comes while the copy is being made
+            line.sendall(self._request("POST", "/api/v1/backup", None, {}, self.key or None))
+            reader = ResponseReader()
+            while not reader.done:
+                data = line.recv(RECEIVE)
+                if not data:
+                    raise EOFError("the line broke: the copy is not whole")
+                if reader.status:
+                    line.settimeout(self.timeout)
+                file.write(reader.feed(data))
+        except (OSError, EOFError) as error:
+            raise self._unreachable(error) from error
+        if reader.status != 200:
+            file.seek(0)
+            self._result(reader, file.read())
+        file.flush()
 
     def listen(self) -> Iterator[dict]:
         """Envelopes as they come, beginning with what is unread, for ever; reconnects by itself.

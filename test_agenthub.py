@@ -1184,6 +1184,22 @@ def test_a_search_minds_neither_case_nor_how_unicode_spells_a_word_nor_what_is_f
     world.store.close()
 
 
+def test_a_message_nested_as_deep_as_it_may_be_can_be_searched_and_indexed(tmp_path: Path) -> None:
+    deep: object = "bottom"
+    for _ in range(900):
+        deep = [deep]
+    assert ah.text_of(deep) == "bottom" and ah.text_of({"a": [1, {"b": "c"}], "d": None}) == "a\n1\nb\nc\nd\nnull"
+
+
+def test_a_search_takes_in_no_more_than_so_many_bytes_at_a_time(pair: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ah, "MAX_ANSWER", 5000)
+    for n in range(10):
+        pair.send("beta-2", "alpha-1", ah.dump(f"needle {n} " + "x" * 2000))
+    pair.commit()
+    page = pair.call("GET", "/api/v1/messages/search?agent_id=alpha-1&q=absent")[1]
+    assert page == {"messages": [], "next": 8}
+
+
 # --- Log --------------------------------------------------------------------------------------------------------------
 
 
@@ -1504,7 +1520,7 @@ def test_a_copy_made_while_messages_pour_in_is_whole_and_holds_all_that_was_ackn
             assert before <= {id for (id,) in rows.execute("SELECT id FROM messages")}
     with pytest.raises(FileExistsError):
         hub.client().backup(str(copies[0][0]))
-    assert {path.name for path in tmp_path.iterdir() if "backup" in path.name or "part" in path.name} == set()
+    assert {path.name for path in tmp_path.iterdir() if "-copy-" in path.name or "part" in path.name} == set()
     assert hub.stop() == 0
     again = live(db="copy2.db")
     assert again.client("writer").send_message("sink", "on")["seq"] > len(copies[-1][1])
@@ -1623,7 +1639,8 @@ def test_a_search_index_that_is_damaged_is_made_again_and_keeps_nobody_from_send
     assert world.hub.unread("b") == 1, "nothing that is sent or runs out waits for the index"
     world.store.index(world.hub.seq)
     assert world.store.search.damaged and world.store.search.lags(0)
-    world.store.index(world.hub.seq)
+    for _ in range(2):  # made again, and filled
+        world.store.index(world.hub.seq)
     assert not world.store.search.damaged and world.store.search.indexed == ah.INDEX_BATCH
     assert [m.payload for m in world.store.find_words(ah.Query.read("goes"), "a", 1 << 40, 9, world.clock())[0]] == [
         '"goes on"'
@@ -1647,6 +1664,40 @@ def test_a_copy_is_a_log_of_its_own_with_the_old_ids_and_no_new_one_that_the_ori
     for one in (world, again):
         one.commit()
         one.store.close()
+
+
+def test_a_write_that_meets_damage_is_told_so_and_ends_writing(tmp_path: Path) -> None:
+    world = World(str(tmp_path / "hub.db"), max_inbox=0)
+    world.register("a")
+    for n in range(400):
+        world.send("a", "b", f"{n}", id=f"id-{n:05}", digest=b"d")
+    world.commit()
+    world.store.checkpoint()
+    root = world.store._reader.execute("SELECT rootpage FROM sqlite_master WHERE name = 'message_ids'").fetchone()[0]
+    world.store.close()
+    data = bytearray((tmp_path / "hub.db").read_bytes())
+    data[(root - 1) * 4096 : root * 4096] = b"\xaa" * 4096
+    (tmp_path / "hub.db").write_bytes(data)
+    again = World(str(tmp_path / "hub.db"))
+    again.send("a", "b", id="id-00200x", digest=b"d")
+    for _ in range(2):
+        with pytest.raises(ah.StorageFull, match="damaged"):
+            again.store.write(again.hub.events)
+        again.store.undo()
+    with pytest.raises(ah.StorageFull, match="backup"):
+        again.store.probe()
+
+
+def test_what_is_gone_leaves_the_search_index_of_a_running_hub(live: object) -> None:
+    hub = live("--rate-limit", "0", "--loop-guard", "0")
+    client = hub.client("a")
+    for n in range(ah.INDEX_BATCH):
+        client.send_message("a", f"gone{n}", ttl=2)
+    words = lambda q: (
+        sqlite3.connect(hub.db).execute(f"SELECT count(*) FROM words WHERE words MATCH '{q}'").fetchone()[0]
+    )  # noqa: E731
+    until(lambda: words("gone7") == 1)
+    until(lambda: words("gone7") == 0)
 
 
 # --- HTTP -------------------------------------------------------------------------------------------------------------
@@ -1982,6 +2033,22 @@ def test_paging_back_through_large_messages_loses_none_and_ends_at_the_first(
     assert pair.call("GET", "/api/v1/messages?agent_id=alpha-1&before=0")[1]["messages"] == []
     for query in ("before=9&after=1", "before=9&unread=true", "before=9&claim=5"):
         assert pair.call("GET", f"/api/v1/messages?agent_id=alpha-1&{query}")[0] == 400
+
+
+def test_a_waiting_read_does_not_look_twice_at_what_it_does_not_want(pair: World) -> None:
+    for n in range(300):
+        pair.send("beta-2", "alpha-1", f"{n}", "other")
+    pair.commit()
+    wait = pair.raw("GET", "/api/v1/messages?agent_id=alpha-1&unread=true&type=wanted&wait=5")
+    looked: list[int] = []
+    messages = pair.api.log.messages
+    pair.api.log.messages = lambda seqs, *more: looked.append(len(seqs)) or messages(seqs, *more)
+    assert wait.attempt(False, pair.clock()) is None
+    pair.send("beta-2", "alpha-1", "1", "wanted")
+    pair.commit()
+    assert b'"type":"wanted"' in wait.attempt(False, pair.clock()).body and looked == [0, 1]
+    wait.attempt(False, pair.clock(), 5)
+    assert looked[-1] == 301, "something older has come: all of it again"
 
 
 # --- Handlers ---------------------------------------------------------------------------------------------------------
@@ -2896,6 +2963,23 @@ def test_a_download_nobody_takes_is_cut_off_and_one_that_breaks_leaves_nothing_b
     assert hub.client().backup(str(tmp_path / "whole.db")) > 6_000_000
 
 
+def test_so_many_copies_are_made_at_a_time_and_one_whose_peer_has_gone_is_not_made(live: object) -> None:
+    hub = live("--max-inbox", "0", "--rate-limit", "0")
+    client = hub.client("a")
+    for n in range(40):
+        client.send_message("b", f"{n}" * 100_000)
+    ask = b"POST /api/v1/backup HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n"
+    with contextlib.ExitStack() as lines:
+        for _ in range(ah.MAX_COPIES):
+            line = lines.enter_context(socket.create_connection(("127.0.0.1", hub.port), timeout=20))
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            line.sendall(ask)
+            assert line.recv(12) == b"HTTP/1.1 200"
+        refused_ = hub.talk(ask)
+        assert b" 429 " in refused_ and b"Retry-After" in refused_
+    until(lambda: b" 200 OK" in hub.talk(ask)[:20])
+
+
 # --- Sockets ----------------------------------------------------------------------------------------------------------
 
 
@@ -3605,6 +3689,20 @@ def test_history_and_search_read_as_many_pages_as_it_takes(shared_hub: LiveHub) 
     assert [m["message"] for m in one.history(after=first["seq"], limit=2)] == ["word 1", "word 2"]
     assert [m["message"] for m in one.search("word", limit=3)] == ["word other", "word 39", "word 38"]
     assert len(one.search("word", limit=1000)) == 41 and one.search("absent") == []
+
+
+def test_a_copy_that_can_not_be_fetched_leaves_no_file_and_no_descriptor(tmp_path: Path) -> None:
+    files = lambda: len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0  # noqa: E731
+    before = files()
+    for _ in range(5):
+        with pytest.raises(ah.Unreachable):
+            ah.Client("http://127.0.0.1:1").backup(str(tmp_path / "copy.db"))
+    assert files() <= before and list(tmp_path.iterdir()) == []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=lambda: listener.accept()[0].close(), daemon=True).start()
+        with pytest.raises(ah.Unreachable):
+            ah.Client(f"http://127.0.0.1:{listener.getsockname()[1]}").backup(str(tmp_path / "copy.db"))
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- AgentClient ------------------------------------------------------------------------------------------------------
