@@ -1638,7 +1638,7 @@ def _agent_rows(batch: list[Registered]) -> list[tuple]:
 def _message_rows(batch: list[Any]) -> list[tuple]:
     """An id that the hub made follows from the seq and is not stored, unless the seq is not the one it was made of."""
     return [
-        (m.seq, m.id if m.digest or m.due_at else None, *m[2:11], dump(inboxes), *m[11:], dump(full))
+        (m.seq, m.id if m.digest or m.due_at else None, *m[2:11], dump(inboxes), *m[11:], dump(full) if full else "[]")
         for m, inboxes, full in batch
     ]
 
