@@ -115,14 +115,12 @@ SWEEP_DELIVERIES = 1_000  # and no more inboxes than this may be concerned, unle
 SWEEP_BYTES = 2 << 20  # and about this much of messages: freeing their pages costs too, 1 ms for 256 KiB
 SWEEP_PAUSE = 0.005  # seconds between two such turns while there is more: 10,000 messages a second may run out
 MAX_REQUESTS = 100_000  # unanswered requests minded at a time, 40 MB; beyond, the oldest's asker is not told any more
-INDEX_TEXT = (
-    32 * 1024
-)  # characters of a message that can be searched: more would take 20 ms to index, and as long again
-INDEX_BYTES = 64 * 1024  # and no more than this of their text
 INDEX_BATCH = 100  # messages taken into the search index in one turn: 2 ms, when nothing else is to be done
-CLOCK_DAY = 86_400  # seconds the wall's clock may have been set back before the hub believes it
+INDEX_BYTES = 64 * 1024  # and no more than about this much of their text, which takes 7 ms
+INDEX_TEXT = 32 * 1024  # characters of one message that a search looks at
 MERGE_PAGES = 16  # of the search index put together after each turn that changed it: 1 ms
-SEARCH_SCAN = 1_000  # messages one search looks at before it answers with a cursor to go on from: 10 ms
+SEARCH_SCAN = 1_000  # messages one search looks at before it answers with a cursor to go on from
+CLOCK_DAY = 86_400  # seconds the wall's clock may have been set back before the hub believes it
 LIBRARY_SECONDS = 0.05  # after the start websockets is imported, so that the first requests need not share the core
 SETTLE_SECONDS = 0.01  # what was pushed is written down with the next commit, or after this long
 TICK_SECONDS = 0.5  # how exact deadlines of connections are; one timer for all of them
