@@ -3463,6 +3463,36 @@ def test_a_great_many_messages_that_run_out_together_are_gone_soon_and_hold_nobo
         )
 
 
+def test_nothing_runs_out_while_the_log_does_not_yet_say_what_the_hub_knows(tmp_path: Path) -> None:
+    """A message that has just moved to the inbox of an agent that came with its name, which the log will only hear of."""
+
+    async def play() -> None:
+        server = ah.Server(ah.Store(str(tmp_path / "hub.db")), ah.Settings(ah.make_limits(), websockets=False))
+        hub, now = server.hub, server.clock
+
+        async def durable() -> None:
+            server.schedule()
+            while server.batches.busy:
+                await asyncio.sleep(0)
+
+        hub.apply(ah.Register(now(), "a", "s", "s", None, None, None, b"t" * 32, True))
+        hub.apply(ah.Send(now(), "a", "Name", '"x"', "message", expires_at=now() + 1))
+        await durable()
+        while not server.store.expired(now()):
+            await asyncio.sleep(0)
+        hub.apply(ah.Register(now(), "b", "s", "s", "name", None, None, b"t" * 32, True))
+        server._bring_due()
+        assert hub.unread("b") == 1, "it waits for what is on its way to the disk"
+        await durable()
+        while hub.unread("b"):
+            await asyncio.sleep(0)
+        await durable()
+        assert hub.snapshot()._replace(seen=()) == server.store.load()._replace(seen=())
+        await server.stop()
+
+    asyncio.run(asyncio.wait_for(play(), 30))
+
+
 # --- Calls ------------------------------------------------------------------------------------------------------------
 
 
