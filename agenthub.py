@@ -2083,7 +2083,9 @@ class Log:
         with self._snapshot() as reader:
             try:
                 return self._find_words(reader, query, who, before, limit, now, self.search.indexed >= 0)
-            except self._sqlite.DatabaseError:
+            except self._sqlite.DatabaseError as error:
+                if type(error) is not self._sqlite.DatabaseError:  # busy, or out of something: no fault of the index
+                    raise
                 self.search.damaged = True
                 if reader.in_transaction:
                     reader.execute("ROLLBACK")
@@ -2377,7 +2379,8 @@ class Store(Log):
             search.damaged = not again
             if again:
                 search.indexed = -1
-                self._writer.execute("DELETE FROM meta WHERE key = 'indexed'")
+                with contextlib.suppress(self._sqlite.Error):  # then the next start tries once more
+                    self._writer.execute("DELETE FROM meta WHERE key = 'indexed'")
 
     def check(self) -> None:
         """Raise StorageFull where changes would be lost: the store is broken, or one of its files is not the one that
@@ -2402,7 +2405,8 @@ class Store(Log):
         copy = ""
         self.check()
         try:
-            handle, copy = tempfile.mkstemp(".db", self._copies, self._folder())
+            folder = None if self.path == ":memory:" else os.path.dirname(os.path.abspath(self.path))
+            handle, copy = tempfile.mkstemp(".db", self._copies, folder)
             os.close(handle)
             with self._snapshot() as source:
                 target = self._sqlite.connect(copy, check_same_thread=False)
@@ -2421,19 +2425,13 @@ class Store(Log):
                 os.unlink(copy)
 
     def _rename_epoch(self, copy: Any) -> None:
-        """A copy goes its own way from here: the seqs and ids it gives must not be taken for those of the original."""
-        for pragma in (
-            "journal_mode = DELETE",
-            "journal_mode = OFF",
-            "synchronous = OFF",
-        ):  # half a copy is none anyway
+        """A copy goes its own way from here: the seqs and ids it gives must not be taken for those of the original. It
+        is one file then, and needs no journal, because half a copy is none anyway."""
+        for pragma in ("journal_mode = DELETE", "journal_mode = OFF", "synchronous = OFF"):
             copy.execute(f"PRAGMA {pragma}")
         copy.execute("UPDATE messages SET id = ? || printf('-%013x', seq) WHERE id IS NULL", (self.epoch,))
         copy.execute("UPDATE meta SET value = ? WHERE key = 'epoch'", (os.urandom(4).hex(),))
         copy.commit()
-
-    def _folder(self) -> str | None:
-        return None if self.path == ":memory:" else os.path.dirname(os.path.abspath(self.path))
 
 
 # --- HTTP -------------------------------------------------------------------------------------------------------------
@@ -4270,7 +4268,7 @@ class HttpConnection:
             return
         self.server.copying.add(self)
 
-        def made(made: Any) -> None:
+        def ready(made: Any) -> None:
             if made is None:  # the peer had gone before it was begun
                 return self.server.copying.discard(self)
             if isinstance(made, Response):
@@ -4289,7 +4287,7 @@ class HttpConnection:
             self.server.api.answers[200] += 1
             self._send_soon()
 
-        self.server.copier.run(lambda: None if self.transport.is_closing() else download.make(), made)
+        self.server.copier.run(lambda: None if self.transport.is_closing() else download.make(), ready)
 
     def _send_soon(self) -> None:
         """Never from within what asyncio calls: a line that is closed there is closed twice."""

@@ -1229,6 +1229,18 @@ def test_a_store_whose_files_are_not_those_it_opened_opens_them_no_more_and_lose
         assert Path(f"{hub.db}-wal").stat().st_size > 0
 
 
+def test_a_store_that_is_busy_for_a_moment_is_not_taken_for_a_damaged_one(
+    pair: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(*given: object) -> None:
+        raise sqlite3.OperationalError("database is locked")
+
+    monkeypatch.setattr(ah, "find_words", busy)
+    with pytest.raises(ah.StorageFull, match="retry"):
+        pair.store.find_words(ah.Query.read("x"), "a", 9, 9, 0)
+    assert not pair.store.search.damaged and not pair.store.broken
+
+
 # --- Store ------------------------------------------------------------------------------------------------------------
 
 
