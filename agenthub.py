@@ -3290,7 +3290,8 @@ class Handlers(Reading):
             warning = f"nobody else is in {json.loads(message.to)} now: the message was kept for no one"
         elif receipt.full:
             warning = f"no room in the inbox of {', '.join(receipt.full[:5])}: send it to them later, with another id"
-        extra = f',"due_at":"{timestamp(message.due_at)}"' if message.due_at else ""
+        extra = f',"thread":"{message.thread}"' if message.thread else ""
+        extra += f',"due_at":"{timestamp(message.due_at)}"' if message.due_at else ""
         extra += f',"warning":{dump(warning)}' if warning else ""
         extra += ',"duplicate":true' if receipt.duplicate else ""
         kinds = list(states.values())
@@ -5251,6 +5252,7 @@ class _Calls:
         end = time.monotonic() + wait
         while (left := end - time.monotonic()) > 0:
             query = {"agent_id": me, "after": after, "wait": min(MAX_WAIT, round(left + 0.001, 3))}
+            query["thread"] = receipt.get("thread", id)  # other mail is not ours to take, and is not told as pushed
             page = yield "GET", "/api/v1/messages", None, query, None
             after = page["next"]
             for answer in page["messages"]:

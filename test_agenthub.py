@@ -3747,6 +3747,22 @@ def test_a_copy_that_can_not_be_fetched_leaves_no_file_and_no_descriptor(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_waiting_for_an_answer_takes_no_other_mail_and_finds_it_in_an_older_thread(shared_hub: LiveHub) -> None:
+    asker, asked = shared_hub.client("narrow"), shared_hub.client("wide")
+    first = asked.send_message("narrow", "hello")["message_id"]
+    receipt = asker.send_message("wide", "hello who?", "request", reply_to=first)
+    assert receipt["thread"] == first
+    got: list = []
+    asking = threading.Thread(target=lambda: got.append(asker.answer_to(receipt, 30)))
+    asking.start()
+    until(lambda: asked.agent("narrow")["connected"])
+    other = asked.send_message("narrow", "by the way")
+    assert other["recipients"][0]["state"] == "queued", "nobody who wants it has it"
+    asked.reply(receipt["message_id"], "me")
+    asking.join(20)
+    assert got[0]["message"] == "me" and "redelivered" not in asker.messages(unread=True)[-1]
+
+
 # --- AgentClient ------------------------------------------------------------------------------------------------------
 
 
