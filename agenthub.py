@@ -27,7 +27,8 @@ Read from top to bottom; a section uses only sections above it, and a test holds
     Reading     what a request reads: inboxes, traces, searches
     Handlers    what a request changes
     Routes      the table of requests, the hub about itself, OpenAPI, metrics
-    API         who may ask for what: requests, frames, errors
+    Access      who may come in: names, origins, proxies, keys and tokens, the audit trail
+    API         requests and frames to answers, and errors too
     Readers     who gets an inbox as it fills, and how those behind catch up
     Connections HTTP lines
     Sockets     WebSocket lines
@@ -39,7 +40,8 @@ Read from top to bottom; a section uses only sections above it, and a test holds
     Identity    who the command line is, and how it speaks
     Commands    what the subcommands do
     Doctor      the one that looks for what is wrong
-    CLI         serve, the table of commands, main
+    Serve       the one that runs a hub
+    CLI         the table of commands, main
 """
 
 from __future__ import annotations
@@ -82,8 +84,10 @@ LIMITS = {
     "retention": Limit(7 * 86_400, "seconds", "how long a message is kept, read or not; a vacation is a new project"),
     "max_agents": Limit(10_000, "agents", "registered at a time; a list of them is still one 2 MB answer"),
     "max_connections": Limit(10_000, "connections", "open at a time, less where the descriptor limit is lower"),
+    "max_per_address": Limit(1_000, "connections", "of one address; no limit where only this machine is served"),
     "rate_limit": Limit(10, "requests/s", "per agent, or per address where no agent is named: the seed's figure"),
     "rate_burst": Limit(20, "requests", "how many may come at once before rate_limit counts: two seconds' worth"),
+    "session_ttl": Limit(30 * 86_400, "seconds", "an agent may be silent before its tokens end; a long vacation"),
     "loop_guard": Limit(50, "messages", "in one thread between two agents in 60 s; models thank each other for ever"),
     "max_head": Limit(16 * 1024, "bytes", "a request's head; nginx takes 8 KiB a line and 32 in all"),
     "max_header_lines": Limit(100, "lines", "header fields in a request: Apache's figure"),
@@ -97,6 +101,9 @@ ACTIVE_SECONDS = 90  # three missed heartbeats of the seed's 30 s
 IDENTICAL_REPEATS = 10  # the same words to the same ear in LOOP_WINDOW are a loop, not a conversation
 LOOP_WINDOW = 60  # seconds; long enough for two slow models to be seen going round
 MAX_PACES = 100_000  # messages remembered to see loops by, 30 MB; beyond, the older half is forgotten
+MAX_BUCKETS = 50_000  # callers whose rate is remembered, 10 MB, five for each agent; beyond, the older half goes
+AUDIT_SECONDS = 60  # repeats of a line of the audit trail are counted this long, and told in one
+AUDIT_LINES = 100  # different refusals and uses of the key told in that time; the rest is one number
 MAX_PEERS = 100  # shown to who registers; the list of agents has them all, and a crowd must not cost its square
 TOKENS_PER_AGENT = 8  # a refresh adds a token and ends none; the oldest of more than these goes
 MAX_WAIT = 60  # seconds a poll may wait: proxies and clients commonly cut at 60
@@ -275,6 +282,10 @@ class Unanswered(HubError, status=0):
     """A request will not be answered; `answer` is the envelope that says so, if one does."""
 
 
+class Misuse(HubError, status=0):
+    """The options of a command do not go together, or one has a value it can't have."""
+
+
 class StoreError(Exception):
     """The store can't be opened; the sentence says why and what to do."""
 
@@ -424,9 +435,17 @@ class Snapshot(NamedTuple):
 
 
 class Registered(NamedTuple):
-    """Event: an agent registered, refreshed its registration, or took an offline one over."""
+    """Event: an agent registered, refreshed its registration, or took an offline one over (`how`), from an address."""
 
     agent: Agent
+    how: str = "register"
+    address: str = ""
+
+
+class Lapsed(NamedTuple):
+    """Event: an agent has been silent for longer than its tokens hold."""
+
+    agent_id: str
 
 
 class Left(NamedTuple):
@@ -536,7 +555,8 @@ class Presence(NamedTuple):
 class Register(NamedTuple):
     """Command: come in, refresh, or take an offline agent over. `token` is the digest of the new token.
 
-    `renews` says that leaving the session out refreshes the one that is there, as it does in open mode.
+    `renews` says that leaving the session out refreshes the one that is there, as it does in open mode; `address` is
+    where it comes from.
     """
 
     at: int
@@ -548,6 +568,7 @@ class Register(NamedTuple):
     metadata: str | None
     token: bytes
     renews: bool
+    address: str = ""
 
 
 class _OfAgent(NamedTuple):
@@ -902,19 +923,27 @@ class Pace:
         self._buckets: dict[str, tuple[float, int]] = {}
         self._paces: dict[tuple, list[int]] = {}
 
-    def charge(self, who: str, at: int) -> None:
-        """Take one request out of the caller's bucket. Raises RateLimited."""
+    def left(self, who: str, at: int) -> float:
+        """How many requests the caller may make at once, now; infinity where nobody counts."""
         rate, burst = self.limits.rate_limit, self.limits.rate_burst
         if float("inf") in (rate, burst):
-            return
+            return float("inf")
         tokens, since = self._buckets.get(who, (burst, at))
-        tokens = min(burst, tokens + (at - since) * rate / 1000)
+        return min(burst, tokens + (at - since) * rate / 1000)
+
+    def charge(self, who: str, at: int) -> None:
+        """Take one request out of the caller's bucket. Raises RateLimited."""
+        tokens, rate = self.left(who, at), self.limits.rate_limit
+        if tokens == float("inf"):
+            return
         if tokens < 1:
             seconds = int((1 - tokens) / rate) + 1
             raise RateLimited(
                 f"more than {rate:g} requests a second: wait {seconds} s and send fewer, larger requests",
                 retry_after=seconds,
             )
+        if len(self._buckets) >= MAX_BUCKETS and who not in self._buckets:
+            self._buckets = dict(itertools.islice(self._buckets.items(), MAX_BUCKETS // 2, None))
         self._buckets[who] = (tokens - 1, at)
 
     def guard(self, c: Send, to: str, inboxes: tuple[str, ...]) -> list[list[int]]:
@@ -1073,7 +1102,8 @@ class Requests:
 class Agents:
     """Who is here, and whom a name means: the half of the hub that knows nothing of messages."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Any) -> None:
+        self.limits = limits
         self.connections: dict[str, int] = {}
         self.active: set[str] = set()
         self._seen: dict[str, int] = {}
@@ -1122,6 +1152,11 @@ class Agents:
         """`active` while a reader is open or the last sign of life is under ACTIVE_SECONDS old, else `offline`."""
         alive = agent_id in self.connections or at - self._seen.get(agent_id, 0) < ACTIVE_SECONDS * 1000
         return "active" if alive else "offline"
+
+    def lapsed(self, agent_id: str, at: int) -> bool:
+        """Whether its tokens have ended: it is not connected, and was silent for longer than they hold."""
+        silent = at - self._seen.get(agent_id, 0)
+        return silent > self.limits.session_ttl * 1000 and agent_id not in self.connections
 
     def seen_at(self, agent_id: str) -> int:
         """The last sign of life, in milliseconds since 1970; 0 for never."""
@@ -1183,8 +1218,8 @@ class Mail(Agents):
     """What becomes of messages: into inboxes, to readers, acknowledged, answered, run out. The rules of it."""
 
     def __init__(self, limits: Any) -> None:
-        super().__init__()
-        self.limits, self.pace = limits, Pace(limits)
+        super().__init__(limits)
+        self.pace = Pace(limits)
         self.events: list[Any] = []
         self.later: list[Any] = []  # events not worth a commit of their own: they go with the next (`Hub.settle`)
 
@@ -1515,16 +1550,19 @@ class Hub(Mail):
         if not held and len(self.agents) >= self.limits.max_agents:
             raise StorageFull(f"the hub has its {len(self.agents)} agents: let some leave, or raise --max-agents")
         base = held if held and same else Agent(c.agent_id, session, c.agent_id, registered_at=c.at)
+        tokens = () if self.lapsed(c.agent_id, c.at) else base.tokens
         agent = base._replace(
             name=c.name if c.name is not None else base.name,
             capabilities=c.capabilities if c.capabilities is not None else base.capabilities,
             metadata=c.metadata if c.metadata is not None else base.metadata,
-            tokens=(*base.tokens, c.token)[-TOKENS_PER_AGENT:],
+            tokens=(*tokens, c.token)[-TOKENS_PER_AGENT:],
         )
         self.enter(agent)
         self.departed.discard(agent.agent_id)
-        self.events += [Registered(agent), Seen(agent.agent_id, c.at)]
+        how = "register" if not held else "refresh" if same else "takeover"
+        self.events += [Registered(agent, how, c.address), Seen(agent.agent_id, c.at)]
         self._adopt(agent)
+        self._seen[agent.agent_id] = c.at
         self._touch(Touch(c.at, agent.agent_id))
         return agent
 
@@ -1545,6 +1583,9 @@ class Hub(Mail):
             self._went_offline(agent, c.at)
 
     def _touch(self, c: Touch) -> None:
+        if self.lapsed(c.agent_id, c.at) and c.agent_id in self.agents:
+            self.agents[c.agent_id] = self.agents[c.agent_id]._replace(tokens=())
+            self.events.append(Lapsed(c.agent_id))
         self._seen[c.agent_id] = max(c.at, self._seen.get(c.agent_id, 0))
         self._unwritten.add(c.agent_id)
         if c.agent_id not in self.active and c.agent_id in self.agents:
@@ -1552,15 +1593,15 @@ class Hub(Mail):
             self.events.append(Presence(c.agent_id, self.agents[c.agent_id].name, "active"))
 
     def _connect(self, c: Connect) -> None:
-        self.connections[c.agent_id] = self.connections.get(c.agent_id, 0) + 1
         self._touch(Touch(c.at, c.agent_id))
+        self.connections[c.agent_id] = self.connections.get(c.agent_id, 0) + 1
 
     def _disconnect(self, c: Disconnect) -> None:
+        if c.agent_id in self.agents:  # it may have left with its line still open
+            self._touch(Touch(c.at, c.agent_id))  # while it counts as connected, and so has not been silent
         self.connections[c.agent_id] -= 1
         if not self.connections[c.agent_id]:
             del self.connections[c.agent_id]
-        if c.agent_id in self.agents:  # it may have left with its line still open
-            self._touch(Touch(c.at, c.agent_id))
 
     def _sweep(self, c: Sweep) -> None:
         self.settle()
@@ -1630,7 +1671,7 @@ MIGRATIONS = (  # the n-th brings a file from user_version n to n + 1; what has 
 
 
 def _agent_rows(batch: list[Registered]) -> list[tuple]:
-    return [(*a[:3], dump(a.capabilities), a.metadata, b"".join(a.tokens), a.registered_at) for (a,) in batch]
+    return [(*a[:3], dump(a.capabilities), a.metadata, b"".join(a.tokens), a.registered_at) for a, *_ in batch]
 
 
 def _message_rows(batch: list[Any]) -> list[tuple]:
@@ -1673,6 +1714,7 @@ WRITES: dict[type, tuple[tuple[str, Callable[[list], list[tuple]]], ...]] = {
         ),
     ),
     Left: (("UPDATE agents SET departed = 1, tokens = x'' WHERE agent_id = ?", list),),
+    Lapsed: (("UPDATE agents SET tokens = x'' WHERE agent_id = ?", list),),
     Forgotten: (
         ("DELETE FROM agents WHERE agent_id = ? AND departed", list),
         ("DELETE FROM gaps WHERE inbox = ?", list),
@@ -2229,8 +2271,7 @@ class Store(Log):
     def _prepare_file(self) -> None:
         """Look at what is there before anything is changed, take the lock, make folder and file for this user only."""
         folder = os.path.dirname(os.path.abspath(self.path))
-        if not os.path.isdir(folder):
-            os.makedirs(folder, mode=0o700)
+        private_folder(folder)
         if os.path.exists(self.path):
             with open(self.path, "rb") as file:
                 if file.read(16) not in (b"", b"SQLite format 3\0"):
@@ -2434,6 +2475,23 @@ class Store(Log):
         copy.commit()
 
 
+def private_folder(path: str) -> None:
+    """Have a folder there; what is missing of it, and above it, is made for this user only, whatever the umask says."""
+    if not os.path.isdir(path):
+        private_folder(os.path.dirname(os.path.abspath(path)))
+        os.mkdir(path, 0o700)
+        os.chmod(path, 0o700)
+
+
+def open_private(path: str, flags: int = 0) -> int:
+    """A descriptor for reading and writing a file that is this user's alone, made where it is not there. A symbolic
+    link is not followed: somebody else might have put it there. Raises OSError."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | flags, 0o600)
+    if hasattr(os, "fchmod"):
+        os.fchmod(descriptor, 0o600)  # whatever the umask says, or whoever made it
+    return descriptor
+
+
 # --- HTTP -------------------------------------------------------------------------------------------------------------
 
 REASONS = {
@@ -2443,8 +2501,18 @@ REASONS = {
     500: "Internal Server Error", 501: "Not Implemented", 503: "Service Unavailable", 507: "Insufficient Storage",
 }  # fmt: skip
 
+# In every answer. A browser is to run nothing of it, show it in no frame, guess no type, keep no copy, and tell no
+# other site its address, which may hold a token; and pages of other sites are not to embed it.
+HARDENING = (
+    "X-Content-Type-Options: nosniff",
+    "Cache-Control: no-store",
+    "Content-Security-Policy: default-src 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy: same-origin",
+    "Referrer-Policy: no-referrer",
+)
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) HTTP/1\.([01])").fullmatch
+_ABSOLUTE = re.compile(r"https?://([^/?]*)(.*)").fullmatch
 _STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([0-9]{3})(?: .*)?").fullmatch
 _HEADER_LINE = re.compile(rb"(" + _TOKEN + rb"):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)").fullmatch
 _CHUNK_LINE = re.compile(rb"([0-9a-fA-F]{1,16})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?").fullmatch
@@ -2502,7 +2570,7 @@ class Response(NamedTuple):
 def _response_head(status: int, kind: str, headers: tuple, date: str, keep: bool) -> bytes:
     """All of an answer's head but its length: it changes once a second."""
     lines = [f"HTTP/1.1 {status} {REASONS[status]}", f"Content-Type: {kind}", f"Date: {date}"]
-    lines += ["X-Content-Type-Options: nosniff", "Cache-Control: no-store", *(f"{n}: {v}" for n, v in headers)]
+    lines += [*HARDENING, *(f"{n}: {v}" for n, v in headers)]
     lines += [] if keep else ["Connection: close"]
     return "\r\n".join([*lines, ""]).encode("latin-1", "replace")
 
@@ -2551,6 +2619,11 @@ def body_length(headers: dict[str, str]) -> int:
     return int(length)
 
 
+def without_port(host: str) -> str:
+    """The name or address in a Host header, in lower case."""
+    return re.sub(r":\d*$", "", host.lower())
+
+
 @functools.lru_cache(256)
 def parse_head(head: bytes) -> Head:
     """The head of a request without its last empty line (RFC 9112 3). Cached: a client's heads repeat to the byte."""
@@ -2565,11 +2638,13 @@ def parse_head(head: bytes) -> Head:
         raise InvalidRequest("a request has one Host header")
     target = match[2].decode()
     if not target.startswith("/"):  # the absolute form of a proxy's client, or a bare * for OPTIONS
-        target = re.sub("^https?://[^/]*/?", "/", target)
+        absolute = _ABSOLUTE(target)
+        if absolute:  # RFC 9112 3.2.2: the Host field is not to be looked at
+            headers["host"], target = absolute[1], absolute[2] or "/"
     path, _, query = target.partition("?")
     words = {word.strip().lower() for word in headers.get("connection", "").split(",")}
     keep = "close" not in words and (match[3] == b"1" or "keep-alive" in words)
-    host = re.sub(r":\d*$", "", headers.get("host", "").lower())
+    host = without_port(headers.get("host", ""))
     media = headers.get("content-type", "").partition(";")[0].strip().lower()
     return Head(match[1].decode(), target, path, query, headers, host, media, body_length(headers), keep)
 
@@ -2822,17 +2897,23 @@ class Download(NamedTuple):
 
 
 class Upgrade(NamedTuple):
-    """The connection becomes a WebSocket of this agent; `key` is that of the handshake (RFC 6455 4.1)."""
+    """The connection becomes a WebSocket of this agent; `key` is that of the handshake (RFC 6455 4.1), `protocol` the
+    subprotocol that is agreed upon, where the client offered any."""
 
     agent_id: str
     after: int | None
     explicit: bool
     recovered: bool
     key: str
+    protocol: str = ""
 
 
 class Settings(NamedTuple):
-    """How this hub is run, as far as its answers depend on it. An empty key is open mode."""
+    """How this hub is run, as far as its answers depend on it. An empty key is open mode.
+
+    `by_address` says that it may be called by any address, as others on the network do; `proxies` are the networks
+    (ipaddress) whose X-Forwarded headers are believed, and `unix` where those on a Unix socket are.
+    """
 
     limits: Any
     key: str = ""
@@ -2840,16 +2921,28 @@ class Settings(NamedTuple):
     origins: tuple[str, ...] = ()
     store: str = "memory"
     websockets: bool = True
+    by_address: bool = False
+    proxies: tuple[Any, ...] = ()
+
+
+class Peer(NamedTuple):
+    """The other end of a line, or of a proxy's: its address (`unix` on a Unix socket), and the scheme it speaks."""
+
+    address: str
+    scheme: str = "http"
 
 
 class Call(NamedTuple):
-    """A request that is known, checked and allowed: `agent_id` acts (empty: nobody in particular), at that time."""
+    """A request that is known, checked and allowed: `agent_id` acts (empty: nobody in particular), at that time.
+    `payer` is whose rate it counts for (empty: nobody's)."""
 
     head: Head
     body: bytes
     params: dict[str, Any]
     agent_id: str
     at: int
+    address: str
+    payer: str
 
 
 class Histogram:
@@ -3067,7 +3160,8 @@ class Reading:
         if version != "13" or not re.fullmatch("[A-Za-z0-9+/]{22}==", key) or call.head.method != "GET":
             raise InvalidRequest("a WebSocket is opened (RFC 6455) by GET, Sec-WebSocket-Version 13, a key of 16 bytes")
         after, recovered = self._resume(call.agent_id, call.params["after"], call.params["epoch"] or "")
-        return Upgrade(call.agent_id, after, call.params["ack"] == "explicit", recovered, key)
+        protocol = "bearer" if offered_token(call.head) else ""
+        return Upgrade(call.agent_id, after, call.params["ack"] == "explicit", recovered, key, protocol)
 
     def _resume(self, agent_id: str, after: int | None, epoch: str) -> tuple[int | None, bool]:
         """Where a reader goes on, and whether all after its cursor is still there. A cursor out of another log means
@@ -3105,11 +3199,25 @@ def is_loopback(host: str) -> bool:
     return host.lower() == "localhost" or host in ("::1", "[::1]") or bool(re.fullmatch(r"127(\.\d{1,3}){3}", host))
 
 
+def offered_token(head: Head) -> str:
+    """The token of a WebSocket that a browser opened with the subprotocols `bearer` and the token itself, because it
+    lets a page set no other header; empty where there is none."""
+    offered = [word.strip() for word in head.headers.get("sec-websocket-protocol", "").split(",")]
+    return offered[1] if len(offered) > 1 and offered[0].lower() == "bearer" else ""
+
+
 def log_exception(where: str) -> None:
     """A bug: its traceback, for whoever runs the hub."""
-    import traceback
+    import logging
 
-    print(f"agenthub: failed at {_shown(where)}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+    logging.getLogger("agenthub").exception("failed at %s", _shown(where))
+
+
+def log_event(event: str, **fields: Any) -> None:
+    """A line of the audit trail, for whoever runs the hub."""
+    import logging
+
+    logging.getLogger("agenthub").info(event, extra={"fields": fields})
 
 
 # --- Handlers ---------------------------------------------------------------------------------------------------------
@@ -3135,7 +3243,7 @@ class Handlers(Reading):
         agent = self.hub.apply(
             Register(
                 call.at, agent_id, session, fresh, given["name"], given["capabilities"], given["metadata"],
-                self._sha256(token), not self.settings.key,
+                self._sha256(token), not self.settings.key, call.address,
             )
         )  # fmt: skip
         crowd = len(self.hub.agents) > MAX_PEERS  # then those that are active, and not all of them
@@ -3589,6 +3697,199 @@ def _operation(route: Route) -> dict:
     return operation
 
 
+# --- Access -----------------------------------------------------------------------------------------------------------
+
+
+class Audit:
+    """The audit trail: who came in, who left, who was turned away, who used the key; `write` gets the fields of a line.
+
+    The first line of its kind is told at once. Its repeats are counted until `sweep`, and then told in one, so that
+    whoever knocks ten thousand times fills no disk. Secrets have no field here.
+    """
+
+    def __init__(self, write: Callable[..., None]) -> None:
+        self._write, self._repeats, self._others = write, {}, 0  # type: Any, dict[tuple, int], int
+
+    def note(self, event: str, message: str, **fields: str) -> None:
+        """Tell of something that may happen often. Repeats are those whose fields, which may be empty, are the same."""
+        what = (event, *[(name, value) for name, value in fields.items() if value])
+        if what in self._repeats:
+            self._repeats[what] += 1
+        elif len(self._repeats) >= AUDIT_LINES:
+            self._others += 1
+        else:
+            self._repeats[what] = 0
+            self._write(*what[:1], **dict(what[1:]), **({"message": message} if message else {}))
+
+    def tell(self, event: str, **fields: str) -> None:
+        """Tell of something each time it happens."""
+        self._write(event, **fields)
+
+    def sweep(self) -> None:
+        """Tell of what was only counted."""
+        repeats, others, self._repeats, self._others = self._repeats, self._others, {}, 0
+        for (event, *fields), count in repeats.items():
+            if count:
+                self._write(event, **dict(fields), repeated=count)
+        if others:
+            self._write("refused", message="there was more of other kinds, from more addresses", repeated=others)
+
+
+def read_address(text: str) -> str:
+    """An IP address in its one spelling, whether it stands with a port, in brackets or alone; else empty."""
+    import ipaddress
+
+    found = re.fullmatch(r"\[([^]]+)\](?::\d+)?|(\d+(?:\.\d+){3}):\d+|(.+)", text.strip())
+    try:
+        address = ipaddress.ip_address(next(filter(None, found.groups())) if found else "")
+    except ValueError:
+        return ""
+    return str(getattr(address, "ipv4_mapped", None) or address)
+
+
+@functools.lru_cache(1024)
+def _among(address: str, networks: tuple[Any, ...]) -> bool:
+    """Whether an address is in one of these networks."""
+    import ipaddress
+
+    if address == "unix" or not read_address(address):
+        return address in networks
+    found = ipaddress.ip_address(read_address(address))
+    return any(found in net for net in networks if net != "unix")
+
+
+class Access(About):
+    """Who may come in: by which name and from which pages, behind which proxy, and with which key or token."""
+
+    def __init__(self, hub: Hub, log: Any, settings: Settings, mint: Callable[[], str]) -> None:
+        super().__init__(hub, log, settings, mint)
+        self.audit = Audit(log_event)
+
+    # where a request comes from
+
+    def believes(self, address: str) -> bool:
+        """Whether that is a proxy whose X-Forwarded headers are believed (--trusted-proxy)."""
+        return bool(self.settings.proxies) and _among(address, self.settings.proxies)
+
+    def _as_the_proxy_got_it(self, head: Head, peer: Peer) -> tuple[Head, Peer]:
+        """The request as it came to the proxy before us. Of X-Forwarded-For the last hop that is no proxy of ours is
+        the client: what stands before that, the client may have made up."""
+        if not self.believes(peer.address):
+            return head, peer
+        said = {name: head.headers.get(f"x-forwarded-{name}", "") for name in ("for", "proto", "host")}
+        proto, host = (said[name].rpartition(",")[2].strip().lower() for name in ("proto", "host"))
+        address, hops = peer.address, said["for"].split(",")
+        while hops and self.believes(address) and (hop := read_address(hops.pop())):
+            address = hop
+        if host:
+            head = head._replace(host=without_port(host), headers={**head.headers, "host": host})
+        return head, Peer(address, proto if proto in ("http", "https") else peer.scheme)
+
+    def _check_host(self, head: Head, peer: Peer) -> None:
+        """In open mode a page must not reach the hub under a name of its own choice (DNS rebinding). A client on a Unix
+        socket is no browser, and an address, unlike a name, means the same to everybody."""
+        host = head.host
+        if not host or self.settings.key or is_loopback(host) or host in self.settings.allow_hosts:
+            return
+        if peer.address != "unix" and not (self.settings.by_address and read_address(host)):
+            raise BadHost(f"this hub is not {_shown(host)}: use 127.0.0.1 or localhost, or start it with --allow-host")
+
+    def _check_origin(self, head: Head, route: Route | None) -> None:
+        """A page of another site may change nothing, nor act as an agent, which is a sign of its life: it counts for
+        its rate, and may claim. Where a browser sends no Origin, its Sec-Fetch-Site says what it is."""
+        safe = head.method in ("GET", "HEAD", "OPTIONS") and not (route and route.actor)
+        origin = head.headers.get("origin")
+        if origin is None:
+            own = head.headers.get("sec-fetch-site", "none").lower() in ("none", "same-origin")
+        else:
+            host = head.headers.get("host", "").lower()
+            own = origin in self.settings.origins or origin.lower() in (f"http://{host}", f"https://{host}")
+        if not (own or safe):
+            who = f"pages of {_shown(origin)}" if origin else "pages of other sites"
+            raise BadOrigin(f"{who} may not act here: start the hub with --cors-origin to let them")
+
+    def cors(self, head: Head) -> tuple[tuple[str, str], ...]:
+        """The headers that let a page of a named origin read the answer; for other origins, only that it depends."""
+        origin = head.headers.get("origin")
+        if not self.settings.origins:
+            return ()
+        if origin not in self.settings.origins:
+            return (("Vary", "Origin"),)
+        shown = "Retry-After, X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset"
+        return (("Vary", "Origin"), ("Access-Control-Allow-Origin", origin), ("Access-Control-Expose-Headers", shown))
+
+    def preflight(self, head: Head, allow: str) -> tuple[tuple[str, str], ...]:
+        """What a page of a named origin may send here."""
+        if head.headers.get("origin") not in self.settings.origins:
+            return ()
+        fields = "Authorization, Content-Type, Idempotency-Key, Last-Event-ID, X-From"
+        return (
+            ("Access-Control-Allow-Methods", allow),
+            ("Access-Control-Allow-Headers", fields),
+            ("Access-Control-Max-Age", "600"),
+        )
+
+    # who asks
+
+    def _token(self, head: Head) -> str:
+        """The token or key of a request: as a bearer, or where a browser or a monitor can send no header, as `token=`
+        or as a WebSocket's subprotocol."""
+        said = head.headers
+        if "authorization" not in said and "token=" not in head.query and "sec-websocket-protocol" not in said:
+            return ""
+        scheme, _, token = said.get("authorization", "").partition(" ")
+        if scheme and scheme.lower() != "bearer":
+            raise Unauthorized("the Authorization header must read `Bearer TOKEN`")
+        return token.strip() or parse_query(head.query).get("token", "") or offered_token(head)
+
+    def _authorize(self, route: Route, actor: str | None, token: str, address: str, at: int) -> str:
+        """Who acts. Raises Unauthorized for a token that is nobody's, Forbidden for one that is somebody else's."""
+        if not token and self.settings.key and route.access != "open":
+            raise Unauthorized(
+                "this hub has a key: send `Authorization: Bearer` with your agent's token or the key (AGENTHUB_KEY)"
+            )
+        with_key = bool(token) and self._is_key(token)
+        if not token or with_key or route.access == "open":
+            if route.actor and actor is None:
+                actor = route.default_actor or None
+            if route.actor and actor is None:
+                raise InvalidRequest(f"`{route.actor}` is missing: say which agent this is")
+            if with_key:
+                where = f"{route.method} {route.path}"
+                self.audit.note("key", "", address=address, agent_id=actor or "", route=where)
+            return actor or ""
+        holder = self.holder(token, at)
+        if holder is None:
+            if not route.actor and not self.settings.key:
+                return ""
+            key = ", or set AGENTHUB_KEY to the key that `serve` printed" if self.settings.key else ", or leave it out"
+            raise Unauthorized(f"this is no agent's token (any more): register again to get a new one{key}")
+        if route.access == "key" and self.settings.key:
+            raise Forbidden("this needs the hub's key, not an agent's token")
+        if route.actor and actor not in (None, holder):
+            raise Forbidden(f"this token is that of `{holder}`: it can't act as `{actor}`")
+        return holder
+
+    def holder(self, token: str, at: int) -> str | None:
+        """Whose token that is. A token begins with the agent's id, so that looking it up needs no table."""
+        agent = self.hub.agents.get(token.rpartition(".")[0])
+        digest = self._sha256(token)
+        good = agent is not None and any([self._same(digest, one) for one in agent.tokens])
+        return agent.agent_id if agent and good and not self.hub.lapsed(agent.agent_id, at) else None
+
+    # how fast it may go on
+
+    def _allowance(self, payer: str, at: int) -> tuple[tuple[str, str], ...]:
+        """What is left of a rate, as GitHub tells it: requests at once, left of them, when all are back (epoch)."""
+        left = self.hub.pace.left(payer, at) if payer else float("inf")
+        if left == float("inf"):
+            return ()
+        rate, burst = self.settings.limits.rate_limit, self.settings.limits.rate_burst
+        back_at = -int(-(at / 1000 + (burst - left) / rate) // 1)
+        told = {"Limit": f"{burst:g}", "Remaining": str(int(left)), "Reset": str(back_at)}
+        return tuple((f"X-RateLimit-{name}", value) for name, value in told.items())
+
+
 # --- API --------------------------------------------------------------------------------------------------------------
 
 
@@ -3608,43 +3909,51 @@ def error_frame(error: HubError, ref: dict) -> Frame:
     return Frame({"type": "error", **ref, "error": error.wire()["error"]}, ref)
 
 
-class API(About):
-    """Who may ask for what: reads, authorizes and charges requests and frames, and turns errors into answers."""
+class Reply(NamedTuple):
+    """A request's answer (see `dispatch`), and the headers that it carries whatever it turns out to be."""
+
+    answer: Any
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+class API(Access):
+    """Reads, admits and charges requests and frames, has them handled, and turns errors into answers."""
 
     # the one place where requests come in and errors become answers
 
-    def dispatch(self, head: Head, body: bytes, address: str, at: int) -> Any:
+    def dispatch(self, head: Head, body: bytes, peer: Peer, at: int) -> Reply:
         """Answer one HTTP request: a Response, Wait, Later, Stream, Download or Upgrade. Never raises: a HubError
         becomes its status, all else is logged and `internal`."""
+        route = call = None
         try:
-            self._check_site(head)
+            head, peer = self._as_the_proxy_got_it(head, peer)
+            self._check_host(head, peer)
             methods, given = self._match(head)
             route = methods.get("GET" if head.method == "HEAD" else head.method)
+            self._check_origin(head, route)
             if route is None:
-                return self._options(head, methods)
-            call = self._admit(route, head, body, given, address, at)
+                return Reply(self._options(head, methods), self.cors(head))
+            call = self._admit(route, head, body, given, peer, at)
             answer = route.handler(self, call)
         except HubError as error:
-            answer = error_response(error)
+            answer = error_response(self._refused(error, head, route, call, peer, at))
         except Exception:
             log_exception(f"{head.method} {head.path}")
             answer = error_response(HubError("the hub failed at this request; its log says why"))
-        return answer
+        return Reply(answer, self.cors(head) + self._allowance(call.payer if call else peer.address, at))
 
-    def _check_site(self, head: Head) -> None:
-        """Web pages may not reach a hub through a user's browser, under another name or from another site."""
-        host = head.host
-        if host and not self.settings.key and not is_loopback(host) and host not in self.settings.allow_hosts:
-            raise BadHost(f"this hub is not {_shown(host)}: use 127.0.0.1 or localhost, or start it with --allow-host")
-        origin = head.headers.get("origin")
-        if origin is None or origin in self.settings.origins:
-            return
-        own = origin.lower() in (
-            f"http://{head.headers.get('host')}".lower(),
-            f"https://{head.headers.get('host')}".lower(),
-        )
-        if not own and (head.method not in ("GET", "HEAD", "OPTIONS") or "upgrade" in head.headers):
-            raise BadOrigin(f"pages of {_shown(origin)} may not change anything here: start the hub with --cors-origin")
+    def _refused(
+        self, error: HubError, head: Head, route: Route | None, call: Call | None, peer: Peer, at: int
+    ) -> HubError:
+        """Note a refusal. Who was not admitted pays by address, so that keys and tokens can't be tried out quickly."""
+        if call is None and not isinstance(error, RateLimited):
+            try:
+                self.hub.pace.charge(peer.address, at)
+            except RateLimited as limited:
+                error = limited
+        who, where = call.agent_id if call else "", f"{route.method} {route.path}" if route else _shown(head.method)
+        self.audit.note("refused", error.message, address=peer.address, agent_id=who, route=where, code=error.code)
+        return error
 
     def _match(self, head: Head) -> tuple[dict[str, Route], dict[str, str]]:
         """The routes of a path by method, and the path's parameters."""
@@ -3661,37 +3970,23 @@ class API(About):
         allow = ", ".join(sorted({*methods, "OPTIONS", *(["HEAD"] if "GET" in methods else [])}))
         if head.method != "OPTIONS":
             raise MethodNotAllowed(f"{_shown(head.method)} does nothing here: use {allow}", allow=allow)
-        return Response(status=204, headers=(("Allow", allow),))
+        return Response(status=204, headers=(("Allow", allow), *self.preflight(head, allow)))
 
-    def cors(self, head: Head) -> tuple[tuple[str, str], ...]:
-        """The headers that let a page of an allowed origin read the answer; none for anybody else."""
-        origin = head.headers.get("origin")
-        if origin not in self.settings.origins:
-            return ()
-        return (
-            ("Access-Control-Allow-Origin", origin),
-            ("Access-Control-Allow-Methods", "GET, POST, DELETE"),
-            ("Access-Control-Allow-Headers", "Authorization, Content-Type, Idempotency-Key, Last-Event-ID, X-From"),
-            ("Access-Control-Max-Age", "600"),
-            ("Vary", "Origin"),
-        )
-
-    def _admit(self, route: Route, head: Head, body: bytes, given: dict, address: str, at: int) -> Call:
-        """Read, authorize and charge a request. The order matters: who asks is known only from what is asked."""
-        try:
-            params = self._params(route, head, body, given)
-            token = self._token(head) if route.access != "open" else ""  # a proxy in front may have a scheme of its own
-            actor = self._authorize(route, params.get(route.actor), token)
-        except HubError:
-            self.hub.pace.charge(address, at)
-            raise
-        if route.charged:
-            self.hub.pace.charge(actor or (params.get("agent_id") if route.method == "POST" else None) or address, at)
+    def _admit(self, route: Route, head: Head, body: bytes, given: dict, peer: Peer, at: int) -> Call:
+        """Read, authorize and charge a request. The order matters: who asks is known only from what is asked. Who is
+        nobody here pays by address: made-up names would each have a rate of their own."""
+        params = self._params(route, head, body, given)
+        token = self._token(head) if route.access != "open" else ""  # a proxy in front may have a scheme of its own
+        actor = self._authorize(route, params.get(route.actor), token, peer.address, at)
+        named = actor if self.hub.known(actor) else params["agent_id"] if route.handler is Handlers.register else ""
+        payer = (named or peer.address) if route.charged else ""
+        if payer:
+            self.hub.pace.charge(payer, at)
         if self.trouble and route.writes:
             self.probe()
         if actor and self.hub.known(actor):
             self.hub.apply(Touch(at, actor))
-        return Call(head, body, params, actor, at)
+        return Call(head, body, params, actor, at, peer.address, payer)
 
     def _params(self, route: Route, head: Head, body: bytes, given: dict) -> dict[str, Any]:
         stated = {name: head.headers[header] for header, name in route.headers if head.headers.get(header)}
@@ -3725,49 +4020,9 @@ class API(About):
             raise InvalidRequest("the body must be a JSON object")
         return value
 
-    # who asks
-
-    def _token(self, head: Head) -> str:
-        if "authorization" not in head.headers and "token=" not in head.query:
-            return ""
-        scheme, _, token = head.headers.get("authorization", "").partition(" ")
-        if scheme and scheme.lower() != "bearer":
-            raise Unauthorized("the Authorization header must read `Bearer TOKEN`")
-        return token.strip() or parse_query(head.query).get("token", "")
-
-    def _authorize(self, route: Route, actor: str | None, token: str) -> str:
-        """Who acts. Raises Unauthorized for a token that is nobody's, Forbidden for one that is somebody else's."""
-        if not token and self.settings.key and route.access != "open":
-            raise Unauthorized(
-                "this hub has a key: send `Authorization: Bearer` with your agent's token or the key (AGENTHUB_KEY)"
-            )
-        if not token or self._is_key(token) or route.access == "open":
-            if route.default_actor and actor is None:
-                return route.default_actor
-            if route.actor and actor is None:
-                raise InvalidRequest(f"`{route.actor}` is missing: say which agent this is")
-            return actor or ""
-        holder = self.holder(token)
-        if holder is None:
-            if not route.actor and not self.settings.key:
-                return ""
-            key = ", or set AGENTHUB_KEY to the key that `serve` printed" if self.settings.key else ", or leave it out"
-            raise Unauthorized(f"this is no agent's token (any more): register again to get a new one{key}")
-        if route.access == "key" and self.settings.key:
-            raise Forbidden("this needs the hub's key, not an agent's token")
-        if route.actor and actor not in (None, holder):
-            raise Forbidden(f"this token is that of `{holder}`: it can't act as `{actor}`")
-        return holder
-
-    def holder(self, token: str) -> str | None:
-        """Whose token that is. A token begins with the agent's id, so that looking it up needs no table."""
-        agent = self.hub.agents.get(token.rpartition(".")[0])
-        digest = self._sha256(token)
-        return agent.agent_id if agent and any([self._same(digest, one) for one in agent.tokens]) else None
-
     # frames of a WebSocket
 
-    def frame(self, agent_id: str, data: bytes, at: int) -> Frame:
+    def frame(self, agent_id: str, data: bytes, at: int, address: str = "") -> Frame:
         """Answer one frame of a WebSocket. Never raises, like `dispatch`."""
         self.metrics["websocket_frames_total"] += 1
         ref: dict[str, Any] = {}
@@ -3784,6 +4039,8 @@ class API(About):
                 self.probe()
             return handler(self, agent_id, frame, ref, at)
         except HubError as error:
+            who = {"address": address, "agent_id": agent_id}
+            self.audit.note("refused", error.message, **who, route="frame", code=error.code)
             return error_frame(error, ref)
         except Exception:
             log_exception(f"a frame of {agent_id}")
@@ -4066,6 +4323,15 @@ class Poll:
 # --- Connections ------------------------------------------------------------------------------------------------------
 
 
+class Exchange(NamedTuple):
+    """A request that is being answered: the headers its answer carries, the slot it goes into, and since when."""
+
+    request: Request
+    headers: tuple[tuple[str, str], ...]
+    slot: list[bytes]
+    started: float
+
+
 class HttpConnection:
     """One line speaking HTTP/1.1 with keep-alive and pipelining: an asyncio protocol, with websockets or without.
 
@@ -4092,14 +4358,15 @@ class HttpConnection:
     def connection_made(self, transport: Any) -> None:
         """A new line."""
         self.transport = transport
-        peer = transport.get_extra_info("peername")
-        self.address = str(peer[0]) if peer else "local"
-        full = len(self.server.connections) >= self.server.limits.max_connections
-        self.server.connections.add(self)
+        name = transport.get_extra_info("peername")  # a Unix socket's is a path, or none
+        scheme = "https" if transport.get_extra_info("sslcontext") else "http"
+        self.peer = Peer(str(name[0]) if isinstance(name, tuple) else "unix", scheme)
+        full = self.server.full_for(self.peer.address)
+        self.server.count_in(self, self.peer.address)
         if full:  # closed at once, without waiting for what it may have sent: a descriptor is what there is none of
             self.last = True
-            error = RateLimited("the hub has as many connections as it may: try again later", retry_after=5)
-            self.transport.write(error_response(error).encode(self.server.date, keep=False))
+            self._note(full)
+            self.transport.write(error_response(full).encode(self.server.date, keep=False))
             self.transport.close()
 
     def data_received(self, data: bytes) -> None:
@@ -4139,7 +4406,7 @@ class HttpConnection:
     def connection_lost(self, error: Exception | None) -> None:
         """The line is gone."""
         self.last = True
-        self.server.connections.discard(self)
+        self.server.count_out(self)
         self._drop_file()
         for reader in (self.stream, self.poll):
             if reader:
@@ -4175,60 +4442,59 @@ class HttpConnection:
 
     def _answer(self, request: Request) -> None:
         started = time.perf_counter()
-        answer = self.server.process_request(self, request)
+        answer, headers = self.server.process_request(self, request)
         slot: list[bytes] = []
         self.slots.append(slot)
         self.last = not request.head.keep
         self.since = self.server.loop.time()
-        self.HOW[type(answer)](self, request, answer, slot, started)
+        self.HOW[type(answer)](self, Exchange(request, headers, slot, started), answer)
         self.server.schedule()
 
-    def _answer_response(self, request: Request, answer: Response, slot: list[bytes], started: float) -> None:
+    def _answer_response(self, asked: Exchange, answer: Response) -> None:
         def leave(error: HubError | None) -> None:
             final = answer
-            if error and request.head.method == "GET" and not answer.changes:  # so it can simply be asked again
-                final = self.server.process_request(self, request)
+            if error and asked.request.head.method == "GET" and not answer.changes:  # so it can simply be asked again
+                final, _ = self.server.process_request(self, asked.request)
                 final = final if isinstance(final, Response) else error_response(error)
             elif error:
                 final = error_response(error)
-            self._fill(request, final, slot, started)
+            self._fill(asked, final)
             self._send_ready()
 
         if answer.settled:
-            self._fill(request, answer, slot, started)
+            self._fill(asked, answer)
         else:
             self.server.when_durable(leave)
             self.server.schedule()
 
-    def _fill(self, request: Request, answer: Response, slot: list[bytes], started: float) -> None:
-        head, server = request.head, self.server
-        extra = server.api.cors(head)
-        if extra:
-            answer = answer._replace(headers=answer.headers + extra)
+    def _fill(self, asked: Exchange, answer: Response) -> None:
+        head, server = asked.request.head, self.server
+        if asked.headers:
+            answer = answer._replace(headers=answer.headers + asked.headers)
         data = answer.encode(server.date, head.keep, head.method == "HEAD")
-        slot.append(data)
+        asked.slot.append(data)
         self.unsent += len(data)
         server.api.answers[answer.status] += 1
-        server.api.request_seconds.observe(time.perf_counter() - started)
+        server.api.request_seconds.observe(time.perf_counter() - asked.started)
 
-    def _answer_wait(self, request: Request, wait: Wait, slot: list[bytes], started: float) -> None:
+    def _answer_wait(self, asked: Exchange, wait: Wait) -> None:
         self.blocked = True
 
         def leave(answer: Response) -> None:
             self.poll, self.blocked = None, False
-            self._answer_response(request, answer, slot, started)
+            self._answer_response(asked, answer)
             self._send_ready()
             self._go_on()
 
         self.poll = Poll(self.server, wait, leave)
 
-    def _answer_stream(self, request: Request, stream: Stream, slot: list[bytes], started: float) -> None:
+    def _answer_stream(self, asked: Exchange, stream: Stream) -> None:
         if not self._alone("open a stream"):
             return
         kind = "text/event-stream" if stream.format == "sse" else "application/x-ndjson"
-        extra = (("Transfer-Encoding", "chunked"), ("X-Accel-Buffering", "no"), *self.server.api.cors(request.head))
+        extra = (("Transfer-Encoding", "chunked"), ("X-Accel-Buffering", "no"), *asked.headers)
         self.transport.write(plain_head(200, f"{kind}; charset=utf-8", extra, self.server.date))
-        if request.head.method == "HEAD":
+        if asked.request.head.method == "HEAD":
             self.last, self.blocked = True, False
             return
         encode = _event_chunk if stream.format == "sse" else _line_chunk
@@ -4249,22 +4515,22 @@ class HttpConnection:
             self._refuse(InvalidRequest(f"{what} on a connection with no unanswered request"))
         return not self.slots
 
-    def _answer_later(self, request: Request, later: Later, slot: list[bytes], started: float) -> None:
+    def _answer_later(self, asked: Exchange, later: Later) -> None:
         self.blocked = True
 
         def made(answer: Response) -> None:
             self.blocked = False
-            self._answer_response(request, answer, slot, started)
+            self._answer_response(asked, answer)
             self._send_ready()
             self._go_on()
 
         self.server.searcher.run(later.make, made)
 
-    def _answer_download(self, request: Request, download: Download, slot: list[bytes], started: float) -> None:
+    def _answer_download(self, asked: Exchange, download: Download) -> None:
         """Have the file made, then send it as fast as the peer takes it."""
         if len(self.server.copying) >= MAX_COPIES:
             error = RateLimited("as many copies are being made as may be: try again when one is done", retry_after=10)
-            return self._answer_response(request, error_response(error), slot, started)
+            return self._answer_response(asked, error_response(error))
         if not self._alone("ask for a file"):
             return
         self.server.copying.add(self)
@@ -4275,16 +4541,15 @@ class HttpConnection:
             if isinstance(made, Response):
                 self.blocked = False
                 self.server.copying.discard(self)
-                self.slots.append(slot)
-                self._answer_response(request, made, slot, started)
+                self.slots.append(asked.slot)
+                self._answer_response(asked, made)
                 self._send_ready()
                 return self._go_on()
             self.file = made
             if self.transport.is_closing():
                 return self._drop_file()
             length = ("Content-Length", str(os.fstat(made.fileno()).st_size))
-            headers = (length, *self.server.api.cors(request.head))
-            self.transport.write(plain_head(200, download.content_type, headers, self.server.date))
+            self.transport.write(plain_head(200, download.content_type, (length, *asked.headers), self.server.date))
             self.server.api.answers[200] += 1
             self._send_soon()
 
@@ -4318,7 +4583,7 @@ class HttpConnection:
             self.file.close()
             self.file = None
 
-    def _answer_upgrade(self, request: Request, upgrade: Upgrade, slot: list[bytes], started: float) -> None:
+    def _answer_upgrade(self, asked: Exchange, upgrade: Upgrade) -> None:
         """Let websockets have the line, as soon as it is there: the hub may have just started."""
         if not self._alone("open a WebSocket"):
             return
@@ -4332,13 +4597,14 @@ class HttpConnection:
         """With a handshake of what matters to the library: all else was looked at here."""
         if self.transport.is_closing():
             return
-        socket = self.server.library.result()()
+        socket = self.server.library.result()(upgrade.protocol)
         self.last = self.handed_over = True
-        self.server.connections.discard(self)
-        socket.admit(self.server, upgrade)
+        self.server.count_out(self)
+        socket.admit(self.server, upgrade, self.peer.address)
         self.transport.set_protocol(socket)
         socket.connection_made(self.transport)
         fields = "Host: hub\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+        fields += f"Sec-WebSocket-Protocol: {upgrade.protocol}\r\n" if upgrade.protocol else ""
         head = f"GET / HTTP/1.1\r\n{fields}Sec-WebSocket-Key: {upgrade.key}\r\n\r\n"
         socket.data_received(head.encode() + bytes(self.reader.buffer))
 
@@ -4354,10 +4620,14 @@ class HttpConnection:
     def _refuse(self, error: HubError) -> None:
         """Answer what could not be read, and read no more: where the next request begins is unknown. What still comes
         is thrown away for a while, because a line closed on unread bytes is reset, and the answer lost with it."""
+        self._note(error)
         self.slots.append([error_response(error).encode(self.server.date, keep=False)])
         self.last, self.refused, self.blocked = True, True, False
         self.since = self.server.loop.time()
         self._send_ready()
+
+    def _note(self, error: HubError) -> None:
+        self.server.api.audit.note("refused", error.message, address=self.peer.address, code=error.code)
 
     def _send_ready(self) -> None:
         full, out = len(self.slots) >= MAX_PIPELINE, []
@@ -4416,14 +4686,14 @@ class HubSocket:
     admitted = True
     stream: SocketReader | None = None
 
-    def admit(self, server: Any, upgrade: Upgrade) -> None:
+    def admit(self, server: Any, upgrade: Upgrade, address: str) -> None:
         """Take note of whose it is; called before the handshake."""
-        self.hub_server, self.upgrade = server, upgrade
+        self.hub_server, self.upgrade, self._address = server, upgrade, address
         self._parts: list[bytes] = []
         self._heard_at = self._pinged_at = server.loop.time()
         self._partial_at: float | None = None
         self._over = False  # a close frame has gone or come: what is behind it is not for us
-        server.connections.add(self)
+        server.count_in(self, address)
 
     def open(self) -> None:
         """The handshake is done: say welcome, and send what is unread."""
@@ -4471,7 +4741,7 @@ class HubSocket:
             data.decode()  # the library leaves this check to whoever reads the frame
         except UnicodeDecodeError:
             return self._fail(1007, "not UTF-8")
-        answer = server.api.frame(self.upgrade.agent_id, data, server.clock())
+        answer = server.api.frame(self.upgrade.agent_id, data, server.clock(), self._address)
         if answer.settled:
             self._reply(answer, None)
         else:
@@ -4509,7 +4779,7 @@ class HubSocket:
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The line is gone."""
-        self.hub_server.connections.discard(self)
+        self.hub_server.count_out(self)
         if self.stream:
             self.stream.close()
         super().connection_lost(exc)
@@ -4809,7 +5079,8 @@ class Server:
         self.api.probe = self.batches.probe
         self.metrics = self.api.metrics
         self.readers: dict[str, dict[Any, None]] = {}
-        self.connections: set[Any] = set()
+        self.connections: dict[Any, str] = {}  # every line, and the address at its other end
+        self.addresses: collections.Counter[str] = collections.Counter()
         self.dirty: dict[Any, None] = {}
         self.held: list[Any] = []
         memory = store.path == ":memory:"  # its one connection is the loop's
@@ -4820,7 +5091,7 @@ class Server:
         self._pushes: dict[tuple[str, str], list[int]] = {}
         self._listeners: list[Any] = []
         self.library: Any = None  # the task that takes websockets in
-        self._swept_at = self.loop.time()
+        self._swept_at = self._told_at = self.loop.time()
         self._tick()
 
     # turns
@@ -4899,6 +5170,7 @@ class Server:
 
     def _tell_left(self, event: Left) -> None:
         """Its lines end with it, and so do its tokens: whoever takes the id next must not be read or spoken for."""
+        self.api.audit.tell("leave", agent_id=event.agent_id)
         for reader in list(self.readers.get(event.agent_id, ())):
             reader.end()
 
@@ -4908,7 +5180,11 @@ class Server:
     def _tell_pushed(self, event: Pushed) -> None:
         self.metrics["pushes_total"] += len(event.seqs)
 
+    def _tell_registered(self, event: Registered) -> None:
+        self.api.audit.tell(event.how, address=event.address, agent_id=event.agent.agent_id)
+
     TELL = {
+        Registered: _tell_registered,
         Sent: _tell_sent,
         Adopted: _tell_adopted,
         Presence: _tell_presence,
@@ -4972,6 +5248,9 @@ class Server:
         if self.api.trouble:
             return self.batches.probe()
         self.store.check()
+        if now - self._told_at >= AUDIT_SECONDS:
+            self._told_at = now
+            self.api.audit.sweep()
         if now - self._swept_at >= SWEEP_SECONDS:
             self._swept_at, self._deep = now, True
             self.hub.apply(Sweep(self.clock()))
@@ -5019,6 +5298,28 @@ class Server:
 
     # the way in
 
+    def full_for(self, address: str) -> HubError | None:
+        """Why there is no room for one more line from there, if there is none. A proxy's lines are many people's."""
+        if len(self.connections) >= self.limits.max_connections:
+            return RateLimited("the hub has as many connections as it may: try again later", retry_after=5)
+        if self.addresses[address] >= self.limits.max_per_address and not self.api.believes(address):
+            most = f"{self.limits.max_per_address:.0f}"
+            return RateLimited(f"{address} has {most} connections open, as many as it may: close some", retry_after=5)
+        return None
+
+    def count_in(self, connection: Any, address: str) -> None:
+        """Mind a line from there."""
+        self.connections[connection] = address
+        self.addresses[address] += 1
+
+    def count_out(self, connection: Any) -> None:
+        """A line is gone, or another connection has it now."""
+        address = self.connections.pop(connection, None)
+        if address is not None:
+            self.addresses[address] -= 1
+            if not self.addresses[address]:
+                del self.addresses[address]
+
     def process_request(self, connection: Any, request: Any) -> Any:
         """Answer a request: the hook of that name in websockets, which HttpConnection asks for plain HTTP as well.
 
@@ -5027,18 +5328,21 @@ class Server:
         if connection.admitted:
             return None
         if self.closing:
-            return error_response(ShuttingDown("the hub is shutting down: try again in a moment"))
-        return self.api.dispatch(request.head, request.body, connection.address, self.clock())
+            return Reply(error_response(ShuttingDown("the hub is shutting down: try again in a moment")))
+        return self.api.dispatch(request.head, request.body, connection.peer, self.clock())
 
-    async def start(self, host: str, port: int) -> list[tuple]:
-        """Listen, and take websockets in while the first requests are answered: importing it takes as long as all else.
-        Returns the addresses. Raises OSError."""
-        first = await self.loop.create_server(lambda: HttpConnection(self), host, port, backlog=ACCEPTS)
-        self._listeners.append(first)
-        self._widen(first)
-        if self.api.settings.websockets:
-            self.library = self.loop.create_task(self._take_in_websockets(first.sockets[0].dup()))
-        return [sock.getsockname() for sock in first.sockets]
+    async def listen(self, tls: Any = None, **where: Any) -> list[Any]:
+        """Listen at `host` and `port`, or on `sock`, which is bound; with TLS where there is a context for it. The
+        first time, have websockets taken in while the first requests are answered: importing it takes as long as all
+        else. Returns the addresses. Raises OSError."""
+        options = {"ssl": tls, "ssl_handshake_timeout": min(self.limits.head_timeout, 60)} if tls else {}
+        listener = await self.loop.create_server(lambda: HttpConnection(self), **where, **options, backlog=ACCEPTS)
+        self._widen(listener)
+        if self.api.settings.websockets and not self._listeners:
+            same = listener.sockets[0].dup()
+            self.library = self.loop.create_task(self._take_in_websockets(sock=same, **options))
+        self._listeners.append(listener)
+        return [sock.getsockname() for sock in listener.sockets]
 
     def _widen(self, listener: Any) -> None:
         """Let more wait than asyncio accepts in one turn: it has one number for both."""
@@ -5046,7 +5350,7 @@ class Server:
             with sock.dup() as same:
                 same.listen(BACKLOG)
 
-    async def _take_in_websockets(self, sock: Any) -> Callable[[], Any]:
+    async def _take_in_websockets(self, **where: Any) -> Callable[[str], Any]:
         """Have websockets serve on the same socket, so that each of its connections has its server and its handshake.
         Returns what makes such a connection; it takes over from an HttpConnection, whoever accepted that."""
         import asyncio
@@ -5057,6 +5361,7 @@ class Server:
         await self.loop.run_in_executor(None, importlib.import_module, "websockets.asyncio.server")
         from websockets.asyncio.server import ServerConnection, serve
         from websockets.server import ServerProtocol
+        from websockets.typing import Subprotocol
 
         most = self.limits.max_message + FRAME_OVERHEAD
         max_size = None if most == float("inf") else int(most)
@@ -5064,13 +5369,18 @@ class Server:
         logger.setLevel(logging.CRITICAL)  # what it reports is a peer that went away or broke the protocol
         kind = type("HubServerConnection", (HubSocket, ServerConnection), {})
         listener = await serve(
-            self._run_socket, sock=sock, process_request=self.process_request, server_header=None,
+            self._run_socket, **where, process_request=self.process_request, server_header=None,
             create_connection=lambda *_, **options: HttpConnection(self), backlog=ACCEPTS, logger=logger,
         )  # fmt: skip
         self._widen(listener.server)
         self._listeners.append(listener.server)  # websockets' own close would wait for lines that `stop` closes
         options = {"ping_interval": None, "close_timeout": STOP_SECONDS}
-        return lambda: kind(ServerProtocol(max_size=max_size, logger=logger), listener, **options)
+
+        def connection(subprotocol: str) -> Any:
+            offered = [Subprotocol(subprotocol)] if subprotocol else None
+            return kind(ServerProtocol(subprotocols=offered, max_size=max_size, logger=logger), listener, **options)
+
+        return connection
 
     async def _run_socket(self, socket: Any) -> None:
         socket.open()
@@ -5081,6 +5391,7 @@ class Server:
         import asyncio
 
         self.closing = True
+        self.api.audit.sweep()
         deadline = self.loop.time() + STOP_SECONDS
         if self.library and not self.library.done():
             await asyncio.wait([self.library])
@@ -5120,6 +5431,7 @@ IDLE_LINES = 8  # kept by an AgentClient: as many calls as one agent has under w
 RECEIVE = 64 * 1024  # bytes asked of a line at a time
 SEEN_IDS = 4_096  # ids a listening client remembers, to hand nothing to its handler twice after a reconnect
 _URL = re.compile(r"(https?)://(\[[0-9A-Fa-f:.]+\]|[^:/?#\[\]]+)(?::(\d{1,5}))?/?").fullmatch
+_UNIX_URL = re.compile(r"unix:(?://)?(.+)").fullmatch  # a Unix socket's path
 
 
 def new_message_id() -> str:
@@ -5139,22 +5451,29 @@ class _Calls:
         name: str | None = None, capabilities: Iterable[str] | None = None, metadata: dict | None = None,
         token: str | None = None, key: str | None = None, cacert: str | None = None,
     ) -> None:  # fmt: skip
-        self.url = (server_url or os.environ.get("AGENTHUB_URL") or DEFAULT_URL).rstrip("/")
-        parts = _URL(self.url)
-        if not parts:
-            raise InvalidRequest(f"{self.url} is not a hub's address: write http://HOST:PORT")
-        self._tls = parts[1] == "https"
-        self._host, self._port = parts[2].strip("[]"), int(parts[3] or (443 if self._tls else 80))
+        self._aim(server_url or os.environ.get("AGENTHUB_URL") or DEFAULT_URL)
         self.agent_id, self.session_id, self.name = agent_id, session_id, name
         self.capabilities, self.metadata = capabilities, metadata
         self.token = token or os.environ.get("AGENTHUB_TOKEN") or ""
         self.key = key or os.environ.get("AGENTHUB_KEY") or ""
-        self._cacert = cacert
+        self._cacert = cacert or os.environ.get("AGENTHUB_CACERT") or ""
         self.on_wait: Callable[[float, str], None] = lambda seconds, reason: None
         self._seen: dict[str, None] = {}
         self._closed = self._left = self._lost = self._met = False
 
     _run: Callable[[Generator], Any]
+
+    def _aim(self, url: str) -> None:
+        """Take the hub's address apart: where to connect, and what to call it there."""
+        self.url, self._path, self._tls = url.rstrip("/"), "", url.startswith("https:")
+        unix, parts = _UNIX_URL(url), _URL(self.url)
+        if unix:
+            self._path = os.path.abspath(unix[1])
+            self.url, self._host, self._port = f"unix:{self._path}", "localhost", 80
+        elif parts:
+            self._host, self._port = parts[2].strip("[]"), int(parts[3] or (443 if self._tls else 80))
+        else:
+            raise InvalidRequest(f"{self.url} is not a hub's address: write http://HOST:PORT, or unix:PATH")
 
     # the routes
 
@@ -5415,20 +5734,28 @@ class _Calls:
         self.on_wait(pause, reason.message)
         return pause
 
+    @functools.cached_property
     def _tls_context(self) -> Any:
         import ssl
 
         context = ssl.create_default_context()
-        if self._cacert:
-            context.load_verify_locations(self._cacert)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        try:
+            if self._cacert:
+                context.load_verify_locations(self._cacert)
+        except OSError as error:
+            raise InvalidRequest(f"can't use {self._cacert} as a certificate: {error}") from None
         return context
 
     def _unreachable(self, error: BaseException, at_once: bool = False) -> Unreachable:
         """The error for a line that could not be opened (`at_once`: nobody need try again) or that broke."""
         reason = getattr(error, "strerror", None) or str(error) or "no answer"
+        more, words = {"at_once": True} if at_once else {}, getattr(error, "verify_message", "")
+        if words:  # an ssl.SSLCertVerificationError
+            advice = "name its certificate, or that of whoever signed it, with --cacert or AGENTHUB_CACERT"
+            return Unreachable(f"the certificate of {self.url} can't be trusted ({words}): {advice}", **more)
         return Unreachable(
-            f"no hub answers at {self.url} ({reason}): start one with `agenthub serve`, or set AGENTHUB_URL",
-            **({"at_once": True} if at_once else {}),
+            f"no hub answers at {self.url} ({reason}): start one with `agenthub serve`, or set AGENTHUB_URL", **more
         )
 
 
@@ -5478,9 +5805,14 @@ class Client(_Calls):
         import socket
 
         try:
+            if self._path:
+                line = socket.socket(socket.AF_UNIX)
+                line.settimeout(self.timeout)
+                line.connect(self._path)
+                return line
             line = socket.create_connection((self._host, self._port), timeout=self.timeout)
             line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return self._tls_context().wrap_socket(line, server_hostname=self._host) if self._tls else line
+            return self._tls_context.wrap_socket(line, server_hostname=self._host) if self._tls else line
         except OSError as error:
             raise self._unreachable(error, at_once=True) from error
 
@@ -5684,9 +6016,14 @@ class AgentClient(_Calls):
     async def _connect(self) -> Any:
         import asyncio
 
-        context = self._tls_context() if self._tls else None
+        line: Any
+        if self._path:
+            line = asyncio.open_unix_connection(self._path)
+        else:
+            context = self._tls_context if self._tls else None
+            line = asyncio.open_connection(self._host, self._port, ssl=context)
         try:
-            return await asyncio.wait_for(asyncio.open_connection(self._host, self._port, ssl=context), self.timeout)
+            return await asyncio.wait_for(line, self.timeout)
         except (OSError, asyncio.TimeoutError) as error:
             raise self._unreachable(error, at_once=True) from error
 
@@ -5775,8 +6112,10 @@ class AgentClient(_Calls):
 
         token = self.token or self.key
         options: dict[str, Any] = {"additional_headers": {"Authorization": f"Bearer {token}"} if token else {}}
-        options |= {"ssl": self._tls_context()} if self._tls else {}
-        address = f"ws{self.url[4:]}/ws/{quote(self._me())}?ack=explicit"
+        options |= {"ssl": self._tls_context} if self._tls else {}
+        options |= {"unix": True, "path": self._path} if self._path else {}
+        base = "ws://localhost" if self._path else f"ws{self.url[4:]}"
+        address = f"{base}/ws/{quote(self._me())}?ack=explicit"
         try:
             async with connect(address, compression=None, max_size=None, **options) as socket:
                 async for text in socket:
@@ -5826,7 +6165,9 @@ def state_folder(kind: str) -> str:
     """The user's folder for our data (XDG_DATA_HOME) or state (XDG_STATE_HOME), made where it is not there (0700)."""
     base = os.environ.get(f"XDG_{kind}_HOME") or os.path.join("~", ".local", "share" if kind == "DATA" else "state")
     folder = os.path.join(os.path.expanduser(base), "agenthub")
-    os.makedirs(folder, mode=0o700, exist_ok=True)
+    private_folder(folder)
+    if hasattr(os, "getuid") and (found := os.stat(folder)).st_uid == os.getuid() and found.st_mode & 0o077:
+        os.chmod(folder, 0o700)  # it was there already
     return folder
 
 
@@ -5838,7 +6179,7 @@ class Identity:
 
     def __init__(self, args: Any) -> None:
         self.session = next(filter(None, map(os.environ.get, SESSION_VARIABLES)), "") or _terminal()
-        self.client = Client(args.url)
+        self.client = Client(args.url, cacert=args.cacert)
         self.client.on_wait = lambda seconds, reason: _say(f"{reason} (trying again in {seconds:.1f} s)")
         self.chosen = args.identity or os.environ.get("AGENTHUB_AGENT") or self.client.token.rpartition(".")[0]
         self.client.agent_id, self.saved_token = self._saved()
@@ -5894,7 +6235,7 @@ class Identity:
         try:
             import fcntl
 
-            file = open(os.open(self._path() + "-lock", os.O_RDWR | os.O_CREAT, 0o600), "r+")
+            file = open(open_private(self._path() + "-lock"), "r+")
             fcntl.flock(file, fcntl.LOCK_EX)
             return file
         except (ImportError, OSError):
@@ -5913,8 +6254,8 @@ class Identity:
     def _save(self, state: dict) -> None:
         """Whole or not at all, for this user only: a new file takes the old one's place."""
         try:
-            path = f"{self._path()}.{os.getpid()}"
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            path = f"{self._path()}.{os.urandom(4).hex()}"
+            with open(open_private(path, os.O_EXCL), "w", encoding="utf-8") as file:
                 json.dump(state, file)
             os.replace(path, self._path())
         except OSError as error:
@@ -6194,10 +6535,10 @@ class Doctor:
         theirs = self.health["version"]
         if theirs == VERSION:
             return "ok", f"the hub and this file are both agenthub {VERSION}"
-        return (
-            "warn",
-            f"the hub is {theirs}, this file {VERSION}: get the hub's with curl -O {self.client.url}/agenthub.py",
-        )
+        url = self.client.url
+        if url.startswith("unix:"):
+            url = f"--unix-socket {url[5:]} http://localhost"
+        return "warn", f"the hub is {theirs}, this file {VERSION}: get the hub's with curl -O {url}/agenthub.py"
 
     def _clock(self) -> tuple[str, str]:
         if abs(self.skew) < 5:
@@ -6283,23 +6624,11 @@ def _doctor_command(args: Any) -> int:
     return worst
 
 
-# --- CLI --------------------------------------------------------------------------------------------------------------
+# --- Serve ------------------------------------------------------------------------------------------------------------
 
 
-class Command(NamedTuple):
-    """A row of the command table: what it does, its arguments, an example."""
-
-    run: Callable[[Any], int]
-    help: str
-    arguments: tuple[tuple[tuple[str, ...], dict], ...]
-    example: str
-
-
-def _arg(*names: str, **options: Any) -> tuple[tuple[str, ...], dict]:
-    return names, options
-
-
-def _serve_command(args: Any) -> int:
+def serve_command(args: Any) -> int:
+    """Run a hub until SIGINT or SIGTERM; the second of them ends it at once."""
     import asyncio
 
     try:
@@ -6311,51 +6640,250 @@ def _serve_command(args: Any) -> int:
 async def _serve_until_told(args: Any) -> int:
     import asyncio
     import gc
+    import logging
     import signal
 
-    given = {name: getattr(args, name) for name in LIMITS if getattr(args, name) is not None}
-    limits = _fit_descriptors(make_limits(**given))
+    start_log(args.log_format)
+    log = logging.getLogger("agenthub")
+    place = Place.read(args)
+    tls = tls_context(args.certfile, args.keyfile)
     path = args.db or os.path.join(state_folder("DATA"), "hub.db")
-    key, made = _key(args)
-    found = has_websockets()
-    if not found:
-        _say("websockets is not installed: serving all but /ws (pip install websockets)")
-    kept = "memory" if path == ":memory:" else "sqlite"
-    settings = Settings(limits, key, tuple(args.allow_host or ()), tuple(args.cors_origin or ()), kept, found)
-    server = Server(Store(path), settings)
+    settings, key = make_settings(args, place, path), read_key(args, place)
+    store, shown = Store(path), ""
+    if key is None and place.public:
+        try:
+            key, shown = keep_key(path)
+        except OSError:
+            store.close()
+            raise
+    settings = settings._replace(key=key or "", by_address=place.public and not key)
+    if not settings.websockets:
+        log.warning("websockets is not installed: serving all but /ws (pip install websockets)")
+    if settings.by_address:
+        log.warning(
+            "open to everybody who can reach %s: they can read, send and register here without a key", place.host
+        )
+    server = Server(store, settings)
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD)
     try:
-        addresses = await server.start(args.host, args.port)
+        url, paste = await place.open(server, tls)
     except OSError as error:
         await server.stop()
-        reason = error.strerror or str(error)
-        raise HubError(f"can't listen on {args.host} port {args.port} ({reason}): choose another with --port") from None
+        raise HubError(place.refusal(error)) from None
     told: asyncio.Future[int] = server.loop.create_future()
     for number in (signal.SIGINT, signal.SIGTERM):
         server.loop.add_signal_handler(number, lambda: told.set_result(0) if not told.done() else os._exit(1))
-    host = f"[{args.host}]" if ":" in args.host else args.host
-    url = f"http://{'127.0.0.1' if args.host in ('0.0.0.0', '::') else host}:{addresses[0][1]}"
-    where = "" if url == DEFAULT_URL else f"AGENTHUB_URL={url} "
-    secret = f"AGENTHUB_KEY={key} " if made else ""
-    print(
-        f'agenthub {VERSION} at {url}, store {path}; next: {where}{secret}python agenthub.py send alpha "hi"',
-        flush=True,
-    )
+    if tls:
+        server.loop.add_signal_handler(signal.SIGHUP, lambda: reload_certificate(tls, args.certfile, args.keyfile))
+    where = "" if paste == DEFAULT_URL else f"AGENTHUB_URL={paste} "
+    secret = f"AGENTHUB_KEY={shown} " if shown else ""
+    print(f'agenthub {VERSION} at {url}, store {path}; next: {where}{secret}python agenthub.py send alpha "hi"')
+    sys.stdout.flush()
     await told
     await server.stop()
+    place.close()
     return 0
 
 
-def _key(args: Any) -> tuple[str, bool]:
-    """The hub's key, and whether it was made here: a hub that others can reach never runs without one."""
-    key = args.key or os.environ.get("AGENTHUB_KEY") or ""
-    if not key and args.key_file:
+def make_settings(args: Any, place: Place, path: str) -> Settings:
+    """How the hub is run, out of the options; its key apart. Raises Misuse."""
+    given = {name: getattr(args, name) for name in LIMITS if getattr(args, name) is not None}
+    if not place.public:
+        given.setdefault("max_per_address", 0)
+    names = (*_listed(args, "allow_host", host_name), *([place.host.lower()] if place.public else []))
+    return Settings(
+        _fit_descriptors(make_limits(**given)),
+        allow_hosts=names,
+        origins=_listed(args, "cors_origin", web_origin),
+        store="memory" if path == ":memory:" else "sqlite",
+        websockets=has_websockets(),
+        proxies=_listed(args, "trusted_proxy", network),
+    )
+
+
+def _listed(args: Any, name: str, kind: Callable[[str], Any]) -> tuple:
+    """An option that may be given several times, or as a variable with commas."""
+    given = getattr(args, name) or filter(None, os.environ.get(f"AGENTHUB_{name.upper()}", "").split(","))
+    return tuple([kind(text.strip()) for text in given])
+
+
+# where it listens
+
+
+class Place:
+    """Where a hub listens: an address and a port, a Unix socket, or both. `public` where others can reach it."""
+
+    def __init__(self, host: str | None, port: int, path: str) -> None:
+        self.host, self.port, self.path = host or "", port, path
+        self.tcp, self.public = host is not None, host is not None and not is_loopback(host)
+        self._inode = 0
+
+    @classmethod
+    def read(cls, args: Any) -> Place:
+        """What the options say: a Unix socket alone, unless an address or a port is named too."""
+        only_unix = args.unix and args.host is None and args.port is None
+        port = _env("PORT", port_number, PORT) if args.port is None else args.port
+        host = None if only_unix else HOST if args.host is None else args.host
+        return cls(host, port, os.path.abspath(args.unix) if args.unix else "")
+
+    async def open(self, server: Server, tls: Any) -> tuple[str, str]:
+        """Have the server listen. Returns the URL to use here, and the one to paste elsewhere. Raises OSError."""
+        url = paste = f"unix:{self.path}"
+        if self.path:
+            await server.listen(sock=self._bind())
+        if self.tcp:
+            port = (await server.listen(tls, host=self.host or None, port=self.port))[0][1]
+            wild = self.host in ("", "0.0.0.0", "::")
+            here, there = ("127.0.0.1", outward_address()) if wild else (self.host, self.host)
+            url, paste = (f"http{'s' if tls else ''}://{f'[{h}]' if ':' in h else h}:{port}" for h in (here, there))
+        return url, paste
+
+    def _bind(self) -> Any:
+        """The Unix socket, for this user only from its first moment on. One that a killed hub left is replaced."""
+        import socket
+        import stat
+
+        if os.path.lexists(self.path) and stat.S_ISSOCK(os.lstat(self.path).st_mode):
+            with socket.socket(socket.AF_UNIX) as probe:
+                try:
+                    probe.connect(self.path)
+                except ConnectionRefusedError:
+                    os.unlink(self.path)
+        sock = socket.socket(socket.AF_UNIX)
+        before = os.umask(0o177)
+        try:
+            sock.bind(self.path)
+        except OSError:
+            sock.close()
+            raise
+        finally:
+            os.umask(before)
+        self._inode = os.lstat(self.path).st_ino
+        return sock
+
+    def refusal(self, error: OSError) -> str:
+        """Why it can't be listened there, and what to do."""
+        where = f"{self.host} port {self.port}" if self.tcp else self.path
+        if self.path and not self._inode:
+            where = self.path
+        return f"can't listen on {where} ({error.strerror or error}): choose another with --port, --host or --unix"
+
+    def close(self) -> None:
+        """Take the Unix socket away, if it is still ours."""
+        with contextlib.suppress(OSError):
+            if self._inode and os.lstat(self.path).st_ino == self._inode:
+                os.unlink(self.path)
+
+
+def outward_address() -> str:
+    """This machine's address as others would call it: that of its way out. Nothing is sent to find it."""
+    import socket
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # RFC 5737: an address that is nobody's
+            return str(probe.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"
+
+
+# its key and its certificate
+
+
+def read_key(args: Any, place: Place) -> str | None:
+    """The key that was given, empty for a hub that is to have none; None where nothing was said. Raises Misuse."""
+    if args.open or args.insecure_open:
+        if args.key is not None or args.key_file:
+            raise Misuse("--open means without a key: leave out --key and --key-file, or --open")
+        if place.public and not args.insecure_open:
+            raise Misuse(
+                f"--open would let everybody in who can reach {place.host or 'this machine'}: leave it out and a key is"
+                " made, or write --insecure-open if that is what you mean"
+            )
+        return ""
+    key = args.key
+    if key is None and args.key_file:
         with open(args.key_file, encoding="utf-8") as file:
             key = file.read().strip()
-    if key or is_loopback(args.host):
-        return key, False
-    return new_secret(), True
+    key = (os.environ.get("AGENTHUB_KEY") or None) if key is None else key
+    if key is not None and not re.fullmatch("[!-~]{1,1000}", key):
+        raise Misuse("the key must be 1 to 1000 printable ASCII characters without spaces: see --key, --key-file")
+    return key
+
+
+def keep_key(store: str) -> tuple[str, str]:
+    """The key of a hub that others can reach and that was given none: made once, and kept beside its store for this
+    user only. Returns it, and what to paste for it: itself when it was just made, later where it stands."""
+    if store == ":memory:":
+        key = new_secret()
+        return key, key
+    path = os.path.abspath(store) + ".key"
+    with open(open_private(path), "r+", encoding="utf-8") as file:
+        key = file.read().strip()
+        if key:
+            return key, f'"$(cat {path})"'
+        key = new_secret()
+        file.write(f"{key}\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return key, key
+
+
+def tls_context(certfile: str | None, keyfile: str | None) -> Any:
+    """The TLS of a server (1.2 or newer), None where there is no certificate. Raises Misuse."""
+    if not certfile:
+        if keyfile:
+            raise Misuse("--keyfile needs --certfile: the certificate, with its chain, in PEM")
+        return None
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(certfile, keyfile, password="")  # a key with a password would ask the terminal
+    except (OSError, ValueError) as error:
+        raise Misuse(
+            f"can't serve TLS with {certfile} ({error}): --certfile is the chain in PEM, --keyfile its key, no password"
+        ) from None
+    return context
+
+
+def reload_certificate(context: Any, certfile: str, keyfile: str | None) -> None:
+    """Use what the files hold now for new connections; what can't be used changes nothing."""
+    import logging
+
+    log = logging.getLogger("agenthub")
+    try:
+        tls_context(certfile, keyfile)
+        context.load_cert_chain(certfile, keyfile, password="")
+        log.info("certificate_reloaded", extra={"fields": {"file": certfile}})
+    except (HubError, OSError) as error:
+        log.error("the old certificate stays: %s", error)
+
+
+def start_log(kind: str) -> None:
+    """Have the log on stderr, a line for each thing: `text` for people, or `json` for machines."""
+    import logging
+
+    class Formatter(logging.Formatter):
+        def format(self, record: Any) -> str:
+            """One line, with nothing in it that a terminal would obey; a traceback follows as text."""
+            fields = {"time": timestamp(int(record.created * 1000)), "level": record.levelname.lower()}
+            fields |= {"event": record.getMessage(), **getattr(record, "fields", {})}
+            trace = f"\n{self.formatException(record.exc_info)}" if record.exc_info else ""
+            if kind == "json":
+                return json.dumps(fields | ({"traceback": trace.strip()} if trace else {}))
+            when, level, event, *rest = fields.values()
+            names = list(fields)[3:]
+            plain = re.compile(r"[!#-~]+").fullmatch
+            more = [f"{n}={v if plain(str(v)) else json.dumps(v)}" for n, v in zip(names, rest)]
+            return " ".join([when, *([level] if level != "info" else []), harmless(event), *more]) + trace
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(Formatter())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.getLogger("agenthub").setLevel(logging.INFO)
 
 
 def _fit_descriptors(limits: Any) -> Any:
@@ -6374,22 +6902,32 @@ def _fit_descriptors(limits: Any) -> Any:
     return limits._replace(max_connections=min(limits.max_connections, max(soft - SPARE_FILES, soft // 2)))
 
 
-def _serve_arguments() -> tuple:
-    """`serve`'s own options, and one for each limit."""
+# its options
+
+
+def _arg(*names: str, **options: Any) -> tuple[tuple[str, ...], dict]:
+    return names, options
+
+
+def serve_arguments() -> tuple:
+    """`serve`'s own options, and one for each limit. Each is a variable too: AGENTHUB_ and its name."""
     own = (
-        _arg("--host", default=os.environ.get("AGENTHUB_HOST", HOST), help=f"default {HOST}; any other makes a key"),
-        _arg(
-            "--port",
-            type=port_number,
-            default=_env("AGENTHUB_PORT", port_number, _env("PORT", port_number, PORT)),
-            help=f"default {PORT}",
-        ),
-        _arg("--db", default=os.environ.get("AGENTHUB_DB"), help="store file, or :memory:; default in the data folder"),
+        _own("host", help=f"default {HOST}; any other makes a key"),
+        _own("port", type=port_number, help=f"default {PORT}; 0: any that is free"),
+        _own("unix", metavar="PATH", help="a Unix socket for this user only; alone, unless --host or --port is given"),
+        _own("db", help="store file, or :memory:; default in the data folder"),
         _arg("--key", help="key mode with this key; AGENTHUB_KEY is not seen by other users' ps"),
-        _arg("--key-file", help="a file with the key"),
+        _own("key-file", metavar="FILE", help="a file with the key; default, where one is made: beside the store"),
+        _arg("--open", action="store_true", help="without a key, whatever AGENTHUB_KEY says; for this machine only"),
+        _arg("--insecure-open", action="store_true", help="without a key, for everybody who can reach it"),
         _arg("--allow-host", action="append", metavar="NAME", help="a further name of this hub"),
         _arg("--cors-origin", action="append", metavar="ORIGIN", help="a web page's origin that may use this hub"),
-    )
+        _arg("--trusted-proxy", action="append", metavar="NET", help="an address, a network, or unix: whose"
+             " X-Forwarded-For, -Proto and -Host are believed"),
+        _own("certfile", metavar="FILE", help="serve TLS with this certificate chain (PEM); SIGHUP reads it again"),
+        _own("keyfile", metavar="FILE", help="the certificate's key (PEM), where it is not in the same file"),
+        _own("log-format", default="text", choices=("text", "json"), help="of the log on stderr; default text"),
+    )  # fmt: skip
     limits = (
         _arg(f"--{name.replace('_', '-')}", type=amount, metavar="N",
              default=_env(f"AGENTHUB_{name.upper()}", amount),
@@ -6399,16 +6937,15 @@ def _serve_arguments() -> tuple:
     return (*own, *limits)
 
 
+def _own(name: str, **options: Any) -> tuple[tuple[str, ...], dict]:
+    """An option whose default is in a variable; argparse looks at that as at what is typed."""
+    value = os.environ.get(f"AGENTHUB_{name.upper().replace('-', '_')}")
+    return _arg(f"--{name}", **options | ({"default": value} if value else {}))
+
+
 def port_number(text: str) -> int:
     """A port from 0 (any that is free) to 65535. Raises ValueError."""
     if not 0 <= int(text) <= 65535:
-        raise ValueError
-    return int(text)
-
-
-def whole_number(text: str) -> int:
-    """A whole number, 1 or more. Raises ValueError."""
-    if int(text) < 1:
         raise ValueError
     return int(text)
 
@@ -6426,7 +6963,50 @@ def _env(name: str, kind: Callable[[str], Any], default: Any = None) -> Any:
     try:
         return kind(text) if text else default
     except ValueError:
-        raise InvalidRequest(f"{name} is {_shown(text)}, which is not a number") from None
+        raise Misuse(f"{name} is {_shown(text)}, which is not a number") from None
+
+
+def host_name(text: str) -> str:
+    """A name or an address of the hub, in lower case, without a port. Raises Misuse."""
+    if not re.fullmatch(r"[\w.-]+(:\d+)?|\[[\w:.]+\](:\d+)?", text):
+        raise Misuse(f"--allow-host {_shown(text)} is not a host: write a name or an address, as browsers do")
+    return without_port(text)
+
+
+def web_origin(text: str) -> str:
+    """A web page's origin (RFC 6454). Raises Misuse, also for those that would be everybody's."""
+    if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@*\s]+", text):
+        raise Misuse(f"--cors-origin {_shown(text)} is not one page's origin: write https://HOST, without a path")
+    return text
+
+
+def network(text: str) -> Any:
+    """A network or an address (CIDR), or `unix`. Raises Misuse."""
+    import ipaddress
+
+    try:
+        return text if text == "unix" else ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise Misuse(f"--trusted-proxy {_shown(text)} is neither an address, a network nor unix") from None
+
+
+# --- CLI --------------------------------------------------------------------------------------------------------------
+
+
+class Command(NamedTuple):
+    """A row of the command table: what it does, its arguments, an example."""
+
+    run: Callable[[Any], int]
+    help: str
+    arguments: tuple[tuple[tuple[str, ...], dict], ...]
+    example: str
+
+
+def whole_number(text: str) -> int:
+    """A whole number, 1 or more. Raises ValueError."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 _TYPE_ARG = _arg("--type", help="the message's type, e.g. request")
@@ -6438,7 +7018,7 @@ _LIMIT_ARG = _arg(
 )
 _TTL_ARG = _arg("--ttl", type=float, metavar="S", help="seconds after which it is not delivered any more")
 _COMMANDS: dict[str, tuple] = {
-    "serve": (_serve_command, "run a hub", _serve_arguments, "agenthub serve --port 8080"),
+    "serve": (serve_command, "run a hub", serve_arguments, "agenthub serve --port 8080"),
     "register": (_register_command, "register, or register again", (
         _arg("id", nargs="?", help="the agent_id; default: made from name and session"),
         _arg("--name", help="what people call it"),
@@ -6523,12 +7103,15 @@ def _parser(name: str | None) -> Any:
             if each != "serve":
                 sub.add_argument("--as", dest="identity", metavar="ID", help="who you are; else AGENTHUB_AGENT")
                 sub.add_argument("--url", help=f"the hub; else AGENTHUB_URL, else {DEFAULT_URL}")
+                sub.add_argument(
+                    "--cacert", metavar="FILE", help="a certificate (PEM) to trust, too; else AGENTHUB_CACERT"
+                )
                 sub.add_argument("--json", action="store_true", help="one JSON object a line")
             sub.set_defaults(run=row.run)
     return parser
 
 
-EXITS = ((Unreachable, 3), (TimedOut, 4), (HubError, 1))
+EXITS = ((Misuse, 2), (Unreachable, 3), (TimedOut, 4), (HubError, 1))
 
 
 def main(argv: list[str] | None = None) -> int:

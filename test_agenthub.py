@@ -76,7 +76,9 @@ class World:
     def send(self, sender: str, to: object, payload: str = '"hi"', type: str = "message", **more: object) -> ah.Receipt:
         return self.apply(ah.Send, sender, to, payload, type, **more)
 
-    def raw(self, method: str, target: str, body: bytes = b"", **headers: str) -> object:
+    def raw(
+        self, method: str, target: str, body: bytes = b"", peer: ah.Peer = ah.Peer("127.0.0.1"), **headers: str
+    ) -> object:
         lines = {"Host": "127.0.0.1:8080", **{name.replace("_", "-"): value for name, value in headers.items()}}
         if body and "Transfer-Encoding" not in lines:
             lines["Content-Length"] = str(len(body))
@@ -84,9 +86,9 @@ class World:
         reader = ah.RequestReader(self.limits)
         reader.feed(head.encode() + body)
         request = reader.next()
-        answer = self.api.dispatch(request.head, request.body, "127.0.0.1", self.clock())
+        answer, extra = self.api.dispatch(request.head, request.body, peer, self.clock())
         self.commit()
-        return answer
+        return answer._replace(headers=answer.headers + extra) if isinstance(answer, ah.Response) else answer
 
     def call(self, method: str, target: str, body: object = None, **headers: str) -> tuple[int, dict]:
         data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -165,9 +167,9 @@ class LiveHub:
         command = [python, str(FILE), "serve", "--port", port, "--db", str(self.db), *options]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=self.env)
         self.line = self.process.stdout.readline()
-        found = re.search(r"at (http://\S+:(\d+))", self.line)
+        found = re.search(r"at (https?://\S+:(\d+)|unix:\S+),", self.line)
         assert found, (self.line, self.log())
-        self.url, self.port = found[1], int(found[2])
+        self.url, self.port = found[1], int(found[2] or 0)
         self.env["AGENTHUB_URL"] = self.url
 
     def log(self) -> str:
@@ -2081,7 +2083,8 @@ def test_registering_gives_the_seeds_answer(world: World) -> None:
         "websocket_url": "/ws/beta-01TYEi4M", "unread": 0,
         "peers": [{"agent_id": "alpha-01RXGe86", "name": "Alpha", "status": "active"}],
     }  # fmt: skip
-    assert world.api.holder(token) == "beta-01TYEi4M" and world.api.holder(token + "x") is None
+    at = world.clock()
+    assert world.api.holder(token, at) == "beta-01TYEi4M" and world.api.holder(token + "x", at) is None
     assert len(token.partition(".")[2]) >= 43 and token not in repr(world.state())
     assert (
         world.call("POST", "/api/v1/agents/register", {"name": "Beta", "session_id": asked["session_id"]})[1][
@@ -2343,15 +2346,7 @@ def test_the_hub_serves_its_own_file(world: World) -> None:
     assert world.raw("GET", "/agenthub.py").body == FILE.read_bytes()
 
 
-# --- API --------------------------------------------------------------------------------------------------------------
-
-
-def test_head_options_and_405_tell_what_a_path_takes(pair: World) -> None:
-    head = pair.raw("HEAD", "/health").encode("now", head_only=True)
-    assert head.endswith(b"\r\n\r\n") and re.search(rb"Content-Length: \d\d", head)
-    assert dict(pair.raw("OPTIONS", "/api/v1/messages").headers)["Allow"] == "GET, HEAD, OPTIONS, POST"
-    answer = pair.raw("PATCH", "/api/v1/agents/alpha-1")
-    assert answer.status == 405 and dict(answer.headers)["Allow"] == "DELETE, GET, HEAD, OPTIONS"
+# --- Access -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("headers", "status"), [
@@ -2369,14 +2364,22 @@ def test_pages_of_other_sites_and_other_names_are_kept_out(pair: World, headers:
         assert pair.call("GET", "/health", **headers)[0] == status
 
 
-def test_cors_is_for_the_origins_that_were_named_and_never_a_wildcard(world: World) -> None:
-    def headers(origin: str) -> dict:
-        reader = ah.RequestReader(world.limits)
-        reader.feed(f"GET /health HTTP/1.1\r\nHost: localhost\r\nOrigin: {origin}\r\n\r\n".encode())
-        return dict(world.api.cors(reader.next().head))
+def test_cors_is_for_the_origins_that_were_named_and_never_a_wildcard(pair: World) -> None:
+    def headers(method: str, origin: str, **more: str) -> dict:
+        answer = pair.raw(method, "/api/v1/agents", Origin=origin, **more)
+        return {n: v for n, v in answer.headers if n == "Vary" or n.startswith("Access-")}
 
-    assert headers("https://ok.example")["Access-Control-Allow-Origin"] == "https://ok.example"
-    assert headers("https://ok.example")["Vary"] == "Origin" and headers("https://evil.example") == {}
+    good, asks = "https://ok.example", {"Access_Control_Request_Method": "POST"}
+    assert headers("GET", good)["Access-Control-Allow-Origin"] == good and headers("GET", good)["Vary"] == "Origin"
+    assert "Retry-After" in headers("GET", good)["Access-Control-Expose-Headers"]
+    assert headers("OPTIONS", good, **asks)["Access-Control-Allow-Methods"] == "GET, HEAD, OPTIONS"
+    assert "Authorization" in headers("OPTIONS", good, **asks)["Access-Control-Allow-Headers"]
+    for method in ("GET", "OPTIONS"):
+        for origin in ("https://evil.example", "null", "https://ok.example.evil", "http://ok.example", "*"):
+            assert headers(method, origin) == {"Vary": "Origin"}
+    assert not any("Access-Control-Allow-Credentials" in headers(m, good) for m in ("GET", "OPTIONS"))
+    refusal = pair.raw("POST", "/api/v1/messages", b"{", Origin=good, Content_Type="application/json")
+    assert refusal.status == 400 and ("Access-Control-Allow-Origin", good) in refusal.headers
 
 
 def test_in_open_mode_a_token_is_not_needed_but_must_be_that_agents(pair: World) -> None:
@@ -2429,6 +2432,17 @@ def test_in_key_mode_the_key_does_all_a_token_only_what_its_agent_may_and_nobody
     )
 
 
+# --- API --------------------------------------------------------------------------------------------------------------
+
+
+def test_head_options_and_405_tell_what_a_path_takes(pair: World) -> None:
+    head = pair.raw("HEAD", "/health").encode("now", head_only=True)
+    assert head.endswith(b"\r\n\r\n") and re.search(rb"Content-Length: \d\d", head)
+    assert dict(pair.raw("OPTIONS", "/api/v1/messages").headers)["Allow"] == "GET, HEAD, OPTIONS, POST"
+    answer = pair.raw("PATCH", "/api/v1/agents/alpha-1")
+    assert answer.status == 405 and dict(answer.headers)["Allow"] == "DELETE, GET, HEAD, OPTIONS"
+
+
 def test_a_flood_gets_429_with_retry_after_and_others_are_not_affected() -> None:
     world = World(rate_limit=10, rate_burst=20)
     for name in ("a", "b"):
@@ -2445,12 +2459,12 @@ def test_a_flood_gets_429_with_retry_after_and_others_are_not_affected() -> None
 
 
 def test_a_bug_is_told_as_internal_without_details(
-    pair: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    pair: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(pair.api, "_send", lambda *args: 1 / 0)
     status, answer = pair.call("POST", "/api/v1/messages", {"from": "beta-2", "to": "alpha-1", "message": 1})
     assert (status, answer["error"]["code"]) == (500, "internal") and "Zero" not in answer["error"]["message"]
-    assert "ZeroDivisionError" in capsys.readouterr().err
+    assert "ZeroDivisionError" in caplog.text
     assert pair.api.frame("beta-2", b'{"to":"a","message":1}', 0).body["error"]["code"] == "internal"
 
 
@@ -2468,7 +2482,7 @@ def test_a_bad_frame_gets_an_error_frame_with_its_ref(pair: World, frame: bytes,
 
 
 def test_random_json_into_every_route_and_frame_is_answered_and_nothing_is_a_5xx(
-    pair: World, capsys: pytest.CaptureFixture
+    pair: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     chance = random.Random(7)
     scraps = [
@@ -2509,7 +2523,7 @@ def test_random_json_into_every_route_and_frame_is_answered_and_nothing_is_a_5xx
         pair.api.frame("beta-2", json.dumps(body).encode(), pair.clock())
         pair.register("beta-2")
         pair.commit()
-    assert "Traceback" not in capsys.readouterr().err
+    assert "Traceback" not in caplog.text
 
 
 # --- Readers ----------------------------------------------------------------------------------------------------------
@@ -2816,7 +2830,7 @@ def test_a_peer_that_vanishes_without_a_word_is_noticed_and_its_mail_waits(
 
     async def play() -> None:
         server = ah.Server(ah.Store(str(tmp_path / "hub.db")), ah.Settings(ah.make_limits()))
-        port = (await server.start("127.0.0.1", 0))[0][1]
+        port = (await server.listen(host="127.0.0.1", port=0))[0][1]
         client = ah.AgentClient(f"http://127.0.0.1:{port}", "gone")
         await client.register()
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -3094,7 +3108,7 @@ def test_a_slow_disk_holds_up_what_depends_on_it_and_nothing_else(tmp_path: Path
     async def play() -> None:
         store = ah.Store(str(tmp_path / "hub.db"))
         server = ah.Server(store, ah.Settings(ah.make_limits(), websockets=False))
-        address = (await server.start("127.0.0.1", 0))[0]
+        address = (await server.listen(host="127.0.0.1", port=0))[0]
         client = ah.AgentClient(f"http://127.0.0.1:{address[1]}", "a")
         other = ah.AgentClient(client.url, "a")
         await client.register()
@@ -3125,7 +3139,7 @@ def test_a_full_disk_refuses_senders_reads_go_on_and_the_hub_recovers_by_itself(
     async def play() -> None:
         store = ah.Store(str(tmp_path / "hub.db"))
         server = ah.Server(store, ah.Settings(ah.make_limits(rate_limit=0), websockets=False))
-        address = (await server.start("127.0.0.1", 0))[0]
+        address = (await server.listen(host="127.0.0.1", port=0))[0]
         client = ah.AgentClient(f"http://127.0.0.1:{address[1]}", "a")
         await client.register()
         kept = await client.send_message("a", "kept")
@@ -3192,7 +3206,7 @@ def test_index_turns_do_not_multiply_and_end_when_the_disk_refuses(
         server = ah.Server(
             ah.Store(str(tmp_path / "hub.db")), ah.Settings(ah.make_limits(rate_limit=0), websockets=False)
         )
-        address = (await server.start("127.0.0.1", 0))[0]
+        address = (await server.listen(host="127.0.0.1", port=0))[0]
         client = ah.AgentClient(f"http://127.0.0.1:{address[1]}", "a")
         await client.register()
         under_way, most, index = [0], [0], server.store.index
@@ -4083,6 +4097,33 @@ def test_the_doctor_says_what_is_wrong_and_what_to_do_and_changes_nothing(live: 
     assert away.returncode == 3 and "agenthub serve" in away.stderr and away.stderr.count("\n") == 1
 
 
+# --- Serve ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_limit_is_an_option_and_a_variable_and_port_is_honoured(
+    live: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("PORT", str(port))
+    monkeypatch.setenv("AGENTHUB_MAX_INBOX", "7")
+    args = ah._parser("serve").parse_args(["serve", "--max-message", "5"])
+    assert (args.max_inbox, args.max_message, args.retention) == (7, 5, None)
+    assert (ah.Place.read(args).host, ah.Place.read(args).port) == ("127.0.0.1", port)
+    assert all(hasattr(args, name) for name in ah.LIMITS)
+    monkeypatch.setenv("AGENTHUB_MAX_INBOX", "many")
+    assert ah.main(["serve"]) == 2
+
+
+def test_a_hub_that_others_can_reach_makes_a_key_and_prints_it_once(live: object) -> None:
+    hub = live("--host", "0.0.0.0")
+    key = re.search(r"AGENTHUB_KEY=(\S+)", hub.line)[1]
+    assert len(key) >= 43 and hub.cli("send", "a", "b").returncode == 1
+    assert hub.cli("send", "a", "b", AGENTHUB_KEY=key).returncode == 0
+    assert hub.cli("recv", "--as", "a", AGENTHUB_KEY=key).stdout.endswith(": b\n")
+    assert key not in hub.log() and key not in Path(f"{hub.db}").read_bytes().decode("latin-1")
+
+
 # --- CLI --------------------------------------------------------------------------------------------------------------
 
 
@@ -4204,29 +4245,6 @@ def test_listen_prints_a_line_a_message_goes_on_through_a_restart_and_is_interru
         assert ear.wait(20) == 130
 
 
-def test_every_limit_is_an_option_and_a_variable_and_port_is_honoured(
-    live: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    monkeypatch.setenv("PORT", str(port))
-    monkeypatch.setenv("AGENTHUB_MAX_INBOX", "7")
-    args = ah._parser("serve").parse_args(["serve", "--max-message", "5"])
-    assert (args.port, args.max_inbox, args.max_message, args.retention) == (port, 7, 5, None)
-    assert all(hasattr(args, name) for name in ah.LIMITS)
-    monkeypatch.setenv("AGENTHUB_MAX_INBOX", "many")
-    assert ah.main(["serve"]) == 1
-
-
-def test_a_hub_that_others_can_reach_makes_a_key_and_prints_it_once(live: object) -> None:
-    hub = live("--host", "0.0.0.0")
-    key = re.search(r"AGENTHUB_KEY=(\S+)", hub.line)[1]
-    assert len(key) >= 43 and hub.cli("send", "a", "b").returncode == 1
-    assert hub.cli("send", "a", "b", AGENTHUB_KEY=key).returncode == 0
-    assert hub.cli("recv", "--as", "a", AGENTHUB_KEY=key).stdout.endswith(": b\n")
-    assert key not in hub.log() and key not in Path(f"{hub.db}").read_bytes().decode("latin-1")
-
-
 # --- House rules ------------------------------------------------------------------------------------------------------
 
 TREE = ast.parse(FILE.read_text(encoding="utf-8"))
@@ -4240,22 +4258,24 @@ MAY_USE = {  # what of the file a section's code may name, beside itself
     "HTTP": ["Constants", "Errors", "Model"], "Reading": ["Constants", "Errors", "Model", "Fields", "Hub", "Search", "HTTP"],
     "Handlers": ["Constants", "Errors", "Model", "Fields", "HTTP", "Reading"],
     "Routes": ["Constants", "Errors", "Model", "Fields", "Hub", "HTTP", "Reading", "Handlers"],
-    "API": ["Constants", "Errors", "Model", "Fields", "HTTP", "Reading", "Handlers", "Routes"],
+    "Access": ["Constants", "Errors", "Model", "Fields", "Hub", "HTTP", "Reading", "Routes"],
+    "API": ["Constants", "Errors", "Model", "Fields", "HTTP", "Reading", "Handlers", "Routes", "Access"],
     "Readers": ["Constants", "Model", "HTTP", "Reading"],
-    "Connections": ["Constants", "Errors", "Model", "HTTP", "Reading", "API", "Readers"],
+    "Connections": ["Constants", "Errors", "Model", "HTTP", "Reading", "Readers"],
     "Sockets": ["Constants", "Errors", "Model", "Reading", "API", "Readers"],
     "Batches": ["Constants", "Errors", "Model", "Schema", "HTTP", "Reading"],
     "Server": ["Constants", "Errors", "Model", "Hub", "Store", "HTTP", "Reading", "API", "Readers", "Connections", "Sockets", "Batches"],
     "Calls": ["Constants", "Errors", "Model", "HTTP"], "Client": ["Constants", "Errors", "Model", "HTTP", "Calls"],
     "AgentClient": ["Constants", "Errors", "Model", "HTTP", "Calls", "Client"],
-    "Identity": ["Constants", "Errors", "Model", "Client"],
+    "Identity": ["Constants", "Errors", "Model", "Store", "Client"],
     "Commands": ["Constants", "Errors", "Model", "Fields", "Calls", "Identity"],
     "Doctor": ["Constants", "Errors", "AgentClient", "Identity", "Commands"],
-    "CLI": ["Constants", "Errors", "Fields", "Store", "Reading", "Batches", "Server", "AgentClient", "Identity", "Commands", "Doctor"],
+    "Serve": ["Constants", "Errors", "Model", "Fields", "Store", "HTTP", "Reading", "Server", "AgentClient", "Identity"],
+    "CLI": ["Constants", "Errors", "Identity", "Commands", "Doctor", "Serve"],
 }  # fmt: skip
 
 
-IMPURE = ("Constants", "Log", "Store", "Readers", "Connections", "Sockets", "Batches", "Server", "Calls", "Client", "AgentClient", "Identity", "Commands", "Doctor", "CLI")  # fmt: skip
+IMPURE = ("Constants", "Log", "Store", "Readers", "Connections", "Sockets", "Batches", "Server", "Calls", "Client", "AgentClient", "Identity", "Commands", "Doctor", "Serve", "CLI")  # fmt: skip
 
 
 def sections() -> dict[str, tuple[int, int]]:
