@@ -2512,7 +2512,8 @@ HARDENING = (
 )
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) HTTP/1\.([01])").fullmatch
-_ABSOLUTE = re.compile(r"https?://([^/?]*)(.*)").fullmatch
+_HOST = re.compile(r"([\w.~%-]*|\[[0-9A-Fa-f:.]+\])(:\d{0,5})?", re.ASCII).fullmatch
+_ABSOLUTE = re.compile(r"(?i:https?)://([^/?]*)(.*)").fullmatch
 _STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([0-9]{3})(?: .*)?").fullmatch
 _HEADER_LINE = re.compile(rb"(" + _TOKEN + rb"):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)").fullmatch
 _CHUNK_LINE = re.compile(rb"([0-9a-fA-F]{1,16})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?").fullmatch
@@ -2634,13 +2635,15 @@ def parse_head(head: bytes) -> Head:
     headers = parse_headers(rest)
     if match[3] == b"1" and "host" not in headers:
         raise InvalidRequest("an HTTP/1.1 request needs a Host header")
-    if "," in headers.get("host", ""):
-        raise InvalidRequest("a request has one Host header")
+    if match[3] == b"0" and "transfer-encoding" in headers:  # RFC 9112 6.1: whoever passed it on may not know it
+        raise InvalidRequest("HTTP/1.0 has no Transfer-Encoding: send Content-Length")
     target = match[2].decode()
     if not target.startswith("/"):  # the absolute form of a proxy's client, or a bare * for OPTIONS
         absolute = _ABSOLUTE(target)
         if absolute:  # RFC 9112 3.2.2: the Host field is not to be looked at
-            headers["host"], target = absolute[1], absolute[2] or "/"
+            headers["host"], target = absolute[1], absolute[2] if absolute[2].startswith("/") else f"/{absolute[2]}"
+    if not _HOST(headers.get("host", "")):
+        raise InvalidRequest("a request has one Host header, with a name or an address and perhaps a port")
     path, _, query = target.partition("?")
     words = {word.strip().lower() for word in headers.get("connection", "").split(",")}
     keep = "close" not in words and (match[3] == b"1" or "keep-alive" in words)
@@ -2702,6 +2705,8 @@ class Body:
         if self.left < 0:
             self.seen += end + 2
             self.done = not line
+            if line:
+                parse_headers([line])
         else:
             match = _CHUNK_LINE(line)
             if not match:
@@ -3844,6 +3849,7 @@ class Access(About):
 
     def _authorize(self, route: Route, actor: str | None, token: str, address: str, at: int) -> str:
         """Who acts. Raises Unauthorized for a token that is nobody's, Forbidden for one that is somebody else's."""
+        self._no_guessing(token, address, at)
         if not token and self.settings.key and route.access != "open":
             raise Unauthorized(
                 "this hub has a key: send `Authorization: Bearer` with your agent's token or the key (AGENTHUB_KEY)"
@@ -3855,8 +3861,9 @@ class Access(About):
             if route.actor and actor is None:
                 raise InvalidRequest(f"`{route.actor}` is missing: say which agent this is")
             if with_key:
+                actor = actor or OPERATOR
                 where = f"{route.method} {route.path}"
-                self.audit.note("key", "", address=address, agent_id=actor or "", route=where)
+                self.audit.note("key", "", address=address, agent_id=actor, route=where)
             return actor or ""
         holder = self.holder(token, at)
         if holder is None:
@@ -3869,6 +3876,15 @@ class Access(About):
         if route.actor and actor not in (None, holder):
             raise Forbidden(f"this token is that of `{holder}`: it can't act as `{actor}`")
         return holder
+
+    def _no_guessing(self, token: str, address: str, at: int) -> None:
+        """Look at no key or token from an address that has just sent many wrong ones: refusing the wrong ones alone
+        would still tell the right one. This machine is spared, where one stale token must not lock everybody out."""
+        if token and not is_loopback(address) and self.hub.pace.left(f"guesses of {address}", at) < 1:
+            raise RateLimited(
+                "too many wrong keys or tokens came from your address: wait a second, and send the right one",
+                retry_after=1,
+            )
 
     def holder(self, token: str, at: int) -> str | None:
         """Whose token that is. A token begins with the agent's id, so that looking it up needs no table."""
@@ -3934,6 +3950,7 @@ class API(Access):
             if route is None:
                 return Reply(self._options(head, methods), self.cors(head))
             call = self._admit(route, head, body, given, peer, at)
+            self._begin(route, call)
             answer = route.handler(self, call)
         except HubError as error:
             answer = error_response(self._refused(error, head, route, call, peer, at))
@@ -3945,9 +3962,11 @@ class API(Access):
     def _refused(
         self, error: HubError, head: Head, route: Route | None, call: Call | None, peer: Peer, at: int
     ) -> HubError:
-        """Note a refusal. Who was not admitted pays by address, so that keys and tokens can't be tried out quickly."""
-        if call is None and not isinstance(error, RateLimited):
+        """Note a refusal. Who was not admitted pays by address, and twice for a guess (`_no_guessing`)."""
+        if call is None:
             try:
+                if isinstance(error, Unauthorized):
+                    self.hub.pace.charge(f"guesses of {peer.address}", at)
                 self.hub.pace.charge(peer.address, at)
             except RateLimited as limited:
                 error = limited
@@ -3973,20 +3992,22 @@ class API(Access):
         return Response(status=204, headers=(("Allow", allow), *self.preflight(head, allow)))
 
     def _admit(self, route: Route, head: Head, body: bytes, given: dict, peer: Peer, at: int) -> Call:
-        """Read, authorize and charge a request. The order matters: who asks is known only from what is asked. Who is
-        nobody here pays by address: made-up names would each have a rate of their own."""
+        """Read and authorize a request, in this order: who asks is known only from what is asked. Who is nobody here
+        pays by address: made-up names would each have a rate of their own."""
         params = self._params(route, head, body, given)
         token = self._token(head) if route.access != "open" else ""  # a proxy in front may have a scheme of its own
         actor = self._authorize(route, params.get(route.actor), token, peer.address, at)
-        named = actor if self.hub.known(actor) else params["agent_id"] if route.handler is Handlers.register else ""
-        payer = (named or peer.address) if route.charged else ""
-        if payer:
-            self.hub.pace.charge(payer, at)
+        named = params["agent_id"] if route.handler is Handlers.register else actor if self.hub.known(actor) else ""
+        return Call(head, body, params, actor, at, peer.address, (named or peer.address) if route.charged else "")
+
+    def _begin(self, route: Route, call: Call) -> None:
+        """Charge a request that was admitted, and note the sign of life."""
+        if call.payer:
+            self.hub.pace.charge(call.payer, call.at)
         if self.trouble and route.writes:
             self.probe()
-        if actor and self.hub.known(actor):
-            self.hub.apply(Touch(at, actor))
-        return Call(head, body, params, actor, at, peer.address, payer)
+        if call.agent_id and self.hub.known(call.agent_id):
+            self.hub.apply(Touch(call.at, call.agent_id))
 
     def _params(self, route: Route, head: Head, body: bytes, given: dict) -> dict[str, Any]:
         stated = {name: head.headers[header] for header, name in route.headers if head.headers.get(header)}

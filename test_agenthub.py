@@ -308,6 +308,10 @@ def test_the_envelope_has_the_contracts_fields_in_order_and_the_rest_only_where_
 # --- Fields -----------------------------------------------------------------------------------------------------------
 
 BAD_JSON = {
+    b'{"a":1e400}': "large", b"9" * 10_000_000: "digits", b'{"a":' * 70_000 + b"1" + b"}" * 70_000: "deeper", b'"\\x41"': "escape",
+    b"01": "Extra", b"+1": "Expecting", b".5": "Expecting", b"'a'": "Expecting", b'{"a":1} x': "Extra", b'{"a":1,}': "Expecting|trailing",
+    b'"\\udc00\\ud800"': "surrogate", b'{"\\ud800":1}': "surrogate", b'"\xed\xa0\x80"': "UTF-8", b'"\xc0\x80"': "UTF-8", b'{"a":1,"\\u0061":2}': "twice",
+    "{}".encode("utf-16"): "UTF-8", b"\0": "Expecting", b"tru": "Expecting", b"/* */ 1": "Expecting",
     b"{": "Expecting", b"": "Expecting", b"[1,]": "Expecting|trailing comma", b"{'a':1}": "Expecting", b"NaN": "NaN", b"-Infinity": "Infinity",
     b'{"a":1,"a":2}': "twice", b'"\xff"': "UTF-8", b'"\\ud800"': "surrogate", b"[" * 100_000: "deeper", b"9" * 5000: "digits",
     b"[" * 65 + b"]" * 65: "deeper", b"1 2": "Extra", b'"\x01"': "control", b"\xef\xbb\xbf{}": "Expecting",
@@ -413,6 +417,17 @@ def test_an_honest_busy_pair_is_not_stopped(pair: World) -> None:
         pair.send("beta-2", "alpha-1", f'"step {number}"')
         pair.clock.advance(0.1)
         pair.send("alpha-1", "beta-2", f'"did {number}"', thread=f"t{number // 20}")
+
+
+def test_how_many_callers_are_remembered_is_bounded_and_the_latest_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ah, "MAX_BUCKETS", 100)
+    world = World(rate_limit=10, rate_burst=2)
+    pace, at = world.hub.pace, world.clock()
+    for number in range(1000):
+        pace.charge(f"address {number}", at)
+        assert len(pace._buckets) <= 100
+    assert pace.left("address 999", at) == 1 and pace.left("address 1", at) == 2
+    assert World().hub.pace.left("anybody", at) == float("inf")
 
 
 # --- Inboxes ----------------------------------------------------------------------------------------------------------
@@ -999,6 +1014,30 @@ def test_an_agent_that_just_came_is_active_after_a_crash_too(tmp_path: Path) -> 
     with pytest.raises(ah.AgentIdTaken):
         again.apply(ah.Register(world.clock(), "a", "two", "x", None, None, None, b"t" * 32, True))
     world.store.close()
+
+
+def test_tokens_end_when_their_agent_was_silent_for_longer_than_they_hold_and_do_not_come_back() -> None:
+    world, alpha = World(session_ttl=100), "alpha"
+    world.register(alpha, "one")
+    world.clock.advance(100)
+    world.apply(ah.Touch, alpha)
+    assert world.hub.agents[alpha].tokens, "a sign of life in time keeps them"
+    world.apply(ah.Connect, alpha)
+    world.clock.advance(1000)
+    world.apply(ah.Touch, alpha)
+    world.clock.advance(1000)
+    world.apply(ah.Disconnect, alpha)
+    assert world.hub.agents[alpha].tokens and not world.hub.lapsed(alpha, world.clock()), "who is connected is not silent"
+    world.clock.advance(101)
+    assert world.hub.lapsed(alpha, world.clock())
+    world.apply(ah.Touch, alpha)
+    assert not world.hub.agents[alpha].tokens, "a sign of life by other means does not bring them back"
+    assert ah.Lapsed(alpha) in world.commit() and world.is_what_the_store_says()
+    world.register(alpha, "one")
+    world.clock.advance(101)
+    assert len(world.register(alpha, "one").tokens) == 1, "who comes back has the new one only"
+    world.commit()
+    assert world.is_what_the_store_says()
 
 
 # --- Schema -----------------------------------------------------------------------------------------------------------
@@ -1742,6 +1781,21 @@ def test_a_request_is_the_same_in_pieces_of_any_size_and_another_may_follow(name
 
 HOST = b"Host: h\r\n"
 BAD_REQUESTS = {
+    b"GET / HTTP/1.1\r\n" + HOST + b" A: b\r\n\r\n": 400, b" GET / HTTP/1.1\r\n" + HOST + b"\r\n": 400, b"GET / http/1.1\r\n" + HOST + b"\r\n": 400,
+    b"GET\t/ HTTP/1.1\r\n" + HOST + b"\r\n": 400, b"GET / HTTP/1.1 \r\n" + HOST + b"\r\n": 400, b"GET /a b HTTP/1.1\r\n" + HOST + b"\r\n": 400,
+    b"GET /\0 HTTP/1.1\r\n" + HOST + b"\r\n": 400, b"GET /\x7f HTTP/1.1\r\n" + HOST + b"\r\n": 400, b"\x16\x03\x01\x02\0\x01\0\r\n\r\n": 400,
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n": 400, b"GET / HTTP/1.12\r\n" + HOST + b"\r\n": 400, b"GET / HTTP/1.1\r\nHost: a/b\r\n\r\n": 400,
+    b"GET / HTTP/1.1\r\nHost: a b\r\n\r\n": 400, b"GET / HTTP/1.1\r\nHost: u@h\r\n\r\n": 400, b"GET / HTTP/1.1\r\nHost: a, b\r\n\r\n": 400,
+    b"GET / HTTP/1.1\r\nHost: h:80x\r\n\r\n": 400, b"GET http://a@b/ HTTP/1.1\r\nHost: h\r\n\r\n": 400, b"GET / HTTP/1.1\r\nHost: \xe9\r\n\r\n": 400,
+    b"GET / HTTP/1.1\r\n" + HOST + b"A\r\n\r\n": 400, b"GET / HTTP/1.1\r\n" + HOST + b"A\xe9: b\r\n\r\n": 400, b"GET / HTTP/1.1\r\n" + HOST + b"A: \x7f\r\n\r\n": 400,
+    b"POST / HTTP/1.0\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n": 400,
+    **{b"POST / HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: " + n + b"\r\n\r\n0\r\n\r\n": 400 for n in (b"", b"identity", b"xchunked", b"chunked, chunked", b"chunked;a=b", b"\x0bchunked")},
+    **{b"POST / HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n" + n: 400 for n in
+       (b"0x3\r\nabc\r\n", b"+3\r\nabc\r\n", b" 3\r\nabc\r\n", b"3\nabc\r\n", b"3;a=\rb\r\nabc\r\n", b"3;\0\r\nabc\r\n", b"3\r\nabcd\r\n", b"\r\n0\r\n\r\n",
+        b"1" + b"0" * 16 + b"\r\n", b"0\r\nA: b\rc\r\n\r\n", b"0\r\n A: b\r\n\r\n", b"0\r\nGET / HTTP/1.1\r\n\r\n")},
+    b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: 3, 3\r\n\r\nabc": 400, b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: 3\r\nContent-Length: 3\r\n\r\nabc": 400,
+    b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: \xb2\r\n\r\nxx": 400, b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length : 3\r\n\r\nabc": 400,
+    b"POST / HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n0\r\n" + b"A: b\r\n" * 60_000: 413,
     b"GET /\r\n\r\n": 400, b"GET / HTTP/2.0\r\nHost: h\r\n\r\n": 400, b"G@T / HTTP/1.1\r\nHost: h\r\n\r\n": 400,
     b"GET  / HTTP/1.1\r\nHost: h\r\n\r\n": 400, b"GET / HTTP/1.1\r\n\r\n": 400, b"GET /\xff HTTP/1.1\r\nHost: h\r\n\r\n": 400,
     b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n": 400, b"GET / HTTP/1.1\nHost: h\n\n": 400,
@@ -1807,6 +1861,32 @@ def test_paths_and_queries_are_decoded_as_utf8_and_only_so() -> None:
     for bad in ("%", "%zz", "%ff", "%C3"):
         with pytest.raises(ah.InvalidRequest):
             ah.unquote(bad)
+
+
+def test_the_absolute_form_names_the_host_whatever_the_header_says() -> None:
+    for target, host, path in [
+        (b"http://evil.example/health", "evil.example", "/health"), (b"HTTP://h/x", "h", "/x"), (b"http://h:8080", "h", "/"),
+        (b"https://h?a=b", "h", "/"),
+    ]:  # fmt: skip
+        reader = ah.RequestReader(ah.make_limits())
+        reader.feed(b"GET " + target + b" HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        head = reader.next().head
+        assert (head.host, head.path) == (host, path)
+
+
+def test_every_answer_tells_browsers_to_run_frame_guess_and_keep_nothing(pair: World) -> None:
+    for method, target in [("GET", "/health"), ("GET", "/agenthub.py"), ("GET", "/nothing"), ("OPTIONS", "/health")]:
+        text = pair.raw(method, target).encode("now").decode()
+        for line in (
+            "X-Content-Type-Options: nosniff",
+            "Content-Security-Policy: default-src 'none'; frame-ancestors 'none'",
+            "Referrer-Policy: no-referrer",
+            "Cross-Origin-Resource-Policy: same-origin",
+            "Cache-Control: no-store",
+        ):
+            assert f"\r\n{line}\r\n" in text
+    stream = ah.plain_head(200, "text/event-stream", (), "now")
+    assert b"nosniff" in stream and b"default-src 'none'" in stream
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
@@ -2430,6 +2510,237 @@ def test_in_key_mode_the_key_does_all_a_token_only_what_its_agent_may_and_nobody
         world.call("DELETE", "/api/v1/agents/b", **token)[0] == 403
         and world.call("DELETE", "/api/v1/agents/b", **key)[0] == 200
     )
+
+
+def of_each_route() -> list[tuple[str, str, dict | None, str]]:
+    """Every route on which somebody acts, as a request of `b`: method, target, body, and how the API knows it."""
+    found = []
+    for route in ah.ROUTES:
+        if route.actor:
+            path = re.sub(r"\{(\w+)\}", lambda m: {"agent_id": "b", "recipient": "c"}.get(m[1], "known-id"), route.path)
+            values = {"to": "c", "message": 1, "q": "x", "ids": ["known-id"], route.actor: "b"}
+            body = {f.name: values[f.name] for f in route.body if f.name in values} or None
+            query = {f.name: values[f.name] for f in route.query if f.name in values and f"{{{f.name}}}" not in route.path}
+            target = path + "".join(f"{'&' if n else '?'}{k}={ah.quote(str(v))}" for n, (k, v) in enumerate(query.items()))
+            found.append((route.method, target, body, f"{route.method} {route.path}"))
+    return found
+
+
+@pytest.mark.parametrize("key", ["", "the-key"], ids=["open mode", "key mode"])
+@pytest.mark.parametrize(("method", "target", "body", "name"), of_each_route(), ids=lambda value: str(value)[:40])
+def test_nobody_acts_as_somebody_else_on_any_route(
+    key: str, method: str, target: str, body: dict | None, name: str
+) -> None:
+    world = World(key=key)
+    with_key = {"Authorization": f"Bearer {key}"} if key else {}
+    tokens = {
+        who: world.call("POST", "/api/v1/agents/register", {"agent_id": who}, **with_key)[1]["token"] for who in "abc"
+    }
+    world.send("b", "c", id="known-id", digest=b"d" * 16)
+    world.commit()
+    data = json.dumps(body).encode() if body else b""
+
+    def asked_by(token: str, place: str = "header") -> int:
+        more = {"Content_Type": "application/json"} if body else {}
+        more |= {"Authorization": f"Bearer {token}"} if token and place == "header" else {}
+        more |= {"Sec_WebSocket_Protocol": f"bearer, {token}"} if place == "subprotocol" else {}
+        with_token = f"{target}{'&' if '?' in target else '?'}token={token}" if place == "query" else target
+        before = world.state()
+        answer = world.raw(method, with_token, data, **more)
+        status = answer.status if isinstance(answer, ah.Response) else 200
+        if status in (401, 403):
+            assert world.state()._replace(seen=()) == before._replace(seen=()), "a refusal changes nothing"
+        return status
+
+    for place in ("header", "query", "subprotocol"):
+        assert asked_by(tokens["a"], place) == 403, (name, place)
+        assert asked_by("b.wrong", place) == asked_by("wrong", place) == 401, (name, place)
+    if key:
+        assert asked_by("") == 401
+    for right in (tokens["b"], *([key] if key else [""])):
+        assert asked_by(right) not in (401, 403), name
+        world.call("POST", "/api/v1/agents/register", {"agent_id": "b"}, **with_key)  # it may just have left
+
+
+def test_a_token_of_a_trace_is_not_enough_it_must_be_the_senders_or_a_recipients() -> None:
+    world = World(key="k")
+    tokens = {}
+    for who in "abc":
+        answer = world.call("POST", "/api/v1/agents/register", {"agent_id": who}, Authorization="Bearer k")[1]
+        tokens[who] = {"Authorization": f"Bearer {answer['token']}"}
+    sent = world.call("POST", "/api/v1/messages", {"to": "c", "message": "secret words"}, **tokens["b"])[1]
+    status = {who: world.call("GET", f"/api/v1/messages/{sent['message_id']}", **tokens[who])[0] for who in "abc"}
+    assert status == {"a": 403, "b": 200, "c": 200}
+    found = {who: world.call("GET", "/api/v1/messages/search?q=secret", **tokens[who])[1]["messages"] for who in "abc"}
+    assert [len(found[who]) for who in "abc"] == [0, 1, 1]
+
+
+def test_only_an_offline_agent_is_taken_over_and_its_old_token_ends_with_that() -> None:
+    world, key = World(key="k"), {"Authorization": "Bearer k"}
+    mine = {"agent_id": "a", "session_id": "one"}
+    old = world.call("POST", "/api/v1/agents/register", mine, **key)[1]["token"]
+    status, answer = world.call("POST", "/api/v1/agents/register", {"agent_id": "a", "session_id": "two"}, **key)
+    assert (status, answer["error"]["code"]) == (409, "agent_id_taken")
+    assert world.call("POST", "/api/v1/agents/register", {"agent_id": "a"}, **key)[0] == 409, "nor without a session"
+    world.clock.advance(91)
+    assert world.call("GET", "/api/v1/messages", Authorization=f"Bearer {old}")[0] == 200
+    world.clock.advance(91)
+    new = world.call("POST", "/api/v1/agents/register", {"agent_id": "a", "session_id": "two"}, **key)[1]["token"]
+    assert world.call("GET", "/api/v1/messages", Authorization=f"Bearer {old}")[0] == 401
+    assert world.call("GET", "/api/v1/messages", Authorization=f"Bearer {new}")[0] == 200
+    world.call("DELETE", "/api/v1/agents/a", **key)
+    assert world.call("GET", "/api/v1/messages", Authorization=f"Bearer {new}")[0] == 401
+
+
+@pytest.mark.parametrize(("method", "target", "headers", "status"), [
+    ("GET", "/api/v1/messages?agent_id=alpha-1&claim=60", {"Sec_Fetch_Site": "cross-site"}, 403),
+    ("GET", "/api/v1/messages?agent_id=alpha-1", {"Sec_Fetch_Site": "same-site", "Sec_Fetch_Mode": "no-cors"}, 403),
+    ("GET", "/api/v1/messages?agent_id=alpha-1", {"Origin": "https://evil.example"}, 403),
+    ("GET", "/api/v1/stream?agent_id=alpha-1", {"Origin": "https://evil.example"}, 403),
+    ("HEAD", "/api/v1/messages?agent_id=alpha-1", {"Sec_Fetch_Site": "cross-site"}, 403),
+    ("POST", "/to/alpha-1", {"Sec_Fetch_Site": "cross-site"}, 403), ("DELETE", "/api/v1/agents/alpha-1", {"Origin": "null"}, 403),
+    ("POST", "/api/v1/agents/register", {"Origin": "http://127.0.0.1:9999"}, 403),
+    ("GET", "/api/v1/messages?agent_id=alpha-1", {"Sec_Fetch_Site": "none"}, 200),
+    ("GET", "/api/v1/messages?agent_id=alpha-1", {"Sec_Fetch_Site": "same-origin", "Origin": "http://127.0.0.1:8080"}, 200),
+    ("GET", "/api/v1/messages?agent_id=alpha-1", {"Sec_Fetch_Site": "cross-site", "Origin": "https://ok.example"}, 200),
+    ("GET", "/health", {"Sec_Fetch_Site": "cross-site", "Sec_Fetch_Mode": "navigate"}, 200),
+    ("GET", "/api/v1/agents", {"Origin": "https://evil.example"}, 200),
+])  # fmt: skip
+def test_pages_of_other_sites_can_not_act_not_even_by_reading(
+    pair: World, method: str, target: str, headers: dict, status: int
+) -> None:
+    pair.hub.pace.limits = ah.make_limits(rate_limit=10, rate_burst=1)
+    before = pair.state()
+    answer = pair.raw(method, target, **headers)
+    assert answer.status == status
+    if status == 403:
+        assert pair.state() == before, "not a sign of life either"
+        assert pair.hub.pace.left("alpha-1", pair.clock()) == 1, "and nothing off its rate"
+
+
+def test_a_unix_socket_has_no_rebinding_and_a_hub_for_everybody_may_be_called_by_its_address(pair: World) -> None:
+    assert pair.raw("GET", "/health", peer=ah.Peer("unix"), Host="anything").status == 200
+    assert pair.raw("GET", "/health", Host="10.1.2.3:8080").status == 403
+    pair.api.settings = pair.api.settings._replace(by_address=True, allow_hosts=("hub.example",))
+    for host, status in [("10.1.2.3:8080", 200), ("[2001:db8::1]:8080", 200), ("hub.example", 200), ("evil.example", 403)]:
+        assert pair.raw("GET", "/health", Host=host).status == status
+
+
+PROXIED = [  # the line's address, X-Forwarded-For, -Proto, -Host: whose address counts, and is https://hub.example the hub's own?
+    ("10.0.0.1", "203.0.113.9", "https", "hub.example", "203.0.113.9", True),
+    ("10.0.0.1", "1.1.1.1, 203.0.113.9", "https", "hub.example", "203.0.113.9", True),
+    ("10.0.0.1", "1.1.1.1, 203.0.113.9, 10.0.0.2", "http, https", "evil, hub.example", "203.0.113.9", True),
+    ("10.0.0.1", "[2001:db8::1]:4711", "https", "hub.example:443", "2001:db8::1", False),
+    ("10.0.0.1", "203.0.113.9:4711", "", "", "203.0.113.9", False), ("10.0.0.1", "unknown", "", "", "10.0.0.1", False),
+    ("10.0.0.1", "", "", "", "10.0.0.1", False), ("::ffff:10.0.0.1", "203.0.113.9", "https", "hub.example", "203.0.113.9", True),
+    ("unix", "203.0.113.9", "https", "hub.example", "203.0.113.9", True),
+    ("192.0.2.1", "203.0.113.9", "https", "hub.example", "192.0.2.1", False),
+    ("127.0.0.1", "203.0.113.9", "https", "hub.example", "127.0.0.1", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "chain", "proto", "host", "counts", "own"), PROXIED)
+def test_a_trusted_proxy_says_who_asks_and_nobody_else_does(
+    line: str, chain: str, proto: str, host: str, counts: str, own: bool
+) -> None:
+    world = World(rate_limit=10, rate_burst=20)
+    networks = (ah.network("10.0.0.0/8"), "unix")
+    world.api.settings = world.api.settings._replace(proxies=networks, allow_hosts=("hub.example",))
+    said = {"X_Forwarded_For": chain, "X_Forwarded_Proto": proto, "X_Forwarded_Host": host}
+    said = {name: value for name, value in said.items() if value}
+    world.raw("GET", "/api/v1/agents", peer=ah.Peer(line), **said)
+    assert list(world.hub.pace._buckets) == [counts]
+    status = world.raw("POST", "/api/v1/agents/register", b'{"agent_id":"a"}', peer=ah.Peer(line), **said,
+                       Content_Type="application/json", Origin="https://hub.example").status  # fmt: skip
+    assert status == (200 if own else 403)
+
+
+def test_the_name_a_proxy_was_called_by_is_checked_like_any_other(world: World) -> None:
+    world.api.settings = world.api.settings._replace(proxies=(ah.network("127.0.0.1"),))
+    assert world.raw("GET", "/health", X_Forwarded_Host="evil.example").status == 403
+    assert world.raw("GET", "/health", X_Forwarded_Host="localhost:9").status == 200
+
+
+def test_what_is_left_of_a_rate_stands_in_every_answer_that_counts() -> None:
+    world = World(rate_limit=10, rate_burst=20)
+    world.register("a")
+
+    def told(target: str, **headers: str) -> tuple[int, dict]:
+        answer = world.raw("GET", target, **headers)
+        return answer.status, {n[12:]: v for n, v in answer.headers if n.startswith("X-RateLimit-")}
+
+    at = world.clock() // 1000
+    assert told("/api/v1/messages?agent_id=a") == (200, {"Limit": "20", "Remaining": "19", "Reset": str(at + 1)})
+    for _ in range(19):
+        told("/api/v1/messages?agent_id=a")
+    assert told("/api/v1/messages?agent_id=a") == (429, {"Limit": "20", "Remaining": "0", "Reset": str(at + 2)})
+    assert told("/health") == (200, {})
+    assert told("/nothing")[1]["Remaining"] == "19", "what is refused counts for the address"
+    assert World().raw("GET", "/api/v1/agents").headers == (("Vary", "Origin"),)
+
+
+def test_made_up_names_and_wrong_keys_count_for_the_address_they_come_from() -> None:
+    for key, how in [
+        ("", lambda n: {"target": f"/api/v1/messages?agent_id=nobody-{n}"}),
+        ("k", lambda n: {"target": "/metrics", "Authorization": f"Bearer guess-{n}"}),
+        ("k", lambda n: {"target": f"/no/such/path/{n}"}),
+    ]:
+        world = World(key=key, rate_limit=10, rate_burst=20)
+        codes = [world.raw("GET", **how(number)).status for number in range(25)]
+        assert codes[:20] == [codes[0]] * 20 and codes[0] >= 400 and codes[20:] == [429] * 5
+        assert set(world.hub.pace._buckets) <= {"127.0.0.1", "guesses of 127.0.0.1"}
+
+
+def test_whoever_guesses_keys_is_not_told_when_one_is_right_and_this_machine_is_spared() -> None:
+    world = World(key="k", rate_limit=10, rate_burst=20)
+
+    def status(address: str, token: str) -> int:
+        return world.raw("GET", "/api/v1/agents", peer=ah.Peer(address), Authorization=f"Bearer {token}").status
+
+    for address, then in [("10.0.0.1", 429), ("127.0.0.1", 200)]:
+        assert [status(address, f"guess {n}") for n in range(21)] == [401] * 20 + [429]
+        assert status(address, "k") == then
+    assert status("10.0.0.2", "k") == 200, "nor are others"
+    world.clock.advance(1)
+    assert status("10.0.0.1", "k") == 200
+    assert world.raw("GET", "/health", peer=ah.Peer("10.0.0.1")).status == 200
+
+
+def test_the_audit_trail_tells_each_kind_once_counts_its_repeats_and_is_bounded() -> None:
+    lines: list[dict] = []
+    audit = ah.Audit(lambda event, **fields: lines.append({"event": event, **fields}))
+    for _ in range(5):
+        audit.note("refused", "why", address="10.0.0.1", code="forbidden", agent_id="")
+    audit.note("refused", "why", address="10.0.0.2", code="forbidden", agent_id="")
+    audit.tell("register", address="10.0.0.1", agent_id="a")
+    first = {"event": "refused", "address": "10.0.0.1", "code": "forbidden"}
+    assert lines == [first | {"message": "why"}, first | {"address": "10.0.0.2", "message": "why"},
+                     {"event": "register", "address": "10.0.0.1", "agent_id": "a"}]  # fmt: skip
+    lines.clear()
+    audit.sweep()
+    assert lines == [first | {"repeated": 4}]
+    lines.clear()
+    for number in range(5000):
+        audit.note("refused", "why", address=f"10.0.{number // 250}.{number % 250}")
+    assert len(lines) == ah.AUDIT_LINES
+    audit.sweep()
+    assert len(lines) == ah.AUDIT_LINES + 1 and lines[-1]["repeated"] == 5000 - ah.AUDIT_LINES
+
+
+def test_the_audit_trail_knows_who_came_who_was_refused_and_who_used_the_key() -> None:
+    world, lines = World(key="the-key"), []
+    world.api.audit = ah.Audit(lambda event, **fields: lines.append((event, fields)))
+    key = {"Authorization": "Bearer the-key"}
+    token = world.call("POST", "/api/v1/agents/register", {"agent_id": "a"}, **key)[1]["token"]
+    world.call("POST", "/api/v1/messages", {"from": "b", "to": "a", "message": 1}, Authorization=f"Bearer {token}")
+    world.call("GET", "/api/v1/messages?agent_id=a&token=guess")
+    world.api.frame("a", b"{", world.clock(), "10.9.8.7")
+    assert [(event, fields.get("code"), fields["address"]) for event, fields in lines] == [
+        ("key", None, "127.0.0.1"), ("refused", "forbidden", "127.0.0.1"), ("refused", "unauthorized", "127.0.0.1"),
+        ("refused", "invalid_json", "10.9.8.7"),
+    ]  # fmt: skip
+    assert lines[0][1]["route"] == "POST /api/v1/agents/register"
+    assert not any(secret in str(lines) for secret in ("the-key", token, token.partition(".")[2], "guess"))
 
 
 # --- API --------------------------------------------------------------------------------------------------------------
