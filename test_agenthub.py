@@ -164,7 +164,7 @@ class LiveHub:
             **env,
         }
         self.errors = open(folder / "errors.txt", "a+")  # noqa: SIM115
-        command = [python, str(FILE), "serve", "--port", port, "--db", str(self.db), *options]
+        command = [python, str(FILE), "serve", *(["--port", port] if port else []), "--db", str(self.db), *options]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=self.env)
         self.line = self.process.stdout.readline()
         found = re.search(r"at (https?://\S+:(\d+)|unix:\S+),", self.line)
@@ -247,6 +247,24 @@ def shared_hub(tmp_path_factory: pytest.TempPathFactory) -> object:
     yield hub
     assert hub.stop() == 0
     assert "Traceback" not in Path(hub.errors.name).read_text()
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> object:
+    """Makes self-signed certificates of localhost: a function that writes one to two files of that name."""
+    openssl, folder = shutil.which("openssl"), tmp_path_factory.mktemp("tls")
+    if not openssl:
+        pytest.fail("openssl is missing") if os.environ.get("CI") else pytest.skip("openssl is not installed")
+
+    def make(name: str) -> tuple[str, str]:
+        paths = str(folder / f"{name}.pem"), str(folder / f"{name}-key.pem")
+        kind = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "3650"]
+        names = ["-subj", f"/CN={name}", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+        command = [openssl, "req", *kind, *names, "-out", paths[0], "-keyout", paths[1]]
+        subprocess.run(command, check=True, capture_output=True)
+        return paths
+
+    return make
 
 
 def next_envelope(line: object, timeout: float = 20) -> dict:
@@ -2837,6 +2855,21 @@ def test_random_json_into_every_route_and_frame_is_answered_and_nothing_is_a_5xx
     assert "Traceback" not in caplog.text
 
 
+def test_schemathesis_finds_no_answer_that_the_openapi_document_does_not_promise(live: object) -> None:
+    """Streams never end and WebSockets are no plain requests: these two are not for it."""
+    pytest.importorskip("schemathesis")
+    hub = live("--rate-limit", "0", "--loop-guard", "0")
+    words = ["run", f"{hub.url}/openapi.json", "--seed", "1", "--max-examples", "3", "--phases", "coverage,fuzzing"]
+    words += ["--exclude-path", "/api/v1/stream", "--exclude-path", "/ws/{agent_id}", "--request-timeout", "0.5"]
+    words += ["--exclude-checks", "positive_data_acceptance,negative_data_rejection"]  # null is as good as left out
+    code = "import sys; from schemathesis.cli import schemathesis; sys.exit(schemathesis())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=hub.folder, env=hub.env, capture_output=True, text=True, timeout=80
+    )
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout + done.stderr
+    assert hub.client().health()["status"] == "ok"
+
+
 # --- Readers ----------------------------------------------------------------------------------------------------------
 
 
@@ -3317,6 +3350,41 @@ def test_so_many_copies_are_made_at_a_time_and_one_whose_peer_has_gone_is_not_ma
     until(lambda: b" 200 OK" in hub.talk(ask)[:20])
 
 
+def test_one_address_may_have_so_many_lines_open_and_no_more(live: object) -> None:
+    hub = live("--max-per-address", "3", "--trusted-proxy", "127.0.0.9")
+    ask = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+    def line(source: str = "127.0.0.1") -> tuple[socket.socket, bytes]:
+        made = socket.create_connection(("127.0.0.1", hub.port), timeout=20, source_address=(source, 0))
+        made.sendall(ask)
+        return made, made.recv(4096)
+
+    lines = [line() for _ in range(4)]
+    assert [answer[9:12] for _, answer in lines] == [b"200"] * 3 + [b"429"] and b"127.0.0.1 has 3" in lines[3][1]
+    others = [line("127.0.0.2"), *[line("127.0.0.9") for _ in range(5)]]
+    assert {answer[9:12] for _, answer in others} == {b"200"}, "others have their own, and a proxy is many"
+    for made, _ in lines[1:]:
+        made.close()
+    until(lambda: line()[1].startswith(b"HTTP/1.1 200"))
+    assert "code=rate_limited" in hub.log()
+    for made, _ in [*lines, *others]:
+        made.close()
+
+
+def test_random_bytes_on_a_live_line_are_answered_and_the_hub_stays_well(shared_hub: LiveHub) -> None:
+    chance, seeds = random.Random(4), [POST, CHUNKED, *BAD_REQUESTS]
+    for number in range(250):
+        data = bytearray(chance.choice(seeds)[:3000])
+        for _ in range(chance.randrange(4)):
+            at = chance.randrange(len(data))
+            data[at : at + chance.randrange(3)] = chance.randbytes(chance.randrange(3))
+            data = data or bytearray(b"x")
+        with contextlib.suppress(ConnectionResetError):
+            answer = shared_hub.talk(bytes(data), close=number % 10 > 0) if data.endswith(b"\r\n\r\n") else b""
+            assert not re.search(rb"HTTP/1.1 5", answer), (bytes(data), answer)
+    assert shared_hub.client().health()["status"] == "ok"
+
+
 # --- Sockets ----------------------------------------------------------------------------------------------------------
 
 
@@ -3327,6 +3395,10 @@ def test_a_protocol_violation_closes_a_websocket_and_a_bad_frame_does_not(shared
     shared_hub.client("fuzzer")
     for data, code in [
         (b"\x81\x02{}", 1002), (b"\xf1\x80\0\0\0\0", 1002), (b"\x83\x80\0\0\0\0", 1002), (b"\x80\x80\0\0\0\0", 1002),
+        (b"\xc1\x80\0\0\0\0", 1002), (b"\xa1\x80\0\0\0\0", 1002), (b"\x91\x80\0\0\0\0", 1002), (b"\x8b\x80\0\0\0\0", 1002),
+        (b"\x89\xfe\0\x7e\0\0\0\0" + b"a" * 126, 1002), (b"\x01\x80\0\0\0\0\x81\x80\0\0\0\0", 1002), (b"\x88\x81\0\0\0\0\1", 1002),
+        (b"\x88\x82\0\0\0\0\x03\xed", 1002), (b"\x88\x83\0\0\0\0\x03\xe8\xff", 1007), (b"\x01\x81\0\0\0\0\xc3\x80\x81\0\0\0\0(", 1007),
+        (b"\x81\xff\x80\0\0\0\0\0\0\0\0\0\0\0", 1009), (b"\x81\xff" + b"\xff" * 8 + b"\0\0\0\0", 1009),
         (b"\x09\x80\0\0\0\0", 1002), (b"\x82\x80\0\0\0\0", 1003), (b"\x81\x81\0\0\0\0\xff", 1007),
         (b"\x81\xff\0\0\1\0\0\0\0\0\0\0\0\0", 1009),
     ]:  # fmt: skip
@@ -3408,6 +3480,46 @@ def test_a_message_in_pieces_that_never_ends_is_cut_off(live: object) -> None:
             line.recv(20)
         stop.set()
         dribbling.join()
+
+
+def test_a_browser_proves_who_it_is_with_a_subprotocol_because_it_can_send_no_header(live: object) -> None:
+    pytest.importorskip("websockets")
+    from websockets.exceptions import InvalidStatus
+    from websockets.sync.client import connect
+
+    hub = live("--key", "the-key")
+    token = hub.client("page", key="the-key").token
+    address, options = f"ws://127.0.0.1:{hub.port}/ws/page", {"compression": None, "close_timeout": 0.2}
+    origin = f"http://127.0.0.1:{hub.port}"
+    for words in (["bearer", token], ["bearer", "the-key"]):
+        with connect(address, subprotocols=words, origin=origin, **options) as line:
+            assert line.subprotocol == "bearer" and next_frame(line, "welcome")["agent_id"] == "page"
+            line.send('{"to":"page","message":"me"}')
+            assert next_envelope(line)["message"] == "me"
+    for words in (["bearer", "page.wrong"], ["bearer"], ["chat"], None):
+        with pytest.raises(InvalidStatus) as caught:
+            connect(address, subprotocols=words, **options)
+        assert caught.value.response.status_code == 401
+    assert "the-key" not in hub.log() and token not in hub.log()
+
+
+def test_random_frames_on_a_live_line_are_answered_or_end_it_and_the_hub_stays_well(shared_hub: LiveHub) -> None:
+    pytest.importorskip("websockets")
+    from websockets.exceptions import ConnectionClosed
+
+    chance = random.Random(6)
+    shared_hub.client("noise")
+    for _ in range(60):
+        with shared_hub.socket("noise") as line, contextlib.suppress(ConnectionClosed, OSError):
+            next_frame(line, "welcome")
+            for _ in range(20):
+                text = chance.choice([b'{"to":"noise","message":1}', b'{"type":"ack","up_to":1}', b"{}", b"[[[["])
+                frame = bytearray(bytes((0x81, 0x80 | len(text))) + b"\0\0\0\0" + text)
+                if chance.random() < 0.4:
+                    frame[chance.randrange(len(frame))] = chance.randrange(256)
+                line.socket.sendall(bytes(frame))
+            line.recv(0)
+    assert shared_hub.client().health()["status"] == "ok"
 
 
 # --- Batches ----------------------------------------------------------------------------------------------------------
@@ -3830,6 +3942,139 @@ def test_nothing_runs_out_while_the_log_does_not_yet_say_what_the_hub_knows(tmp_
     asyncio.run(asyncio.wait_for(play(), 30))
 
 
+def test_tls_serves_requests_streams_and_websockets_to_clients_that_check_the_certificate(
+    live: object, certificate: object
+) -> None:
+    import ssl
+
+    chain, key = certificate("one")
+    hub = live("--certfile", chain, "--keyfile", key)
+    assert hub.url.startswith("https://")
+    for trusted, code in (({}, 3), ({"AGENTHUB_CACERT": chain}, 0)):
+        done = hub.here("send", "ALL", "hi", **trusted)
+        assert done.returncode == code and ("--cacert" in done.stderr) == (code == 3), done
+    with hub.client("a", cacert=chain) as client:
+        client.send_message("a", "over tls")
+        assert client.messages(unread=True, wait=20)[0]["message"] == "over tls"
+        assert next(iter(client.listen()))["message"] == "over tls"
+        assert client.backup(str(hub.folder / "copy.db")) > 10_000
+        big = "x" * 200_000
+        client.send_message("a", big)
+        assert client.messages(limit=1)[0]["message"] == big
+
+    async def live_agent() -> list:
+        found = []
+        async with ah.AgentClient(hub.url, "b", cacert=chain) as agent:
+
+            async def handle(envelope: dict) -> None:
+                found.append(envelope["message"])
+                await agent.close()
+
+            await agent.send_message("b", "to myself")
+            await agent.listen(handle)
+        return found
+
+    assert asyncio.run(live_agent()) == ["to myself"]
+    for context in (ah.tls_context(chain, key), ah.Client(hub.url, cacert=chain)._tls_context):
+        assert context.minimum_version == ssl.TLSVersion.TLSv1_2
+    assert not hub.talk(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"), "what is not TLS gets nothing"
+    assert hub.client(cacert=chain).health()["status"] == "ok"
+
+
+def test_a_new_certificate_is_read_at_sighup_and_a_bad_one_changes_nothing(
+    live: object, certificate: object, tmp_path: Path
+) -> None:
+    used = [str(tmp_path / "chain.pem"), str(tmp_path / "key.pem")]
+    first, second = certificate("first"), certificate("second")
+
+    def served() -> str:
+        return next((name for name, pair in (("first", first), ("second", second)) if trusts(pair[0])), "neither")
+
+    def trusts(chain: str) -> bool:
+        try:
+            return hub.client(cacert=chain).health()["status"] == "ok"
+        except ah.Unreachable:
+            return False
+
+    def reload_and_see(words: str) -> None:
+        said = hub.log().count(words)
+        hub.process.send_signal(signal.SIGHUP)
+        until(lambda: hub.log().count(words) > said)
+
+    for source, path in zip(first, used):
+        shutil.copy(source, path)
+    hub = live("--certfile", used[0], "--keyfile", used[1])
+    with hub.client(cacert=first[0]) as before:
+        assert before.health() and served() == "first"
+        shutil.copy(second[1], used[1])
+        reload_and_see("the old certificate stays")
+        assert served() == "first"
+        shutil.copy(second[0], used[0])
+        reload_and_see("certificate_reloaded")
+        assert served() == "second" and before.health(), "lines that are open go on"
+
+
+def test_a_unix_socket_is_for_this_user_replaced_after_a_kill_and_taken_away_at_the_end(
+    live: object, tmp_path: Path
+) -> None:
+    path = tmp_path / "hub.sock"
+    hub = live("--unix", str(path), port="")
+    assert hub.url == f"unix:{path}" and path.stat().st_mode & 0o777 == 0o600
+    assert hub.here("send", "ALL", "hi").returncode == 0 and hub.here("status").returncode == 0
+    with hub.client("a") as client:
+        client.send_message("a", "by file")
+        assert next(iter(client.listen()))["message"] == "by file"
+
+    async def live_agent() -> str:
+        async with ah.AgentClient(hub.url, "b") as agent:
+            sent = await agent.send_message("b", 1)
+            await agent.listen(lambda envelope: asyncio.ensure_future(agent.close()))
+            return sent["recipients"][0]["agent_id"]
+
+    assert asyncio.run(live_agent()) == "b"
+    second = hub.cli("serve", "--unix", str(path), "--db", str(tmp_path / "second.db"))
+    assert second.returncode == 1 and "can't listen on" in second.stderr and path.exists()
+    hub.stop(signal.SIGKILL)
+    assert path.exists()
+    hub = live("--unix", str(path))
+    assert hub.port and hub.client().health()["status"] == "ok", "with --port both are served"
+    assert ah.Client(f"unix:{path}").health()["status"] == "ok"
+    assert hub.stop() == 0 and not path.exists()
+    path.write_text("mine")
+    assert hub.cli("serve", "--unix", str(path), "--db", ":memory:").returncode == 1 and path.read_text() == "mine"
+
+
+def test_no_secret_stands_in_the_log_the_files_the_figures_or_an_error(live: object) -> None:
+    hub = live("--host", "0.0.0.0", "--log-format", "json", "--rate-limit", "0")
+    key = re.search(r"AGENTHUB_KEY=(\S+)", hub.line)[1]
+    token = hub.client("a", key=key).token
+    secrets, answers = (key, token, token.partition(".")[2]), []
+
+    def ask(target: str, method: str = "GET", body: bytes = b"", more: str = "") -> None:
+        head = f"{method} {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n{more}\r\n"
+        answers.append(hub.talk(head.encode() + body))
+
+    for secret in secrets:
+        for bearer in (f"Authorization: Bearer {secret}\r\n", f"Authorization: Basic {secret}\r\n", ""):
+            for target in ("/api/v1/messages", "/api/v1/messages?agent_id=b", "/metrics", "/nothing", "/health"):
+                ask(f"{target}{'&' if '?' in target else '?'}token={secret}", more=bearer)
+                ask(target, "POST", b"{", bearer)
+            ask("/api/v1/agents/register", "POST", b'{"agent_id":"ALL"}', bearer + "Content-Type: application/json\r\n")
+        ask("/ws/a", more=f"Upgrade: websocket\r\nSec-WebSocket-Protocol: bearer, {secret}\r\n")
+        ask("/to/a?from=b", "POST", b"x", f"Origin: http://evil.example/{secret[:3]}\r\nAuthorization: Bearer {secret}\r\n")
+    hub.here("send", "a", "hi", AGENTHUB_TOKEN=token)
+    hub.stop()
+    files = [path.read_bytes() for path in hub.folder.glob("hub.db*") if not path.name.endswith(".key")]
+    told = b"".join([hub.line.replace(key, "").encode(), Path(hub.errors.name).read_bytes(), *files, *answers])
+    assert len(answers) > 90 and b" 200 OK" in told and b" 401 " in told and b'"event": "refused"' in told
+    for secret in secrets:
+        assert secret.encode() not in told
+    lines = [json.loads(line) for line in Path(hub.errors.name).read_text().splitlines()]
+    assert {line["event"] for line in lines} >= {"key", "register", "refused"}
+    assert all({"time", "level", "event"} <= set(line) for line in lines)
+    assert all(line["address"] == "127.0.0.1" for line in lines if line["event"] in ("key", "register"))
+
+
 # --- Calls ------------------------------------------------------------------------------------------------------------
 
 
@@ -3916,6 +4161,19 @@ def test_a_poll_that_breaks_late_is_asked_again_like_one_that_breaks_at_once(
     other.reply(request, "at last")
     asking.join(20)
     assert got and got[0]["message"] == "at last" and clock() - started < 60
+
+
+def test_addresses_that_are_none_and_certificates_that_can_not_be_read_are_refused(tmp_path: Path) -> None:
+    for url in ("ftp://h", "http://", "h:8080", "http://h:8080/path", "unix:", "http://u:p@h"):
+        with pytest.raises(ah.InvalidRequest, match="write http://HOST:PORT, or unix:PATH"):
+            ah.Client(url)
+    assert ah.Client(f"unix://{tmp_path}/a.sock").url == ah.Client(f"unix:{tmp_path}/a.sock").url
+    with pytest.raises(ah.Unreachable, match="a.sock"):
+        ah.Client(f"unix:{tmp_path}/a.sock").health()
+    (tmp_path / "not.pem").write_text("x")
+    for file in ("not.pem", "absent.pem"):
+        with pytest.raises(ah.InvalidRequest, match=file):
+            ah.Client("https://127.0.0.1:1", cacert=str(tmp_path / file))._tls_context
 
 
 # --- Client -----------------------------------------------------------------------------------------------------------
@@ -4314,6 +4572,32 @@ def test_two_first_uses_at_the_same_instant_are_one_agent(live: object) -> None:
     assert len(hub.client().agents()) == 1
 
 
+def test_what_the_command_line_keeps_is_this_users_alone_and_no_symbolic_link_is_written_through(
+    live: object, tmp_path: Path
+) -> None:
+    hub = live()
+    before = os.umask(0)
+    try:
+        assert hub.here("send", "ALL", "hi").returncode == 0
+    finally:
+        os.umask(before)
+    folder = tmp_path / "state" / "agenthub"
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "state", folder)} == {0o700}
+    assert {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()} == {
+        "identity.json": 0o600, "identity.json-lock": 0o600,
+    }  # fmt: skip
+    folder.chmod(0o755)
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (folder / "identity.json").unlink()
+    for name in ("identity.json", "identity.json-lock"):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(victim)
+    assert hub.here("register", "zoe").returncode == 0
+    assert victim.read_text() == "mine" and victim.stat().st_mode & 0o777 != 0o600
+    assert not (folder / "identity.json").is_symlink() and folder.stat().st_mode & 0o777 == 0o700
+
+
 # --- Commands ---------------------------------------------------------------------------------------------------------
 
 
@@ -4426,13 +4710,99 @@ def test_every_limit_is_an_option_and_a_variable_and_port_is_honoured(
     assert ah.main(["serve"]) == 2
 
 
-def test_a_hub_that_others_can_reach_makes_a_key_and_prints_it_once(live: object) -> None:
-    hub = live("--host", "0.0.0.0")
-    key = re.search(r"AGENTHUB_KEY=(\S+)", hub.line)[1]
+def test_a_hub_that_others_can_reach_makes_a_key_prints_it_once_and_keeps_it(live: object, tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        hub = live("--host", "0.0.0.0", db="new/hub.db")
+    finally:
+        os.umask(before)
+    url, key = re.search(r"AGENTHUB_URL=(\S+) AGENTHUB_KEY=(\S+) python agenthub.py send", hub.line).groups()
     assert len(key) >= 43 and hub.cli("send", "a", "b").returncode == 1
-    assert hub.cli("send", "a", "b", AGENTHUB_KEY=key).returncode == 0
-    assert hub.cli("recv", "--as", "a", AGENTHUB_KEY=key).stdout.endswith(": b\n")
+    assert hub.here("send", "a", "b", AGENTHUB_KEY=key, AGENTHUB_URL=url).returncode == 0
+    assert hub.here("recv", "--as", "a", AGENTHUB_KEY=key).stdout.endswith(": b\n")
     assert key not in hub.log() and key not in Path(f"{hub.db}").read_bytes().decode("latin-1")
+    kept = Path(f"{hub.db}.key")
+    assert kept.read_text().strip() == key
+    modes = {path.name: path.stat().st_mode & 0o777 for path in kept.parent.iterdir()}
+    assert set(modes.values()) == {0o600} and kept.parent.stat().st_mode & 0o777 == 0o700, modes
+    hub.stop()
+    kept.chmod(0o644)
+    hub = live("--host", "0.0.0.0", db="new/hub.db")
+    assert key not in hub.line and f'AGENTHUB_KEY="$(cat {kept})" python' in hub.line
+    assert kept.stat().st_mode & 0o777 == 0o600
+    nobody = {"XDG_STATE_HOME": str(tmp_path / "nobody")}
+    assert hub.here("send", "a", "b", **nobody).returncode == 1
+    assert hub.here("send", "a", "b", **nobody, AGENTHUB_KEY=key).returncode == 0
+    hub.stop()
+    kept.unlink()
+    kept.symlink_to(tmp_path / "elsewhere")
+    assert hub.cli("serve", "--host", "0.0.0.0", "--port", "0", "--db", str(hub.db)).returncode == 1
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_without_a_key_only_who_means_it_serves_others_and_is_warned(live: object) -> None:
+    assert ah.main(["serve", "--open", "--host", "0.0.0.0"]) == 2
+    hub = live("--insecure-open", "--host", "0.0.0.0", AGENTHUB_KEY="not-this-time")
+    assert "without a key" in hub.log() and "warning" in hub.log() and "AGENTHUB_KEY" not in hub.line
+    assert hub.here("send", "ALL", "hi").returncode == 0
+    for host, status in [("evil.example", b"403"), ("192.0.2.77:8080", b"200")]:
+        assert hub.talk(f"GET /health HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())[9:12] == status
+
+
+def test_open_mode_on_this_machine_minds_no_key_of_the_environment_when_told_so(live: object) -> None:
+    hub = live("--open", AGENTHUB_KEY="the-clients-own")
+    assert hub.talk(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")[9:12] == b"200"
+
+
+@pytest.mark.parametrize("words", [
+    "--open --key k", "--open --key-file k", "--open --host 0.0.0.0", "--open --host :: --unix s", "--key ''", "--key 'two words'",
+    "--key é", "--key-file empty", "--keyfile k.pem", "--certfile absent", "--certfile empty", "--cors-origin '*'", "--cors-origin null",
+    "--cors-origin https://a/b", "--cors-origin 'https://*.a'", "--allow-host http://a", "--allow-host a/b", "--trusted-proxy 10.0.0.0/99",
+    "--trusted-proxy proxy.example", "--log-format xml", "--port 65536", "--max-inbox -1", "--session-ttl nan", "--rate-limit inf",
+])  # fmt: skip
+def test_options_that_do_not_go_together_are_refused_before_anything_is_made(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    import shlex
+
+    monkeypatch.chdir(tmp_path)
+    Path("empty").touch()
+    assert ah.main(["serve", "--db", "hub.db", "--port", "0", *shlex.split(words)]) == 2
+    error = capsys.readouterr().err
+    assert error.strip() and "Traceback" not in error and [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_options_are_variables_too_and_lists_are_written_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENTHUB_ALLOW_HOST", "Hub.Example, other:8080")
+    monkeypatch.setenv("AGENTHUB_TRUSTED_PROXY", "10.0.0.0/8,unix")
+    monkeypatch.setenv("AGENTHUB_CORS_ORIGIN", "https://a.example,tauri://localhost")
+    monkeypatch.setenv("AGENTHUB_LOG_FORMAT", "json")
+    monkeypatch.setenv("AGENTHUB_HOST", "0.0.0.0")
+    args = ah._parser("serve").parse_args(["serve"])
+    settings = ah.make_settings(args, ah.Place.read(args), ":memory:")
+    assert settings.allow_hosts == ("hub.example", "other", "0.0.0.0") and len(settings.proxies) == 2
+    assert settings.origins == ("https://a.example", "tauri://localhost") and args.log_format == "json"
+    assert settings.limits.max_per_address == 1000
+    monkeypatch.delenv("AGENTHUB_HOST")
+    args = ah._parser("serve").parse_args(["serve"])
+    assert ah.make_settings(args, ah.Place.read(args), ":memory:").limits.max_per_address == float("inf")
+
+
+def test_the_log_is_a_line_of_text_or_of_json_and_no_name_breaks_out_of_it(live: object) -> None:
+    for kind in ("text", "json"):
+        hub = live("--log-format", kind, db=f"{kind}.db")
+        hub.client("a")
+        hub.talk(b"POST /to/a?from=a%0Aforged%1b[2J HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\nx")
+        hub.talk(b"FORGED\xff /x HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        hub.stop()
+        lines = Path(hub.errors.name).read_text().splitlines()
+        lines = [line for line in lines if line.startswith("{") == (kind == "json")]
+        assert len(lines) == 3 and not any(re.search("[\x00-\x1f\x7f]", line) or line.startswith("forged") for line in lines)
+        if kind == "json":
+            assert [json.loads(line)["event"] for line in lines] == ["register", "refused", "refused"]
+        else:
+            assert re.fullmatch(r"\d{4}-\d\d-\d\dT\S+Z register address=127.0.0.1 agent_id=a", lines[0])
+            assert "refused address=127.0.0.1" in lines[1] and 'route="POST /to/{recipient}"' in lines[1]
 
 
 # --- CLI --------------------------------------------------------------------------------------------------------------
@@ -4759,7 +5129,7 @@ def test_the_readmes_shell_commands_work(live: object, tmp_path: Path) -> None:
                 continue
             stays = re.search(r"\blisten\b|stream\?", line)
             done = subprocess.run(
-                ["timeout", "2" if stays else "30", "bash", "-c", line],
+                ["timeout", "1" if stays else "30", "bash", "-c", line],
                 cwd=tmp_path,
                 env=env,
                 capture_output=True,
