@@ -1103,7 +1103,7 @@ class Agents:
     """Who is here, and whom a name means: the half of the hub that knows nothing of messages."""
 
     def __init__(self, limits: Any) -> None:
-        self.limits = limits
+        self.limits, self._tokens_last = limits, limits.session_ttl * 1000
         self.connections: dict[str, int] = {}
         self.active: set[str] = set()
         self._seen: dict[str, int] = {}
@@ -1155,8 +1155,7 @@ class Agents:
 
     def lapsed(self, agent_id: str, at: int) -> bool:
         """Whether its tokens have ended: it is not connected, and was silent for longer than they hold."""
-        silent = at - self._seen.get(agent_id, 0)
-        return silent > self.limits.session_ttl * 1000 and agent_id not in self.connections
+        return at - self._seen.get(agent_id, 0) > self._tokens_last and agent_id not in self.connections
 
     def seen_at(self, agent_id: str) -> int:
         """The last sign of life, in milliseconds since 1970; 0 for never."""
@@ -1583,10 +1582,11 @@ class Hub(Mail):
             self._went_offline(agent, c.at)
 
     def _touch(self, c: Touch) -> None:
-        if self.lapsed(c.agent_id, c.at) and c.agent_id in self.agents:
+        seen = self._seen.get(c.agent_id, 0)
+        if c.at - seen > self._tokens_last and c.agent_id in self.agents and self.lapsed(c.agent_id, c.at):
             self.agents[c.agent_id] = self.agents[c.agent_id]._replace(tokens=())
             self.events.append(Lapsed(c.agent_id))
-        self._seen[c.agent_id] = max(c.at, self._seen.get(c.agent_id, 0))
+        self._seen[c.agent_id] = max(c.at, seen)
         self._unwritten.add(c.agent_id)
         if c.agent_id not in self.active and c.agent_id in self.agents:
             self.active.add(c.agent_id)

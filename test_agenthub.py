@@ -1035,24 +1035,24 @@ def test_an_agent_that_just_came_is_active_after_a_crash_too(tmp_path: Path) -> 
 
 
 def test_tokens_end_when_their_agent_was_silent_for_longer_than_they_hold_and_do_not_come_back() -> None:
-    world, alpha = World(session_ttl=100), "alpha"
+    world, alpha = World(session_ttl=10), "alpha"
     world.register(alpha, "one")
-    world.clock.advance(100)
+    world.clock.advance(10)
     world.apply(ah.Touch, alpha)
     assert world.hub.agents[alpha].tokens, "a sign of life in time keeps them"
     world.apply(ah.Connect, alpha)
-    world.clock.advance(1000)
+    world.clock.advance(100)
     world.apply(ah.Touch, alpha)
-    world.clock.advance(1000)
+    world.clock.advance(100)
     world.apply(ah.Disconnect, alpha)
     assert world.hub.agents[alpha].tokens and not world.hub.lapsed(alpha, world.clock()), "who is connected is not silent"
-    world.clock.advance(101)
+    world.clock.advance(11)
     assert world.hub.lapsed(alpha, world.clock())
     world.apply(ah.Touch, alpha)
     assert not world.hub.agents[alpha].tokens, "a sign of life by other means does not bring them back"
     assert ah.Lapsed(alpha) in world.commit() and world.is_what_the_store_says()
     world.register(alpha, "one")
-    world.clock.advance(101)
+    world.clock.advance(11)
     assert len(world.register(alpha, "one").tokens) == 1, "who comes back has the new one only"
     world.commit()
     assert world.is_what_the_store_says()
