@@ -6688,7 +6688,7 @@ async def _serve_until_told(args: Any) -> int:
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD)
     try:
-        url, paste = await place.open(server, tls)
+        url, paste = await place.open(server, tls, settings.allow_hosts[0] if args.allow_host else "")
     except OSError as error:
         await server.stop()
         raise HubError(place.refusal(error)) from None
@@ -6748,8 +6748,9 @@ class Place:
         host = None if only_unix else HOST if args.host is None else args.host
         return cls(host, port, os.path.abspath(args.unix) if args.unix else "")
 
-    async def open(self, server: Server, tls: Any) -> tuple[str, str]:
-        """Have the server listen. Returns the URL to use here, and the one to paste elsewhere. Raises OSError."""
+    async def open(self, server: Server, tls: Any, name: str) -> tuple[str, str]:
+        """Have the server listen. Returns the URL to use here, and the one to paste elsewhere, with the `name` the hub
+        was given. Raises OSError."""
         url = paste = f"unix:{self.path}"
         if self.path:
             await server.listen(sock=self._bind())
@@ -6757,6 +6758,7 @@ class Place:
             port = (await server.listen(tls, host=self.host or None, port=self.port))[0][1]
             wild = self.host in ("", "0.0.0.0", "::")
             here, there = ("127.0.0.1", outward_address()) if wild else (self.host, self.host)
+            there = name if tls and name else there  # a certificate names names
             url, paste = (f"http{'s' if tls else ''}://{f'[{h}]' if ':' in h else h}:{port}" for h in (here, there))
         return url, paste
 
