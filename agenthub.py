@@ -3757,10 +3757,10 @@ def _among(address: str, networks: tuple[Any, ...]) -> bool:
     """Whether an address is in one of these networks."""
     import ipaddress
 
-    if address == "unix" or not read_address(address):
+    plain = read_address(address)
+    if not plain:
         return address in networks
-    found = ipaddress.ip_address(read_address(address))
-    return any(found in net for net in networks if net != "unix")
+    return any(ipaddress.ip_address(plain) in net for net in networks if net != "unix")
 
 
 class Access(About):
@@ -5266,12 +5266,12 @@ class Server:
 
     def _look_after(self, now: float) -> None:
         """What is to be done twice a second. Raises StorageFull where the store can't be used."""
-        if self.api.trouble:
-            return self.batches.probe()
-        self.store.check()
         if now - self._told_at >= AUDIT_SECONDS:
             self._told_at = now
             self.api.audit.sweep()
+        if self.api.trouble:
+            return self.batches.probe()
+        self.store.check()
         if now - self._swept_at >= SWEEP_SECONDS:
             self._swept_at, self._deep = now, True
             self.hub.apply(Sweep(self.clock()))
@@ -5775,6 +5775,10 @@ class _Calls:
         if words:  # an ssl.SSLCertVerificationError
             advice = "name its certificate, or that of whoever signed it, with --cacert or AGENTHUB_CACERT"
             return Unreachable(f"the certificate of {self.url} can't be trusted ({words}): {advice}", **more)
+        if hasattr(error, "library"):  # another ssl.SSLError
+            reason = f"no TLS: {reason}; if it has none, write http://"
+        elif isinstance(error, EOFError) and not (self._met or self._tls or self._path):
+            reason += "; if it has TLS, write https://"
         return Unreachable(
             f"no hub answers at {self.url} ({reason}): start one with `agenthub serve`, or set AGENTHUB_URL", **more
         )
@@ -6691,6 +6695,7 @@ async def _serve_until_told(args: Any) -> int:
         url, paste = await place.open(server, tls, settings.allow_hosts[0] if args.allow_host else "")
     except OSError as error:
         await server.stop()
+        place.close()
         raise HubError(place.refusal(error)) from None
     told: asyncio.Future[int] = server.loop.create_future()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -6756,9 +6761,9 @@ class Place:
             await server.listen(sock=self._bind())
         if self.tcp:
             port = (await server.listen(tls, host=self.host or None, port=self.port))[0][1]
-            wild = self.host in ("", "0.0.0.0", "::")
-            here, there = ("127.0.0.1", outward_address()) if wild else (self.host, self.host)
-            there = name if tls and name else there  # a certificate names names
+            here = ANYWHERE.get(self.host, self.host)
+            there = name if tls and name else self.host  # a certificate names names
+            there = outward_address(self.host) if there in ANYWHERE else there
             url, paste = (f"http{'s' if tls else ''}://{f'[{h}]' if ':' in h else h}:{port}" for h in (here, there))
         return url, paste
 
@@ -6799,16 +6804,21 @@ class Place:
                 os.unlink(self.path)
 
 
-def outward_address() -> str:
+# What stands for all addresses of a machine, and what to call this one then.
+ANYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+def outward_address(host: str) -> str:
     """This machine's address as others would call it: that of its way out. Nothing is sent to find it."""
     import socket
 
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    six = host == "::"
+    with socket.socket(socket.AF_INET6 if six else socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(("192.0.2.1", 9))  # RFC 5737: an address that is nobody's
+            probe.connect(("2001:db8::1" if six else "192.0.2.1", 9))  # RFC 3849 and 5737: addresses that are nobody's
             return str(probe.getsockname()[0])
         except OSError:
-            return "127.0.0.1"
+            return ANYWHERE[host]
 
 
 # its key and its certificate
@@ -6827,7 +6837,7 @@ def read_key(args: Any, place: Place) -> str | None:
         return ""
     key = args.key
     if key is None and args.key_file:
-        with open(args.key_file, encoding="utf-8") as file:
+        with open(args.key_file, encoding="utf-8", errors="replace") as file:
             key = file.read().strip()
     key = (os.environ.get("AGENTHUB_KEY") or None) if key is None else key
     if key is not None and not re.fullmatch("[!-~]{1,1000}", key):
@@ -6901,7 +6911,7 @@ def start_log(kind: str) -> None:
             names = list(fields)[3:]
             plain = re.compile(r"[!#-~]+").fullmatch
             more = [f"{n}={v if plain(str(v)) else json.dumps(v)}" for n, v in zip(names, rest)]
-            return " ".join([when, *([level] if level != "info" else []), harmless(event), *more]) + trace
+            return " ".join([when, *([level] if level != "info" else []), harmless(event), *more]) + harmless(trace)
 
     handler = logging.StreamHandler()
     handler.setFormatter(Formatter())
@@ -6998,9 +7008,9 @@ def host_name(text: str) -> str:
 
 def web_origin(text: str) -> str:
     """A web page's origin (RFC 6454). Raises Misuse, also for those that would be everybody's."""
-    if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@*\s]+", text):
+    if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@*\s]+", text.lower()):
         raise Misuse(f"--cors-origin {_shown(text)} is not one page's origin: write https://HOST, without a path")
-    return text
+    return text.lower()
 
 
 def network(text: str) -> Any:

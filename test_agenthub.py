@@ -3979,6 +3979,13 @@ def test_tls_serves_requests_streams_and_websockets_to_clients_that_check_the_ce
         assert context.minimum_version == ssl.TLSVersion.TLSv1_2
     assert not hub.talk(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"), "what is not TLS gets nothing"
     assert hub.client(cacert=chain).health()["status"] == "ok"
+    plain = hub.here("status", AGENTHUB_URL=hub.url.replace("https", "http"))
+    assert plain.returncode == 3 and "if it has TLS, write https://" in plain.stderr
+
+
+def test_a_hub_without_tls_that_is_called_with_it_is_told_as_such(shared_hub: LiveHub) -> None:
+    with pytest.raises(ah.Unreachable, match="if it has none, write http://"):
+        ah.Client(shared_hub.url.replace("http", "https")).health()
 
 
 def test_a_new_certificate_is_read_at_sighup_and_a_bad_one_changes_nothing(
