@@ -2786,6 +2786,8 @@ class RequestReader:
         if end < 0:
             if b"\n\n" in self.buffer[max(0, self._scanned - 1) :]:
                 raise InvalidRequest("a line of the request's head ends without a carriage return")
+            if self.buffer[:1] == b"\x16":  # the first byte of a TLS handshake (RFC 8446 5.1)
+                raise InvalidRequest("this is TLS, and the hub has none here: write http://")
             self._scanned = len(self.buffer)
             return None
         head = bytes(self.buffer[:end])
