@@ -3801,16 +3801,18 @@ class Access(About):
         if peer.address != "unix" and not (self.settings.by_address and read_address(host)):
             raise BadHost(f"this hub is not {_shown(host)}: use 127.0.0.1 or localhost, or start it with --allow-host")
 
-    def _check_origin(self, head: Head, route: Route | None) -> None:
-        """A page of another site may change nothing, nor act as an agent, which is a sign of its life: it counts for
-        its rate, and may claim. Where a browser sends no Origin, its Sec-Fetch-Site says what it is."""
+    def _check_origin(self, head: Head, peer: Peer, route: Route | None) -> None:
+        """A page of another site may change nothing, nor act as an agent: that is a sign of its life, counts for its
+        rate, and may claim. Where a browser sends no Origin, its Sec-Fetch-Site says what it is. On a line without TLS
+        the hub's own origin may have it all the same: from a proxy that we were not told of."""
         safe = head.method in ("GET", "HEAD", "OPTIONS") and not (route and route.actor)
         origin = head.headers.get("origin")
         if origin is None:
             own = head.headers.get("sec-fetch-site", "none").lower() in ("none", "same-origin")
         else:
             host = head.headers.get("host", "").lower()
-            own = origin in self.settings.origins or origin.lower() in (f"http://{host}", f"https://{host}")
+            ours = (f"https://{host}", f"{peer.scheme}://{host}")
+            own = origin in self.settings.origins or origin.lower() in ours
         if not (own or safe):
             who = f"pages of {_shown(origin)}" if origin else "pages of other sites"
             raise BadOrigin(f"{who} may not act here: start the hub with --cors-origin to let them")
@@ -3948,7 +3950,7 @@ class API(Access):
             self._check_host(head, peer)
             methods, given = self._match(head)
             route = methods.get("GET" if head.method == "HEAD" else head.method)
-            self._check_origin(head, route)
+            self._check_origin(head, peer, route)
             if route is None:
                 return Reply(self._options(head, methods), self.cors(head))
             call = self._admit(route, head, body, given, peer, at)

@@ -2673,6 +2673,16 @@ def test_a_trusted_proxy_says_who_asks_and_nobody_else_does(
     assert status == (200 if own else 403)
 
 
+def test_behind_tls_a_page_without_it_is_another_site(pair: World) -> None:
+    def status(scheme: str, origin: str) -> int:
+        return pair.raw("POST", "/to/alpha-1", b"x", peer=ah.Peer("127.0.0.1", scheme), Origin=origin).status
+
+    for scheme, origin, expected in [
+        ("http", "http", 200), ("http", "https", 200), ("https", "https", 200), ("https", "http", 403),
+    ]:  # fmt: skip
+        assert status(scheme, f"{origin}://127.0.0.1:8080") == expected
+
+
 def test_the_name_a_proxy_was_called_by_is_checked_like_any_other(world: World) -> None:
     world.api.settings = world.api.settings._replace(proxies=(ah.network("127.0.0.1"),))
     assert world.raw("GET", "/health", X_Forwarded_Host="evil.example").status == 403
