@@ -40,6 +40,7 @@ Read from top to bottom; a section uses only sections above it, and a test holds
     Identity    who the command line is, and how it speaks
     Commands    what the subcommands do
     Doctor      the one that looks for what is wrong
+    Setup       where a hub listens, its key, its certificate, its log
     Serve       the one that runs a hub
     CLI         the table of commands, main
 """
@@ -51,13 +52,14 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import os
 import re
 import sys
 import time
 from array import array
 from bisect import bisect_left, bisect_right
-from typing import Any, Callable, Generator, Iterable, Iterator, NamedTuple
+from typing import Any, Callable, Generator, Iterable, Iterator, NamedTuple, Tuple
 from zlib import crc32
 
 __all__ = ["AgentClient", "Client", "HubError", "main"]
@@ -101,9 +103,13 @@ ACTIVE_SECONDS = 90  # three missed heartbeats of the seed's 30 s
 IDENTICAL_REPEATS = 10  # the same words to the same ear in LOOP_WINDOW are a loop, not a conversation
 LOOP_WINDOW = 60  # seconds; long enough for two slow models to be seen going round
 MAX_PACES = 100_000  # messages remembered to see loops by, 30 MB; beyond, the older half is forgotten
-MAX_BUCKETS = 50_000  # callers whose rate is remembered, 10 MB, five for each agent; beyond, the older half goes
+MAX_BUCKETS = 50_000  # callers whose rate is remembered, 10 MB, five for each agent; beyond, the idler half goes
+GUESS_RATE, GUESS_BURST = 1, 20  # wrong keys and tokens of one address, a second and at once: a typing human's patience
+MAX_CLOSE = 3  # names that nobody has, of one message, for which close ones are looked up: each costs 5 ms in a crowd
 AUDIT_SECONDS = 60  # repeats of a line of the audit trail are counted this long, and told in one
-AUDIT_LINES = 100  # different refusals and uses of the key told in that time; the rest is one number
+AUDIT_LINES = 100  # different ones of each event told in that time; of the rest the number
+SHORT_KEY = 16  # characters: 64 bits of hexadecimal, at a guess a second
+LOG_LINES = 10_000  # waiting for whoever reads the log, 2 MB; beyond, they are counted and not kept
 MAX_PEERS = 100  # shown to who registers; the list of agents has them all, and a crowd must not cost its square
 TOKENS_PER_AGENT = 8  # a refresh adds a token and ends none; the oldest of more than these goes
 MAX_WAIT = 60  # seconds a poll may wait: proxies and clients commonly cut at 60
@@ -130,6 +136,7 @@ SEARCH_SCAN = 1_000  # messages one search looks at before it answers with a cur
 CLOCK_DAY = 86_400  # seconds the wall's clock may have been set back before the hub believes it
 LIBRARY_SECONDS = 0.05  # after the start websockets is imported, so that the first requests need not share the core
 SETTLE_SECONDS = 0.01  # what was pushed is written down with the next commit, or after this long
+TURN_SECONDS = 0.02  # requests of one line are answered this long at a time, while others wait
 TICK_SECONDS = 0.5  # how exact deadlines of connections are; one timer for all of them
 PRESENCE_SECONDS = 0.2  # presence changes are gathered this long, and 1 ms more for each agent that hears them
 PRESENCE_FRAMES = 200_000  # told at a time, over all readers: 20 MB, which a core writes in half a second
@@ -449,9 +456,10 @@ class Lapsed(NamedTuple):
 
 
 class Left(NamedTuple):
-    """Event: an agent left; its inbox stays for its return."""
+    """Event: an agent left; its inbox stays for its return. It was said from that address."""
 
     agent_id: str
+    address: str = ""
 
 
 class Forgotten(NamedTuple):
@@ -576,8 +584,12 @@ class _OfAgent(NamedTuple):
     agent_id: str
 
 
-class Leave(_OfAgent):
-    """Command: an agent goes for good."""
+class Leave(NamedTuple):
+    """Command: an agent goes for good; `address` is where that was said."""
+
+    at: int
+    agent_id: str
+    address: str = ""
 
 
 class Touch(_OfAgent):
@@ -781,7 +793,8 @@ def _choice(*values: str) -> Kind:
 _ID, _TYPE = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}", "[a-z][a-z0-9_.-]{0,63}"
 _AGENT_ID = _pattern(_ID, "an agent_id: 1 to 64 of A-Z a-z 0-9 . _ - and a letter or digit first")
 _MESSAGE_ID = _pattern("[A-Za-z0-9._:-]{1,64}", "a message id: 1 to 64 of A-Z a-z 0-9 . _ : -")
-_NAME = _printable(64)
+_RECIPIENT = _printable(64)
+_NAME = Kind(_RECIPIENT.schema, lambda value: _new_name(value))
 _GROUP = re.compile(r"#[a-z0-9][a-z0-9._-]{0,63}|@[A-Za-z0-9][A-Za-z0-9._:-]{0,63}").fullmatch
 RECIPIENTS = "an agent_id, a name, ALL, #channel, @capability, or a list of up to 1000 of these"
 
@@ -793,9 +806,16 @@ def _new_agent_id(value: Any) -> str:
     return value
 
 
+def _new_name(value: Any) -> str:
+    """A name an agent may have: one that can be seen, and not one that everybody knows."""
+    if not _RECIPIENT.check(value).strip() or value.strip().casefold() in (EVERYONE.casefold(), OPERATOR):
+        raise ValueError("a name of 1 to 64 printable characters, which is not blank, ALL or operator")
+    return value
+
+
 def _one_recipient(value: Any) -> str:
     try:
-        _NAME.check(value)
+        _RECIPIENT.check(value)
     except ValueError:
         raise ValueError(RECIPIENTS) from None
     if value[0] in "#@" and not _GROUP(value):
@@ -838,11 +858,14 @@ KINDS: dict[str, Kind] = {
     "agent_id": _AGENT_ID,
     "new_agent_id": Kind(_AGENT_ID.schema, _new_agent_id),
     "name": _NAME,
+    "epoch": _printable(64),
     "session_id": _printable(128),
     "capability": (_CAPABILITY := _pattern("[A-Za-z0-9][A-Za-z0-9._:-]{0,63}", "1 to 64 of A-Z a-z 0-9 . _ : -")),
     "capabilities": _list_of(_CAPABILITY, 64, "a list of up to 64 capabilities"),
     "metadata": Kind({"type": "object"}, _metadata),
-    "recipient": Kind({"oneOf": [_NAME.schema, {"type": "array", "items": _NAME.schema, "minItems": 1}]}, _recipient),
+    "recipient": Kind(
+        {"oneOf": [_RECIPIENT.schema, {"type": "array", "items": _RECIPIENT.schema, "minItems": 1}]}, _recipient
+    ),
     "type": _pattern(_TYPE, "a type: 1 to 64 of a-z 0-9 _ . - and a letter first"),
     "message_id": _MESSAGE_ID,
     "new_message_id": Kind(_MESSAGE_ID.schema, _new_message_id),
@@ -895,8 +918,9 @@ def _words(kind: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A refused value as ASCII, cut short: it may be long, and it may be meant to upset a terminal."""
-    text = json.dumps(value)
+    """A refused value as ASCII, cut short: it may be long, and meant to upset a terminal; and without what looks like a
+    key or a token: it may have been put in the wrong place."""
+    text = re.sub("[0-9A-Fa-f]{20,}", "...", json.dumps(value))
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -915,34 +939,46 @@ def derived_id(name: str, session_id: str) -> str:
 # --- Pace -------------------------------------------------------------------------------------------------------------
 
 
+Payer = tuple[str, str]  # whose bucket a request is taken out of: an `agent`, an `address`, or a `guess` from one
+
+
 class Pace:
     """How fast everybody goes: a token bucket for each caller, and a sliding window for whoever may be in a loop."""
 
     def __init__(self, limits: Any) -> None:
         self.limits = limits
-        self._buckets: dict[str, tuple[float, int]] = {}
+        self._buckets: dict[Payer, tuple[float, int]] = {}
         self._paces: dict[tuple, list[int]] = {}
 
-    def left(self, who: str, at: int) -> float:
+    def left(self, who: Payer, at: int) -> float:
         """How many requests the caller may make at once, now; infinity where nobody counts."""
-        rate, burst = self.limits.rate_limit, self.limits.rate_burst
+        rate, burst = self._rates(who)
         if float("inf") in (rate, burst):
             return float("inf")
         tokens, since = self._buckets.get(who, (burst, at))
         return min(burst, tokens + (at - since) * rate / 1000)
 
-    def charge(self, who: str, at: int) -> None:
+    def _rates(self, who: Payer) -> tuple[float, float]:
+        """A second, and at once. Guessing is slow on a hub without other limits too."""
+        return (GUESS_RATE, GUESS_BURST) if who[0] == "guess" else (self.limits.rate_limit, self.limits.rate_burst)
+
+    def charge(self, who: Payer, at: int) -> None:
         """Take one request out of the caller's bucket. Raises RateLimited."""
-        tokens, rate = self.left(who, at), self.limits.rate_limit
+        tokens = self.left(who, at)
         if tokens == float("inf"):
             return
         if tokens < 1:
+            rate, _ = self._rates(who)
+            what = "wrong keys or tokens" if who[0] == "guess" else "requests"
             seconds = int((1 - tokens) / rate) + 1
             raise RateLimited(
-                f"more than {rate:g} requests a second: wait {seconds} s and send fewer, larger requests",
+                f"more than {rate:g} {what} a second: wait {seconds} s and send fewer, larger requests"
+                if what == "requests"
+                else f"too many {what} came from your address: wait {seconds} s, and send the right one",
                 retry_after=seconds,
             )
-        if len(self._buckets) >= MAX_BUCKETS and who not in self._buckets:
+        self._buckets.pop(who, None)  # whoever was charged last stands last
+        if len(self._buckets) >= MAX_BUCKETS:
             self._buckets = dict(itertools.islice(self._buckets.items(), MAX_BUCKETS // 2, None))
         self._buckets[who] = (tokens - 1, at)
 
@@ -972,9 +1008,7 @@ class Pace:
 
     def sweep(self, at: int) -> None:
         """Forget who has been slow for long enough that it makes no difference."""
-        if self._buckets:
-            full_in = self.limits.rate_burst / self.limits.rate_limit * 1000
-            self._buckets = {who: b for who, b in self._buckets.items() if at - b[1] < full_in}
+        self._buckets = {who: b for who, b in self._buckets.items() if self.left(who, at) < self._rates(who)[1]}
         self._paces = {key: p for key, p in self._paces.items() if p and at - p[-1] < LOOP_WINDOW * 1000}
 
 
@@ -1112,26 +1146,38 @@ class Agents:
         """Become what was stored. Who is connected, and was seen since, stays."""
         self.agents = {agent.agent_id: agent for agent in agents}
         self._names: dict[str, set[str]] = {}
+        self._able: dict[str, dict[str, None]] = {}
         self._close: dict[str, list[str]] = {}
         for agent in self.agents.values():
-            self._names.setdefault(agent.name.casefold(), set()).add(agent.agent_id)
+            self._index(agent)
         for agent_id, seen_at in seen:
             self._seen.setdefault(agent_id, seen_at)
         self.active = {name for name in self.agents if self.status(name, at) == "active"}
 
     def enter(self, agent: Agent) -> None:
         """Note an agent, new or changed."""
-        self._forget_name(self.agents.get(agent.agent_id))
+        self.forget(agent.agent_id)
         self.agents[agent.agent_id] = agent
-        self._names.setdefault(agent.name.casefold(), set()).add(agent.agent_id)
+        self._index(agent)
 
-    def _forget_name(self, agent: Agent | None) -> None:
+    def _index(self, agent: Agent) -> None:
         self._close.clear()
+        self._names.setdefault(agent.name.casefold(), set()).add(agent.agent_id)
+        for word in agent.capabilities:
+            self._able.setdefault(word, {})[agent.agent_id] = None
+
+    def forget(self, agent_id: str) -> Agent | None:
+        """Know an agent no more. Returns it, if it was here."""
+        agent = self.agents.pop(agent_id, None)
         if agent:
-            holders = self._names[agent.name.casefold()]
-            holders.discard(agent.agent_id)
-            if not holders:
-                del self._names[agent.name.casefold()]
+            self._close.clear()
+            self._names[agent.name.casefold()].discard(agent_id)
+            for word in agent.capabilities:
+                del self._able[word][agent_id]
+            for index, words in ((self._names, (agent.name.casefold(),)), (self._able, agent.capabilities)):
+                for word in [word for word in words if not index[word]]:
+                    del index[word]
+        return agent
 
     def known(self, agent_id: str) -> bool:
         """Whether that is an agent here, or the operator."""
@@ -1172,7 +1218,7 @@ class Agents:
 
             if len(self._close) > 1000:
                 self._close.clear()
-            some = list(self.agents.values())[:500]
+            some = itertools.islice(self.agents.values(), 200)
             ids = {word.casefold(): a.agent_id for a in some for word in (a.name, a.agent_id)}
             fold = wanted.casefold()
             found = [word for word in ids if word.startswith(fold)] + get_close_matches(fold, ids)
@@ -1198,7 +1244,7 @@ class Agents:
         if to.upper() == EVERYONE:
             return [name for name in self.agents if name != sender], EVERYONE
         if to[0] in "#@":  # nobody is in a channel yet
-            able = [a.agent_id for a in self.agents.values() if to[0] == "@" and to[1:] in a.capabilities]
+            able = self._able.get(to[1:], ()) if to[0] == "@" else ()
             return [name for name in able if name != sender], to
         holders = self.named(to)
         if len(holders) > 1:
@@ -1283,6 +1329,8 @@ class Mail(Agents):
         if c.known:
             return self._again(c, c.known)
         inboxes, to = self.resolve(c)
+        if len(self._strays) + len(inboxes) > self.limits.max_agents:
+            self._check_strays(inboxes)
         full = self._without_room(inboxes)
         for pace in self.pace.guard(c, to, inboxes):
             pace.append(c.at)
@@ -1294,6 +1342,15 @@ class Mail(Agents):
         if first.message.sender != c.sender or first.message.digest != c.digest:
             raise IdReused(f"the id `{c.id}` was used for another message: give every message an id of its own")
         return first._replace(duplicate=True)
+
+    def _check_strays(self, inboxes: tuple[str, ...]) -> None:
+        """Names that nobody has may be as many as agents."""
+        new = [name for name in inboxes if name not in self.inboxes and not self.known(name)]
+        if new and len(self._strays) + len(new) > self.limits.max_agents:
+            raise StorageFull(
+                f"mail waits for {len(self._strays)} names that nobody has, as many as may be: check the name"
+                f" {json.dumps(new[0])}, or have the operator raise --max-agents"
+            )
 
     def _without_room(self, inboxes: tuple[str, ...]) -> tuple[str, ...]:
         """Who can take no more. All of several: refused; some: the others get theirs, and the sender is told."""
@@ -1569,12 +1626,12 @@ class Hub(Mail):
         if c.agent_id not in self.agents:
             self.expect(c.agent_id)
             raise Forbidden(f"{OPERATOR} is always here and can't leave")
-        agent = self.agents.pop(c.agent_id)
-        self._forget_name(agent)
+        agent = self.agents[c.agent_id]
+        self.forget(c.agent_id)
         self._seen.pop(c.agent_id, None)
         self._unwritten.discard(c.agent_id)
         self.departed.add(c.agent_id)
-        self.events.append(Left(c.agent_id))
+        self.events.append(Left(c.agent_id, c.address))
         for request in self.requests.of(c.agent_id):
             if request.asker == c.agent_id:
                 self._close_request(request.id)
@@ -1584,13 +1641,18 @@ class Hub(Mail):
     def _touch(self, c: Touch) -> None:
         seen = self._seen.get(c.agent_id, 0)
         if c.at - seen > self._tokens_last and c.agent_id in self.agents and self.lapsed(c.agent_id, c.at):
-            self.agents[c.agent_id] = self.agents[c.agent_id]._replace(tokens=())
-            self.events.append(Lapsed(c.agent_id))
+            self.lapse(c.agent_id)
         self._seen[c.agent_id] = max(c.at, seen)
         self._unwritten.add(c.agent_id)
         if c.agent_id not in self.active and c.agent_id in self.agents:
             self.active.add(c.agent_id)
             self.events.append(Presence(c.agent_id, self.agents[c.agent_id].name, "active"))
+
+    def lapse(self, agent_id: str) -> None:
+        """End an agent's tokens, if it is here."""
+        if agent_id in self.agents:
+            self.agents[agent_id] = self.agents[agent_id]._replace(tokens=())
+            self.events.append(Lapsed(agent_id))
 
     def _connect(self, c: Connect) -> None:
         self._touch(Touch(c.at, c.agent_id))
@@ -1605,6 +1667,9 @@ class Hub(Mail):
 
     def _sweep(self, c: Sweep) -> None:
         self.settle()
+        for name in sorted(self.connections):  # who is connected is alive, and a crash must not find it long silent
+            if c.at - self._seen.get(name, 0) > self._tokens_last / 2:
+                self._touch(Touch(c.at, name))
         for name in sorted(name for name in self.active if self.status(name, c.at) == "offline"):
             self._went_offline(self.agents[name], c.at)
         self.events += [Seen(name, self._seen[name]) for name in sorted(self._unwritten) if name in self.agents]
@@ -1674,6 +1739,10 @@ def _agent_rows(batch: list[Registered]) -> list[tuple]:
     return [(*a[:3], dump(a.capabilities), a.metadata, b"".join(a.tokens), a.registered_at) for a, *_ in batch]
 
 
+def _each_agent(batch: list[Any]) -> list[tuple]:
+    return [(event.agent_id,) for event in batch]
+
+
 def _message_rows(batch: list[Any]) -> list[tuple]:
     """An id that the hub made follows from the seq and is not stored, unless the seq is not the one it was made of."""
     return [
@@ -1713,8 +1782,8 @@ WRITES: dict[type, tuple[tuple[str, Callable[[list], list[tuple]]], ...]] = {
             _agent_rows,
         ),
     ),
-    Left: (("UPDATE agents SET departed = 1, tokens = x'' WHERE agent_id = ?", list),),
-    Lapsed: (("UPDATE agents SET tokens = x'' WHERE agent_id = ?", list),),
+    Left: (("UPDATE agents SET departed = 1, tokens = x'' WHERE agent_id = ?", _each_agent),),
+    Lapsed: (("UPDATE agents SET tokens = x'' WHERE agent_id = ?", _each_agent),),
     Forgotten: (
         ("DELETE FROM agents WHERE agent_id = ? AND departed", list),
         ("DELETE FROM gaps WHERE inbox = ?", list),
@@ -2153,6 +2222,11 @@ class Log:
                 return self._receipt(row)
         return None
 
+    def seqs_of(self, ids: list[str]) -> dict[str, int]:
+        """The seqs of messages by those of their ids that do not follow from them."""
+        wanted = "SELECT value FROM json_each(?)"
+        return dict(self._rows(f"SELECT id, seq FROM messages WHERE id IN ({wanted})", (dump(ids),)))
+
     def _receipt(self, row: tuple) -> Receipt:
         return Receipt(self._message(row), tuple(json.loads(row[11])), tuple(json.loads(row[15])))
 
@@ -2224,6 +2298,31 @@ class Log:
 # --- Store ------------------------------------------------------------------------------------------------------------
 
 
+def private_folder(path: str) -> None:
+    """Have a folder there; what is missing of it, and above it, is made for this user only, whatever the umask says."""
+    if os.path.isdir(path):
+        return
+    private_folder(os.path.dirname(os.path.abspath(path)))
+    try:
+        os.mkdir(path, 0o700)
+        os.chmod(path, 0o700)
+    except FileExistsError:  # another process was quicker
+        if not os.path.isdir(path):
+            raise
+
+
+def open_private(path: str, flags: int = 0) -> int:
+    """A descriptor for reading and writing a file that is this user's alone, made where it is not there. A symbolic
+    link is not followed, and another user's file not taken: who put it there may have a reason. Raises OSError."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | flags, 0o600)
+    if hasattr(os, "fchmod"):
+        if os.fstat(descriptor).st_uid != os.geteuid():
+            os.close(descriptor)
+            raise PermissionError(f"{path} belongs to another user: remove it, or name another")
+        os.fchmod(descriptor, 0o600)  # whatever the umask says, or whoever made it
+    return descriptor
+
+
 class Store(Log):
     """The log on disk: SQLite in WAL mode, one connection that writes and one that reads what is committed.
 
@@ -2235,6 +2334,7 @@ class Store(Log):
     def __init__(self, path: str) -> None:
         import sqlite3
 
+        path = path if path == ":memory:" else os.path.realpath(path)  # one file, by whatever link it is called
         self.path, self._sqlite = path, sqlite3
         self._copies = os.path.basename(path) + "-copy-"  # how the names of copies begin while they are being made
         self._lock: Any = None
@@ -2307,7 +2407,7 @@ class Store(Log):
             import fcntl
         except ImportError:  # Windows: SQLite's own locks are then all there is
             return
-        self._lock = open(os.open(self.path + "-lock", os.O_RDWR | os.O_CREAT, 0o600), "r+")
+        self._lock = open(open_private(self.path + "-lock"), "r+")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -2475,23 +2575,6 @@ class Store(Log):
         copy.commit()
 
 
-def private_folder(path: str) -> None:
-    """Have a folder there; what is missing of it, and above it, is made for this user only, whatever the umask says."""
-    if not os.path.isdir(path):
-        private_folder(os.path.dirname(os.path.abspath(path)))
-        os.mkdir(path, 0o700)
-        os.chmod(path, 0o700)
-
-
-def open_private(path: str, flags: int = 0) -> int:
-    """A descriptor for reading and writing a file that is this user's alone, made where it is not there. A symbolic
-    link is not followed: somebody else might have put it there. Raises OSError."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | flags, 0o600)
-    if hasattr(os, "fchmod"):
-        os.fchmod(descriptor, 0o600)  # whatever the umask says, or whoever made it
-    return descriptor
-
-
 # --- HTTP -------------------------------------------------------------------------------------------------------------
 
 REASONS = {
@@ -2512,11 +2595,14 @@ HARDENING = (
 )
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) HTTP/1\.([01])").fullmatch
-_HOST = re.compile(r"([\w.~%-]*|\[[0-9A-Fa-f:.]+\])(:\d{0,5})?", re.ASCII).fullmatch
+is_host = re.compile(r"([\w.~%-]*|\[[0-9A-Fa-f:.]+\])(:\d{0,5})?", re.ASCII).fullmatch  # what Host may hold
 _ABSOLUTE = re.compile(r"(?i:https?)://([^/?]*)(.*)").fullmatch
 _STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([0-9]{3})(?: .*)?").fullmatch
-_HEADER_LINE = re.compile(rb"(" + _TOKEN + rb"):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)").fullmatch
+_HEADER_LINE = re.compile(rb"(" + _TOKEN + rb"):([^\x00-\x08\x0a-\x1f\x7f]*)").fullmatch
 _CHUNK_LINE = re.compile(rb"([0-9a-fA-F]{1,16})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?").fullmatch
+
+
+Headers = Tuple[Tuple[str, str], ...]
 
 
 class Head(NamedTuple):
@@ -2557,14 +2643,15 @@ class Response(NamedTuple):
     changes: bool = False
     content_type: str = "application/json"
 
-    def encode(self, date: str, keep: bool = True, head_only: bool = False) -> bytes:
-        """The bytes on the wire. Raises HubError where the body's function does."""
+    def encode(self, date: str, keep: bool = True, head_only: bool = False, extra: Headers = ()) -> bytes:
+        """The bytes on the wire, with `extra` headers. Raises HubError where the body's function does."""
         body = self.body() if callable(self.body) else self.body
         if not isinstance(body, bytes):
             body = (body if isinstance(body, str) else dump(body)).encode()
         head = _response_head(self.status, self.content_type, self.headers, date, keep)
-        length = f"Content-Length: {len(body)}\r\n\r\n" if self.status != 204 else "\r\n"
-        return head + length.encode() + (b"" if head_only else body)
+        rest = "".join([f"{name}: {value}\r\n" for name, value in extra])
+        rest += f"Content-Length: {len(body)}\r\n\r\n" if self.status != 204 else "\r\n"
+        return head + rest.encode("latin-1", "replace") + (b"" if head_only else body)
 
 
 @functools.lru_cache(64)
@@ -2597,7 +2684,7 @@ def parse_headers(lines: list[bytes]) -> dict[str, str]:
             raise InvalidRequest(
                 "a header line is malformed: write `Name: value`, without folding or control characters"
             )
-        name, value = match[1].decode().lower(), match[2].decode("latin-1").rstrip(" \t")
+        name, value = match[1].decode().lower(), match[2].decode("latin-1").strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
 
@@ -2637,15 +2724,18 @@ def parse_head(head: bytes) -> Head:
         raise InvalidRequest("an HTTP/1.1 request needs a Host header")
     if match[3] == b"0" and "transfer-encoding" in headers:  # RFC 9112 6.1: whoever passed it on may not know it
         raise InvalidRequest("HTTP/1.0 has no Transfer-Encoding: send Content-Length")
-    target = match[2].decode()
+    target, absolute, hosts = match[2].decode(), None, [headers.get("host", "")]
     if not target.startswith("/"):  # the absolute form of a proxy's client, or a bare * for OPTIONS
         absolute = _ABSOLUTE(target)
-        if absolute:  # RFC 9112 3.2.2: the Host field is not to be looked at
+        if absolute:  # RFC 9112 3.2.2: it counts instead of the Host field, which must be one all the same
+            hosts.append(absolute[1])
             headers["host"], target = absolute[1], absolute[2] if absolute[2].startswith("/") else f"/{absolute[2]}"
-    if not _HOST(headers.get("host", "")):
+    if not all(map(is_host, hosts)) or absolute and not without_port(absolute[1]):
         raise InvalidRequest("a request has one Host header, with a name or an address and perhaps a port")
     path, _, query = target.partition("?")
     words = {word.strip().lower() for word in headers.get("connection", "").split(",")}
+    if match[3] == b"0" or "upgrade" not in words:  # RFC 9110 7.8: then an Upgrade field is not meant for us
+        headers.pop("upgrade", None)
     keep = "close" not in words and (match[3] == b"1" or "keep-alive" in words)
     host = without_port(headers.get("host", ""))
     media = headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -2694,7 +2784,7 @@ class Body:
         return True
 
     def _next_line(self, buffer: bytearray) -> bool:
-        """A chunk's size; after the last chunk, whose `left` is -1, a trailer line, which is passed over."""
+        """A chunk's size; after the last one, whose `left` is -1, a trailer line, which is checked and passed over."""
         end = buffer.find(b"\r\n")
         if end < 0 or end > 1024:
             if len(buffer) > 1024:
@@ -2737,6 +2827,11 @@ class RequestReader:
         self._continued = False
 
     @property
+    def head(self) -> Head | None:
+        """The head of the request whose body is arriving, if one is."""
+        return self._head
+
+    @property
     def started(self) -> bool:
         """Whether a request has begun to arrive and is not whole yet."""
         return self._head is not None or bool(self.buffer)
@@ -2763,8 +2858,8 @@ class RequestReader:
                 body = bytes(self.buffer[: head.length])
                 del self.buffer[: head.length]
                 return Request(head, body)
-            self._body = Body(head.length, self.limits.max_message + FRAME_OVERHEAD)
             self._head, self._pieces, self._continued = head, [], False
+            self._body = Body(head.length, self.limits.max_message + FRAME_OVERHEAD)
         assert self._body is not None
         piece = self._body.read(self.buffer)
         if piece:
@@ -2905,21 +3000,22 @@ class Download(NamedTuple):
 
 class Upgrade(NamedTuple):
     """The connection becomes a WebSocket of this agent; `key` is that of the handshake (RFC 6455 4.1), `protocol` the
-    subprotocol that is agreed upon, where the client offered any."""
+    subprotocol that is agreed upon, if one is, `address` who asked, where a proxy stands between."""
 
     agent_id: str
     after: int | None
     explicit: bool
     recovered: bool
     key: str
-    protocol: str = ""
+    protocol: str
+    address: str
 
 
 class Settings(NamedTuple):
     """How this hub is run, as far as its answers depend on it. An empty key is open mode.
 
     `by_address` says that it may be called by any address, as others on the network do; `proxies` are the networks
-    (ipaddress) whose X-Forwarded headers are believed, and `unix` where those on a Unix socket are.
+    (ipaddress) whose X-Forwarded headers are believed, `unix_proxy` whether those on a Unix socket are.
     """
 
     limits: Any
@@ -2930,6 +3026,7 @@ class Settings(NamedTuple):
     websockets: bool = True
     by_address: bool = False
     proxies: tuple[Any, ...] = ()
+    unix_proxy: bool = False
 
 
 class Peer(NamedTuple):
@@ -2941,7 +3038,7 @@ class Peer(NamedTuple):
 
 class Call(NamedTuple):
     """A request that is known, checked and allowed: `agent_id` acts (empty: nobody in particular), at that time.
-    `payer` is whose rate it counts for (empty: nobody's)."""
+    `payer` is whose rate it counts for, if for anybody's; `with_key` says that it came with the hub's key."""
 
     head: Head
     body: bytes
@@ -2949,7 +3046,8 @@ class Call(NamedTuple):
     agent_id: str
     at: int
     address: str
-    payer: str
+    payer: Payer | None
+    with_key: bool
 
 
 class Histogram:
@@ -2990,9 +3088,6 @@ class Reading:
         self._sha256 = lambda text: hashlib.sha256(text.encode()).digest()
         self._digest = lambda text: hashlib.blake2b(text.encode(), digest_size=16).digest()
         self._same = hmac.compare_digest
-
-    def _is_key(self, token: str) -> bool:
-        return bool(self.settings.key) and self._same(token.encode(), self.settings.key.encode())
 
     # inboxes
 
@@ -3168,7 +3263,7 @@ class Reading:
             raise InvalidRequest("a WebSocket is opened (RFC 6455) by GET, Sec-WebSocket-Version 13, a key of 16 bytes")
         after, recovered = self._resume(call.agent_id, call.params["after"], call.params["epoch"] or "")
         protocol = "bearer" if offered_token(call.head) else ""
-        return Upgrade(call.agent_id, after, call.params["ack"] == "explicit", recovered, key, protocol)
+        return Upgrade(call.agent_id, after, call.params["ack"] == "explicit", recovered, key, protocol, call.address)
 
     def _resume(self, agent_id: str, after: int | None, epoch: str) -> tuple[int | None, bool]:
         """Where a reader goes on, and whether all after its cursor is still there. A cursor out of another log means
@@ -3210,21 +3305,16 @@ def offered_token(head: Head) -> str:
     """The token of a WebSocket that a browser opened with the subprotocols `bearer` and the token itself, because it
     lets a page set no other header; empty where there is none."""
     offered = [word.strip() for word in head.headers.get("sec-websocket-protocol", "").split(",")]
-    return offered[1] if len(offered) > 1 and offered[0].lower() == "bearer" else ""
+    return offered[1] if len(offered) > 1 and offered[0] == "bearer" else ""
 
 
-def log_exception(where: str) -> None:
-    """A bug: its traceback, for whoever runs the hub."""
+def log_exception(where: str, last: bool = False) -> None:
+    """A bug: its traceback, for whoever runs the hub; written before this returns where it is the `last` word."""
     import logging
 
     logging.getLogger("agenthub").exception("failed at %s", _shown(where))
-
-
-def log_event(event: str, **fields: Any) -> None:
-    """A line of the audit trail, for whoever runs the hub."""
-    import logging
-
-    logging.getLogger("agenthub").info(event, extra={"fields": fields})
+    if last:
+        logging.shutdown()
 
 
 # --- Handlers ---------------------------------------------------------------------------------------------------------
@@ -3285,6 +3375,12 @@ class Handlers(Reading):
         hub = self.hub
         oldest = {agent.agent_id: hub.oldest_unread(agent.agent_id) for agent in agents}
         came_at = self.log.came_at(filter(None, oldest.values()))
+        sizes = itertools.accumulate(len(agent.metadata) for agent in agents)
+        shown = {
+            agent.agent_id: json.loads(agent.metadata)
+            for agent, size in zip(agents, sizes)
+            if agent.metadata and size <= MAX_ANSWER
+        }  # of the rest each agent's own page has it
         return [
             {
                 "agent_id": name,
@@ -3297,14 +3393,14 @@ class Handlers(Reading):
                 "connected": name in hub.connections,
                 "unread": hub.unread(name),
                 **({"unread_age": (at - came_at.get(oldest[name], at)) // 1000} if oldest[name] else {}),
-                **({"metadata": json.loads(agent.metadata)} if agent.metadata else {}),
+                **({"metadata": shown[name]} if name in shown else {}),
             }
             for name, agent in ((agent.agent_id, agent) for agent in agents)
         ]
 
     def leave(self, call: Call) -> Response:
         """DELETE /api/v1/agents/{agent_id}."""
-        self.hub.apply(Leave(call.at, call.agent_id))
+        self.hub.apply(Leave(call.at, call.agent_id, call.address))
         return Response({"success": True, "agent_id": call.agent_id, "unread": self.hub.unread(call.agent_id)})
 
     def heartbeat(self, call: Call) -> Response:
@@ -3390,12 +3486,13 @@ class Handlers(Reading):
             states |= {name: "pushed" for name, row in rows if row["pushed"]} | dict.fromkeys(
                 hub.pushes(message.seq), "pushed"
             )
+        looks = MAX_CLOSE
         for name in (*receipt.inboxes, *receipt.full):
             state = states.get(name, "queued")
             shown, close = f'"{name}"', ""  # an agent_id needs no escaping
             if not hub.known(name):
-                state, shown, found = states.get(name, "unknown"), dump(name), hub.close_to(name)
-                close = f',"did_you_mean":{dump(found)}' if found else ""
+                state, shown, found = states.get(name, "unknown"), dump(name), hub.close_to(name) if looks > 0 else ()
+                close, looks = f',"did_you_mean":{dump(found)}' if found else "", looks - 1
             lines.append(
                 f'{{"agent_id":{shown},"state":"{state}","connected":{_BOOL[name in hub.connections]},'
                 f'"unread":{hub.unread(name)}{close}}}'
@@ -3426,11 +3523,18 @@ class Handlers(Reading):
         up_to, ids = given["up_to"], given["ids"]
         if (up_to is None) == (ids is None):
             raise InvalidRequest("`up_to` or `ids` is needed, one of them: the newest seq you have, or a list of ids")
-        found = [self._find(one) for one in ids or ()]
-        seqs = tuple(sorted(one.message.seq for one in found if one))
+        seqs = self._seqs_of(ids) if ids else ()
         count = self.hub.apply(Ack(at, agent_id, up_to or 0, seqs, via))
         self.metrics["acknowledged_total"] += count
         return count
+
+    def _seqs_of(self, ids: Iterable[str]) -> tuple[int, ...]:
+        """The seqs of messages by id, in one look at the log; an id that the hub made says it itself."""
+        found = self.log.seqs_of([one for one in ids if not self.hub.fresh(one)])
+        for one in ids:
+            fresh = self.hub.fresh(one)
+            found.setdefault(one, fresh.message.seq if fresh else self.hub.seq_of(one))
+        return tuple(sorted(filter(None, found.values())))
 
     def backup(self, call: Call) -> Download:
         """POST /api/v1/backup: a consistent copy of the store, made while the hub goes on."""
@@ -3474,7 +3578,7 @@ class About(Handlers):
         state = '"status":"ok"'
         if self.trouble:
             state = f'"status":"failing","reason":{dump(self.trouble)}'
-        if not self.settings.key or self._is_key(call.head.headers.get("authorization", "").partition(" ")[2]):
+        if call.with_key or not self.settings.key:
             state += f',"uptime":{(call.at - self.started_at) // 1000},"agents":{len(self.hub.agents)}'
             state += f',"connections":{sum(self.hub.connections.values())},"store":"{self.settings.store}"'
         text = f'{{{state},"version":"{VERSION}","time":"{timestamp(call.at)}"}}'
@@ -3515,7 +3619,7 @@ class About(Handlers):
 
 
 _AGENT = Field("agent_id", "agent_id", doc="who this is; implied by a token")
-_EPOCH = Field("epoch", "name", doc="the epoch of the welcome the cursor comes from")
+_EPOCH = Field("epoch", "epoch", doc="the epoch of the welcome the cursor comes from")
 SEND_FIELDS = (
     Field("from", "agent_id", doc="the sender; implied by a token, and on a WebSocket"),
     Field("to", "recipient", True, RECIPIENTS),
@@ -3603,7 +3707,7 @@ ROUTES = (
     Route("GET", "/health", About.health, "Whether the hub is well", access="open", charged=False),
     Route("GET", "/metrics", About.show_metrics, "Figures for Prometheus", access="key", charged=False),
     Route("GET", "/openapi.json", About.openapi, "This API", access="key", charged=False),
-    Route("GET", "/agenthub.py", About.source, "The program itself", access="open", charged=False),
+    Route("GET", "/agenthub.py", About.source, "The program itself", access="open"),
 )  # fmt: skip
 
 # Name, type, help, and what gives the value; None: it is counted under its name.
@@ -3710,36 +3814,37 @@ def _operation(route: Route) -> dict:
 class Audit:
     """The audit trail: who came in, who left, who was turned away, who used the key; `write` gets the fields of a line.
 
-    The first line of its kind is told at once. Its repeats are counted until `sweep`, and then told in one, so that
-    whoever knocks ten thousand times fills no disk. Secrets have no field here.
+    The first line of its kind is told at once. Its repeats are counted until `sweep`, and then told in one, as are the
+    kinds of an event beyond AUDIT_LINES: whoever knocks ten thousand times fills no disk. Secrets have no field here.
     """
 
     def __init__(self, write: Callable[..., None]) -> None:
-        self._write, self._repeats, self._others = write, {}, 0  # type: Any, dict[tuple, int], int
+        self._write = write
+        self._repeats: dict[str, collections.Counter[tuple]] = {}  # by event and fields
+        self._others: collections.Counter[str] = collections.Counter()  # by event
 
-    def note(self, event: str, message: str, **fields: str) -> None:
-        """Tell of something that may happen often. Repeats are those whose fields, which may be empty, are the same."""
-        what = (event, *[(name, value) for name, value in fields.items() if value])
-        if what in self._repeats:
-            self._repeats[what] += 1
-        elif len(self._repeats) >= AUDIT_LINES:
-            self._others += 1
-        else:
-            self._repeats[what] = 0
-            self._write(*what[:1], **dict(what[1:]), **({"message": message} if message else {}))
-
-    def tell(self, event: str, **fields: str) -> None:
-        """Tell of something each time it happens."""
-        self._write(event, **fields)
+    def note(self, event: str, message: str = "", **fields: str) -> None:
+        """Tell of something. Repeats are those whose fields, which may be empty, are the same."""
+        some = tuple([(name, value) for name, value in fields.items() if value])
+        repeats = self._repeats.setdefault(event, collections.Counter())
+        if some not in repeats and len(repeats) >= AUDIT_LINES:
+            self._others[event] += 1
+            return
+        repeats[some] += 1
+        if repeats[some] == 1:
+            self._write(event, **dict(some), **({"message": message} if message else {}))
 
     def sweep(self) -> None:
         """Tell of what was only counted."""
-        repeats, others, self._repeats, self._others = self._repeats, self._others, {}, 0
-        for (event, *fields), count in repeats.items():
-            if count:
-                self._write(event, **dict(fields), repeated=count)
-        if others:
-            self._write("refused", message="there was more of other kinds, from more addresses", repeated=others)
+        repeats, others = self._repeats, self._others
+        self._repeats, self._others = {}, collections.Counter()
+        for event, fields, count in [(event, f, n) for event, many in repeats.items() for f, n in many.items()]:
+            if count > 1:
+                self._write(event, **dict(fields), repeated=count - 1)
+        for event, count in others.items():
+            self._write(
+                event, message="more of these, with other addresses or names, were only counted", repeated=count
+            )
 
 
 def read_address(text: str) -> str:
@@ -3760,9 +3865,7 @@ def _among(address: str, networks: tuple[Any, ...]) -> bool:
     import ipaddress
 
     plain = read_address(address)
-    if not plain:
-        return address in networks
-    return any(ipaddress.ip_address(plain) in net for net in networks if net != "unix")
+    return bool(plain) and any(ipaddress.ip_address(plain) in net for net in networks)
 
 
 class Access(About):
@@ -3770,12 +3873,14 @@ class Access(About):
 
     def __init__(self, hub: Hub, log: Any, settings: Settings, mint: Callable[[], str]) -> None:
         super().__init__(hub, log, settings, mint)
-        self.audit = Audit(log_event)
+        self.audit = Audit(lambda event, **fields: None)  # a server gives it its log
 
     # where a request comes from
 
     def believes(self, address: str) -> bool:
         """Whether that is a proxy whose X-Forwarded headers are believed (--trusted-proxy)."""
+        if address == "unix":
+            return self.settings.unix_proxy
         return bool(self.settings.proxies) and _among(address, self.settings.proxies)
 
     def _as_the_proxy_got_it(self, head: Head, peer: Peer) -> tuple[Head, Peer]:
@@ -3789,47 +3894,56 @@ class Access(About):
         while hops and self.believes(address) and (hop := read_address(hops.pop())):
             address = hop
         if host:
+            if not is_host(host) or not (self.settings.key or self._is_ours(without_port(host))):
+                raise BadHost(f"this hub is not {_shown(host)}: start it with --allow-host and that name")
             head = head._replace(host=without_port(host), headers={**head.headers, "host": host})
         return head, Peer(address, proto if proto in ("http", "https") else peer.scheme)
 
+    def _is_ours(self, host: str) -> bool:
+        """Whether others may call the hub so: an address, unlike a name, means the same to everybody."""
+        return host in self.settings.allow_hosts or self.settings.by_address and bool(read_address(host))
+
     def _check_host(self, head: Head, peer: Peer) -> None:
         """In open mode a page must not reach the hub under a name of its own choice (DNS rebinding). A client on a Unix
-        socket is no browser, and an address, unlike a name, means the same to everybody."""
+        socket is no browser, and one of HTTP/1.0 without the header is none either."""
         host = head.host
-        if not host or self.settings.key or is_loopback(host) or host in self.settings.allow_hosts:
+        if self.settings.key or is_loopback(host) or peer.address == "unix" or "host" not in head.headers:
             return
-        if peer.address != "unix" and not (self.settings.by_address and read_address(host)):
+        if not self._is_ours(host):
             raise BadHost(f"this hub is not {_shown(host)}: use 127.0.0.1 or localhost, or start it with --allow-host")
 
     def _check_origin(self, head: Head, peer: Peer, route: Route | None) -> None:
         """A page of another site may change nothing, nor act as an agent: that is a sign of its life, counts for its
         rate, and may claim. Where a browser sends no Origin, its Sec-Fetch-Site says what it is. On a line without TLS
         the hub's own origin may have it all the same: from a proxy that we were not told of."""
-        safe = head.method in ("GET", "HEAD", "OPTIONS") and not (route and route.actor)
         origin = head.headers.get("origin")
         if origin is None:
             own = head.headers.get("sec-fetch-site", "none").lower() in ("none", "same-origin")
         else:
             host = head.headers.get("host", "").lower()
-            ours = (f"https://{host}", f"{peer.scheme}://{host}")
-            own = origin in self.settings.origins or origin.lower() in ours
+            own = origin.lower() in (f"https://{host}", f"{peer.scheme}://{host}") or self._is_named(head)
+        safe = head.method == "OPTIONS" or head.method in ("GET", "HEAD") and not (route and route.actor)
         if not (own or safe):
             who = f"pages of {_shown(origin)}" if origin else "pages of other sites"
             raise BadOrigin(f"{who} may not act here: start the hub with --cors-origin to let them")
 
-    def cors(self, head: Head) -> tuple[tuple[str, str], ...]:
+    def _is_named(self, head: Head) -> bool:
+        """Whether it comes from a page that --cors-origin names."""
+        return head.headers.get("origin") in self.settings.origins
+
+    def cors(self, head: Head) -> Headers:
         """The headers that let a page of a named origin read the answer; for other origins, only that it depends."""
-        origin = head.headers.get("origin")
         if not self.settings.origins:
             return ()
-        if origin not in self.settings.origins:
+        if not self._is_named(head):
             return (("Vary", "Origin"),)
         shown = "Retry-After, X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset"
-        return (("Vary", "Origin"), ("Access-Control-Allow-Origin", origin), ("Access-Control-Expose-Headers", shown))
+        origin = ("Access-Control-Allow-Origin", head.headers["origin"])
+        return (("Vary", "Origin"), origin, ("Access-Control-Expose-Headers", shown))
 
-    def preflight(self, head: Head, allow: str) -> tuple[tuple[str, str], ...]:
+    def preflight(self, head: Head, allow: str) -> Headers:
         """What a page of a named origin may send here."""
-        if head.headers.get("origin") not in self.settings.origins:
+        if not self._is_named(head):
             return ()
         fields = "Authorization, Content-Type, Idempotency-Key, Last-Event-ID, X-From"
         return (
@@ -3851,44 +3965,51 @@ class Access(About):
             raise Unauthorized("the Authorization header must read `Bearer TOKEN`")
         return token.strip() or parse_query(head.query).get("token", "") or offered_token(head)
 
-    def _authorize(self, route: Route, actor: str | None, token: str, address: str, at: int) -> str:
-        """Who acts. Raises Unauthorized for a token that is nobody's, Forbidden for one that is somebody else's."""
-        self._no_guessing(token, address, at)
-        if not token and self.settings.key and route.access != "open":
+    def _identify(self, route: Route, head: Head, peer: Peer, at: int) -> tuple[str, bool]:
+        """Whose token a request carries, or nobody's, and whether it carries the key. Raises Unauthorized for a wrong
+        one, and in key mode for none: before anything else of it is looked at."""
+        token = self._token(head)
+        if not token and self.settings.key:
+            self.hub.pace.charge(("address", peer.address), at)
             raise Unauthorized(
                 "this hub has a key: send `Authorization: Bearer` with your agent's token or the key (AGENTHUB_KEY)"
             )
-        with_key = bool(token) and self._is_key(token)
-        if not token or with_key or route.access == "open":
-            if route.actor and actor is None:
-                actor = route.default_actor or None
-            if route.actor and actor is None:
+        return self._look_up(token, route, peer.address, at) if token else ("", False)
+
+    def _greet(self, route: Route, head: Head, peer: Peer, at: int) -> tuple[str, bool]:
+        """The same where all may ask: whoever is wrong is nobody. A proxy in front may have a scheme of its own."""
+        try:
+            return self._identify(route, head, peer, at) if self.settings.key and self._token(head) else ("", False)
+        except (Unauthorized, RateLimited):
+            return "", False
+
+    def _look_up(self, token: str, route: Route, address: str, at: int) -> tuple[str, bool]:
+        """From an address that has just sent many wrong ones, no key or token is looked at: refusing the wrong ones
+        alone would tell the right one. This machine is spared, where one stale token must not lock everybody out."""
+        guess = ("guess", address)
+        if not (address == "unix" or is_loopback(address)) and self.hub.pace.left(guess, at) < 1:
+            self.hub.pace.charge(guess, at)
+        with_key = bool(self.settings.key) and self._same(token.encode(), self.settings.key.encode())
+        holder = None if with_key else self.holder(token, at)
+        if with_key or holder:
+            return holder or "", with_key
+        self.hub.pace.charge(guess, at)
+        if not route.actor and not self.settings.key:
+            return "", False
+        key = ", or set AGENTHUB_KEY to the key that `serve` printed" if self.settings.key else ", or leave it out"
+        raise Unauthorized(f"this is no agent's token (any more): register again to get a new one{key}")
+
+    def _act(self, route: Route, actor: str | None, holder: str) -> str:
+        """Who acts: whoever is named, with a token only its agent. Raises Forbidden, or InvalidRequest for nobody."""
+        if not holder:
+            if route.actor and not (actor or route.default_actor):
                 raise InvalidRequest(f"`{route.actor}` is missing: say which agent this is")
-            if with_key:
-                actor = actor or OPERATOR
-                where = f"{route.method} {route.path}"
-                self.audit.note("key", "", address=address, agent_id=actor, route=where)
-            return actor or ""
-        holder = self.holder(token, at)
-        if holder is None:
-            if not route.actor and not self.settings.key:
-                return ""
-            key = ", or set AGENTHUB_KEY to the key that `serve` printed" if self.settings.key else ", or leave it out"
-            raise Unauthorized(f"this is no agent's token (any more): register again to get a new one{key}")
+            return actor or route.default_actor
         if route.access == "key" and self.settings.key:
             raise Forbidden("this needs the hub's key, not an agent's token")
         if route.actor and actor not in (None, holder):
             raise Forbidden(f"this token is that of `{holder}`: it can't act as `{actor}`")
         return holder
-
-    def _no_guessing(self, token: str, address: str, at: int) -> None:
-        """Look at no key or token from an address that has just sent many wrong ones: refusing the wrong ones alone
-        would still tell the right one. This machine is spared, where one stale token must not lock everybody out."""
-        if token and not is_loopback(address) and self.hub.pace.left(f"guesses of {address}", at) < 1:
-            raise RateLimited(
-                "too many wrong keys or tokens came from your address: wait a second, and send the right one",
-                retry_after=1,
-            )
 
     def holder(self, token: str, at: int) -> str | None:
         """Whose token that is. A token begins with the agent's id, so that looking it up needs no table."""
@@ -3899,15 +4020,15 @@ class Access(About):
 
     # how fast it may go on
 
-    def _allowance(self, payer: str, at: int) -> tuple[tuple[str, str], ...]:
+    def _allowance(self, payer: Payer | None, at: int) -> Headers:
         """What is left of a rate, as GitHub tells it: requests at once, left of them, when all are back (epoch)."""
         left = self.hub.pace.left(payer, at) if payer else float("inf")
         if left == float("inf"):
             return ()
         rate, burst = self.settings.limits.rate_limit, self.settings.limits.rate_burst
-        back_at = -int(-(at / 1000 + (burst - left) / rate) // 1)
+        back_at = math.ceil(at / 1000 + (burst - left) / rate)
         told = {"Limit": f"{burst:g}", "Remaining": str(int(left)), "Reset": str(back_at)}
-        return tuple((f"X-RateLimit-{name}", value) for name, value in told.items())
+        return tuple([(f"X-RateLimit-{name}", value) for name, value in told.items()])
 
 
 # --- API --------------------------------------------------------------------------------------------------------------
@@ -3933,7 +4054,7 @@ class Reply(NamedTuple):
     """A request's answer (see `dispatch`), and the headers that it carries whatever it turns out to be."""
 
     answer: Any
-    headers: tuple[tuple[str, str], ...] = ()
+    headers: Headers = ()
 
 
 class API(Access):
@@ -3946,36 +4067,35 @@ class API(Access):
         becomes its status, all else is logged and `internal`."""
         route = call = None
         try:
-            head, peer = self._as_the_proxy_got_it(head, peer)
             self._check_host(head, peer)
+            head, peer = self._as_the_proxy_got_it(head, peer)
             methods, given = self._match(head)
             route = methods.get("GET" if head.method == "HEAD" else head.method)
             self._check_origin(head, peer, route)
             if route is None:
+                self.hub.pace.charge(("address", peer.address), at)
                 return Reply(self._options(head, methods), self.cors(head))
             call = self._admit(route, head, body, given, peer, at)
             self._begin(route, call)
             answer = route.handler(self, call)
         except HubError as error:
-            answer = error_response(self._refused(error, head, route, call, peer, at))
+            error = self._charge_refusal(error, call, peer, at)
+            who, where = call.agent_id if call else "", f"{route.method} {route.path}" if route else ""
+            self.audit.note("refused", error.message, address=peer.address, agent_id=who, route=where, code=error.code)
+            answer = error_response(error)
         except Exception:
             log_exception(f"{head.method} {head.path}")
             answer = error_response(HubError("the hub failed at this request; its log says why"))
-        return Reply(answer, self.cors(head) + self._allowance(call.payer if call else peer.address, at))
+        payer = call.payer if call else ("address", peer.address)
+        return Reply(answer, self.cors(head) + self._allowance(payer, at))
 
-    def _refused(
-        self, error: HubError, head: Head, route: Route | None, call: Call | None, peer: Peer, at: int
-    ) -> HubError:
-        """Note a refusal. Who was not admitted pays by address, and twice for a guess (`_no_guessing`)."""
-        if call is None:
+    def _charge_refusal(self, error: HubError, call: Call | None, peer: Peer, at: int) -> HubError:
+        """Who was not admitted pays by address, unless that was paid already. Returns what to refuse it with."""
+        if call is None and not isinstance(error, (Unauthorized, RateLimited)):
             try:
-                if isinstance(error, Unauthorized):
-                    self.hub.pace.charge(f"guesses of {peer.address}", at)
-                self.hub.pace.charge(peer.address, at)
+                self.hub.pace.charge(("address", peer.address), at)
             except RateLimited as limited:
-                error = limited
-        who, where = call.agent_id if call else "", f"{route.method} {route.path}" if route else _shown(head.method)
-        self.audit.note("refused", error.message, address=peer.address, agent_id=who, route=where, code=error.code)
+                return limited
         return error
 
     def _match(self, head: Head) -> tuple[dict[str, Route], dict[str, str]]:
@@ -3987,7 +4107,8 @@ class API(Access):
             found = pattern(head.path)
             if found:
                 return methods, {name: unquote(value) for name, value in found.groupdict().items()}
-        raise NotFound(f"nothing is at {_shown(head.path)}: see /openapi.json for what is here")
+        path = re.split("[&=;]", head.path)[0]  # a `?` may be missing before a token
+        raise NotFound(f"nothing is at {_shown(path)}: see /openapi.json for what is here")
 
     def _options(self, head: Head, methods: dict[str, Route]) -> Response:
         allow = ", ".join(sorted({*methods, "OPTIONS", *(["HEAD"] if "GET" in methods else [])}))
@@ -3996,16 +4117,20 @@ class API(Access):
         return Response(status=204, headers=(("Allow", allow), *self.preflight(head, allow)))
 
     def _admit(self, route: Route, head: Head, body: bytes, given: dict, peer: Peer, at: int) -> Call:
-        """Read and authorize a request, in this order: who asks is known only from what is asked. Who is nobody here
-        pays by address: made-up names would each have a rate of their own."""
+        """Find out who asks, then what, then whether they may. An agent pays with its own rate, whoever registers with
+        that of the name, and who is nobody here by address: made-up names would each have a rate of their own."""
+        holder, with_key = (self._greet if route.access == "open" else self._identify)(route, head, peer, at)
         params = self._params(route, head, body, given)
-        token = self._token(head) if route.access != "open" else ""  # a proxy in front may have a scheme of its own
-        actor = self._authorize(route, params.get(route.actor), token, peer.address, at)
+        actor = self._act(route, params.get(route.actor), holder)
+        if with_key:
+            where = f"{route.method} {route.path}"
+            self.audit.note("key", address=peer.address, agent_id=actor or OPERATOR, route=where)
         named = params["agent_id"] if route.handler is Handlers.register else actor if self.hub.known(actor) else ""
-        return Call(head, body, params, actor, at, peer.address, (named or peer.address) if route.charged else "")
+        payer = (("agent", named) if named else ("address", peer.address)) if route.charged else None
+        return Call(head, body, params, actor, at, peer.address, payer, with_key)
 
     def _begin(self, route: Route, call: Call) -> None:
-        """Charge a request that was admitted, and note the sign of life."""
+        """Charge a request that was admitted, see that the disk takes what it writes, and note the sign of life."""
         if call.payer:
             self.hub.pace.charge(call.payer, call.at)
         if self.trouble and route.writes:
@@ -4047,10 +4172,12 @@ class API(Access):
 
     # frames of a WebSocket
 
-    def frame(self, agent_id: str, data: bytes, at: int, address: str = "") -> Frame:
-        """Answer one frame of a WebSocket. Never raises, like `dispatch`."""
+    def frame(self, agent_id: str, data: bytes, address: str, at: int) -> Frame:
+        """Answer one frame of a WebSocket. Never raises, like `dispatch`. Only acknowledgements and heartbeats that
+        are right are free."""
         self.metrics["websocket_frames_total"] += 1
         ref: dict[str, Any] = {}
+        handler = None
         try:
             frame = parse_json(data, self.settings.limits.max_depth)
             if not isinstance(frame, dict):
@@ -4064,6 +4191,8 @@ class API(Access):
                 self.probe()
             return handler(self, agent_id, frame, ref, at)
         except HubError as error:
+            if handler is not API._message_frame:  # which has paid
+                error = self._charge_frame(error, agent_id, at)
             who = {"address": address, "agent_id": agent_id}
             self.audit.note("refused", error.message, **who, route="frame", code=error.code)
             return error_frame(error, ref)
@@ -4071,11 +4200,18 @@ class API(Access):
             log_exception(f"a frame of {agent_id}")
             return error_frame(HubError("the hub failed at this frame; its log says why"), ref)
 
+    def _charge_frame(self, error: HubError, agent_id: str, at: int) -> HubError:
+        try:
+            self.hub.pace.charge(("agent", agent_id), at)
+        except RateLimited as limited:
+            return limited
+        return error
+
     def _message_frame(self, agent_id: str, frame: dict, ref: dict, at: int) -> Frame:
+        self.hub.pace.charge(("agent", agent_id), at)
         if frame.get("from", agent_id) != agent_id:
             raise Forbidden(f"this connection is that of `{agent_id}`: leave `from` out, or open another one")
         given = read_fields(SEND_FIELDS, {**frame, "from": agent_id})
-        self.hub.pace.charge(agent_id, at)
         body = self._send(agent_id, given, at, "websocket").body
         if not callable(body):  # a heartbeat that names a recipient
             return self._heartbeat_frame(agent_id, frame, ref, at)
@@ -4352,7 +4488,7 @@ class Exchange(NamedTuple):
     """A request that is being answered: the headers its answer carries, the slot it goes into, and since when."""
 
     request: Request
-    headers: tuple[tuple[str, str], ...]
+    headers: Headers
     slot: list[bytes]
     started: float
 
@@ -4373,7 +4509,7 @@ class HttpConnection:
         self.stream: Reader | None = None
         self.poll: Poll | None = None
         self.file: Any = None
-        self._sending = False
+        self._sending = self._pumping = False
         self.since = server.loop.time()
         self.unsent = 0
         self._said_at, self._comment = self.since, b""
@@ -4386,8 +4522,8 @@ class HttpConnection:
         name = transport.get_extra_info("peername")  # a Unix socket's is a path, or none
         scheme = "https" if transport.get_extra_info("sslcontext") else "http"
         self.peer = Peer(str(name[0]) if isinstance(name, tuple) else "unix", scheme)
-        full = self.server.full_for(self.peer.address)
-        self.server.count_in(self, self.peer.address)
+        full = self.server.door.full_for(self.peer)
+        self.server.door.count_in(self)
         if full:  # closed at once, without waiting for what it may have sent: a descriptor is what there is none of
             self.last = True
             self._note(full)
@@ -4398,11 +4534,12 @@ class HttpConnection:
         """Bytes of requests, cut anywhere."""
         if self.last:
             return
-        if not self.reader.started:
-            self.since = self.server.loop.time()
+        before = self.reader.started
         self.reader.feed(data)
         self._pump()
-        if self._stuck() and len(self.reader.buffer) > READ_AHEAD:
+        if self.reader.started and not before:  # empty lines before a request start none
+            self.since = self.server.loop.time()
+        if (self._stuck() or self._pumping) and len(self.reader.buffer) > READ_AHEAD:
             self.transport.pause_reading()
         self.server.hold_if_gathering(self.transport)
 
@@ -4426,12 +4563,13 @@ class HttpConnection:
         """The peer has asked all it will; what it asked is still answered, unless it would be waiting for news."""
         self.ended = True
         self.last = self.last or not self._stuck()
-        return bool(self.slots or self._stuck()) and not (self.poll or self.stream)
+        more = bool(self.slots or self._stuck()) and not (self.poll or self.stream)
+        return more and self.transport.can_write_eof()  # TLS has no half of a line
 
     def connection_lost(self, error: Exception | None) -> None:
         """The line is gone."""
         self.last = True
-        self.server.count_out(self)
+        self.server.door.count_out(self)
         self._drop_file()
         for reader in (self.stream, self.poll):
             if reader:
@@ -4444,13 +4582,23 @@ class HttpConnection:
 
     def _go_on(self) -> None:
         """What stood in the way is gone: take up what has arrived since."""
-        if not self._stuck() and not self.last and (self.reader.buffer or self.ended):
+        if not self._stuck() and not self.last and not self._pumping and (self.reader.buffer or self.ended):
+            self._pumping = True
+            self.server.loop.call_soon(self._pump_on)
+
+    def _pump_on(self) -> None:
+        self._pumping = False
+        if not self.transport.is_closing():
             self.transport.resume_reading()
-            self.server.loop.call_soon(self._pump)
+        self._pump()
 
     def _pump(self) -> None:
-        """Answer what has arrived whole, as long as nothing stands in the way."""
-        while not (self.last or self._stuck()):
+        """Answer what has arrived whole, as long as nothing stands in the way, and others need not wait too long."""
+        until = self.server.loop.time() + TURN_SECONDS
+        while not (self.last or self._stuck() or self._pumping):
+            if self.server.loop.time() > until:
+                self._go_on()
+                break
             try:
                 request = self.reader.next()
             except HubError as error:
@@ -4494,9 +4642,7 @@ class HttpConnection:
 
     def _fill(self, asked: Exchange, answer: Response) -> None:
         head, server = asked.request.head, self.server
-        if asked.headers:
-            answer = answer._replace(headers=answer.headers + asked.headers)
-        data = answer.encode(server.date, head.keep, head.method == "HEAD")
+        data = answer.encode(server.date, head.keep, head.method == "HEAD", asked.headers)
         asked.slot.append(data)
         self.unsent += len(data)
         server.api.answers[answer.status] += 1
@@ -4612,7 +4758,7 @@ class HttpConnection:
         """Let websockets have the line, as soon as it is there: the hub may have just started."""
         if not self._alone("open a WebSocket"):
             return
-        library = self.server.library
+        library = self.server.door.library
         if library.done():
             self._hand_over(upgrade)
         else:
@@ -4622,16 +4768,17 @@ class HttpConnection:
         """With a handshake of what matters to the library: all else was looked at here."""
         if self.transport.is_closing():
             return
-        socket = self.server.library.result()(upgrade.protocol)
+        socket = self.server.door.library.result()(upgrade.protocol)
         self.last = self.handed_over = True
-        self.server.count_out(self)
-        socket.admit(self.server, upgrade, self.peer.address)
+        self.server.door.count_out(self)
+        socket.admit(self.server, upgrade, self.peer)
         self.transport.set_protocol(socket)
         socket.connection_made(self.transport)
         fields = "Host: hub\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
         fields += f"Sec-WebSocket-Protocol: {upgrade.protocol}\r\n" if upgrade.protocol else ""
         head = f"GET / HTTP/1.1\r\n{fields}Sec-WebSocket-Key: {upgrade.key}\r\n\r\n"
-        socket.data_received(head.encode() + bytes(self.reader.buffer))
+        socket.data_received(head.encode())
+        socket.data_received(bytes(self.reader.buffer))
 
     HOW = {
         Response: _answer_response,
@@ -4646,7 +4793,8 @@ class HttpConnection:
         """Answer what could not be read, and read no more: where the next request begins is unknown. What still comes
         is thrown away for a while, because a line closed on unread bytes is reset, and the answer lost with it."""
         self._note(error)
-        self.slots.append([error_response(error).encode(self.server.date, keep=False)])
+        extra = self.server.api.cors(self.reader.head) if self.reader.head else ()
+        self.slots.append([error_response(error).encode(self.server.date, False, False, extra)])
         self.last, self.refused, self.blocked = True, True, False
         self.since = self.server.loop.time()
         self._send_ready()
@@ -4711,14 +4859,15 @@ class HubSocket:
     admitted = True
     stream: SocketReader | None = None
 
-    def admit(self, server: Any, upgrade: Upgrade, address: str) -> None:
+    def admit(self, server: Any, upgrade: Upgrade, peer: Peer) -> None:
         """Take note of whose it is; called before the handshake."""
-        self.hub_server, self.upgrade, self._address = server, upgrade, address
+        self.hub_server, self.upgrade, self.peer = server, upgrade, peer
         self._parts: list[bytes] = []
         self._heard_at = self._pinged_at = server.loop.time()
         self._partial_at: float | None = None
+        self._full, self._early = False, b""
         self._over = False  # a close frame has gone or come: what is behind it is not for us
-        server.count_in(self, address)
+        server.door.count_in(self)
 
     def open(self) -> None:
         """The handshake is done: say welcome, and send what is unread."""
@@ -4727,9 +4876,21 @@ class HubSocket:
             self.stream = SocketReader(self.hub_server, self.upgrade, self)
             self.stream.write(websocket_frame(dump(welcome).encode()))
             self.stream.catch_up()
+            if self._early:
+                self.transport.resume_reading()
+                self.hub_server.loop.call_soon(self.data_received, b"")
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of frames; takes note since when a frame has been arriving and is not whole."""
+        """Bytes of frames; takes note since when a frame has been arriving and is not whole. What comes before the
+        handshake is done waits for that."""
+        if self.request is not None:
+            self.open()
+            data, self._early = self._early + data, b""
+            if self.stream is None:
+                self._early = data
+                if len(data) > READ_AHEAD:
+                    self.transport.pause_reading()
+                return
         heard, self._heard_at = self._heard_at, -1.0
         super().data_received(data)
         if self._heard_at < 0:
@@ -4737,13 +4898,14 @@ class HubSocket:
             self._partial_at = self._partial_at or self.hub_server.loop.time()
         elif not self._parts:
             self._partial_at = None
+        if self._full and self.transport.get_write_buffer_size() > self.hub_server.limits.max_unsent:
+            self.transport.pause_reading()  # a peer that does not take its answers, or its pongs, asks no more
 
     def process_event(self, event: Any) -> None:
         """One event of the library's protocol; its own queue for data frames is not used."""
         self._heard_at = self.hub_server.loop.time()
         if self.request is None:
             return super().process_event(event)
-        self.open()  # a frame may come before the library's task has woken
         if event.opcode == PONG and self.stream:
             self.stream.pong(bytes(event.data))
         elif event.opcode == CLOSE:
@@ -4766,13 +4928,11 @@ class HubSocket:
             data.decode()  # the library leaves this check to whoever reads the frame
         except UnicodeDecodeError:
             return self._fail(1007, "not UTF-8")
-        answer = server.api.frame(self.upgrade.agent_id, data, server.clock(), self._address)
+        answer = server.api.frame(self.upgrade.agent_id, data, self.upgrade.address, server.clock())
         if answer.settled:
             self._reply(answer, None)
         else:
             server.when_durable(functools.partial(self._reply, answer))
-        if self.transport.get_write_buffer_size() > server.limits.max_unsent:
-            self.transport.pause_reading()  # a peer that does not take its answers asks no more
         server.hold_if_gathering(self.transport)
 
     def _reply(self, answer: Frame, error: HubError | None) -> None:
@@ -4791,6 +4951,7 @@ class HubSocket:
 
     def pause_writing(self) -> None:
         """The peer does not take what it is sent."""
+        self._full = True
         super().pause_writing()
         if self.stream:
             self.stream.pause()
@@ -4798,13 +4959,14 @@ class HubSocket:
     def resume_writing(self) -> None:
         """The peer takes again."""
         super().resume_writing()
+        self._full = False
         self.transport.resume_reading()
         if self.stream:
             self.stream.resume()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The line is gone."""
-        self.hub_server.count_out(self)
+        self.hub_server.door.count_out(self)
         if self.stream:
             self.stream.close()
         super().connection_lost(exc)
@@ -4904,7 +5066,7 @@ class Disk:
         except HubError as error:
             failed = error
         except Exception:
-            log_exception("the disk's part")
+            log_exception("the disk's part", last=True)
             os._exit(1)  # memory and disk may disagree, and only a start can find out what is true
         return failed, time.monotonic() - started
 
@@ -5001,17 +5163,21 @@ class Batches:
 
     def _failed(self, error: HubError, waiters: list, events: list[Any]) -> None:
         """Undo a batch that the disk refused: the hub is again what the disk says, and everybody who waited is told.
-        What gathered meanwhile stood on it and goes with it; but what was pushed was pushed, and stays known."""
+        What gathered meanwhile stood on it and goes with it; but what was pushed was pushed, and tokens that ended have
+        ended: that stays known."""
         self.api.metrics["failed_commits_total"] += 1
         self.api.trouble = error.message
-        pushes = [one for one in (*events, *self.hub.events, *self.hub.later) if type(one) is Pushed]
+        undone = (*events, *self.hub.events, *self.hub.later)
         try:
             self.store.undo()
             self.hub.load(self.store.load(), self._server.clock())
-            for one in pushes:
-                self.hub.apply(Push(one.at, one.inbox, one.seqs, one.via))
+            for one in undone:
+                if type(one) is Pushed:
+                    self.hub.apply(Push(one.at, one.inbox, one.seqs, one.via))
+                elif type(one) is Lapsed:
+                    self.hub.lapse(one.agent_id)
         except Exception:
-            log_exception("reading the store again")
+            log_exception("reading the store again", last=True)
             os._exit(1)  # memory and disk disagree, and only a start can find out what is true
         waiters, self._waiters = waiters + self._waiters, []
         self._each(lambda leave: leave(error), waiters)
@@ -5086,6 +5252,115 @@ def new_secret() -> str:
     return os.urandom(32).hex()
 
 
+class Door:
+    """The way in: who is listened for, how many lines are open, and websockets, which comes a little later."""
+
+    def __init__(self, server: Any) -> None:
+        self._server, self.loop, self.limits = server, server.loop, server.limits
+        self.connections: dict[Any, None] = {}
+        self.addresses: collections.Counter[str] = collections.Counter()  # of the lines' other ends
+        self._listeners: list[Any] = []
+        self.library: Any = None  # the task that takes websockets in
+
+    def full_for(self, peer: Peer) -> HubError | None:
+        """Why there is no room for one more line from there, if there is none. A proxy's lines are many people's."""
+        address, most = peer.address, self.limits.max_per_address
+        if len(self.connections) >= self.limits.max_connections:
+            return RateLimited("the hub has as many connections as it may: try again later", retry_after=5)
+        if self.addresses[address] >= most and not self._server.api.believes(address):
+            return RateLimited(
+                f"{address} has {most:.0f} connections open, as many as it may: close some", retry_after=5
+            )
+        return None
+
+    def count_in(self, connection: Any) -> None:
+        """Mind a line."""
+        self.connections[connection] = None
+        self.addresses[connection.peer.address] += 1
+
+    def count_out(self, connection: Any) -> None:
+        """A line is gone, or another connection has it now."""
+        if connection in self.connections:
+            address = connection.peer.address
+            del self.connections[connection]
+            self.addresses[address] -= 1
+            if not self.addresses[address]:
+                del self.addresses[address]
+
+    async def listen(self, tls: Any = None, **where: Any) -> list[Any]:
+        """Listen at `host` and `port`, or on `sock`, which is bound; with TLS where there is a context for it. The
+        first time, have websockets taken in while the first requests are answered: importing it takes as long as all
+        else. Returns the addresses. Raises OSError."""
+        patience = min(self.limits.head_timeout, LIMITS["head_timeout"].default)  # a handshake is never without limit
+        options = {"ssl": tls, "ssl_handshake_timeout": patience} if tls else {}
+        make = functools.partial(HttpConnection, self._server)
+        listener = await self.loop.create_server(make, **where, **options, backlog=ACCEPTS)
+        self._widen(listener)
+        if self._server.api.settings.websockets and not self._listeners:
+            same = listener.sockets[0].dup()
+            self.library = self.loop.create_task(self._take_in_websockets(sock=same, **options))
+        self._listeners.append(listener)
+        return [sock.getsockname() for sock in listener.sockets]
+
+    def _widen(self, listener: Any) -> None:
+        """Let more wait than asyncio accepts in one turn: it has one number for both."""
+        for sock in listener.sockets:
+            with sock.dup() as same:
+                same.listen(BACKLOG)
+
+    async def _take_in_websockets(self, **where: Any) -> Callable[[str], Any]:
+        """Have websockets serve on the same socket, so that each of its connections has its server and its handshake.
+        Returns what makes such a connection; it takes over from an HttpConnection, whoever accepted that."""
+        import asyncio
+        import importlib
+        import logging
+
+        await asyncio.sleep(LIBRARY_SECONDS)
+        await self.loop.run_in_executor(None, importlib.import_module, "websockets.asyncio.server")
+        from websockets.asyncio.server import ServerConnection, serve
+        from websockets.server import ServerProtocol
+        from websockets.typing import Subprotocol
+
+        most = self.limits.max_message + FRAME_OVERHEAD
+        max_size = None if most == float("inf") else int(most)
+        logger = logging.getLogger("agenthub.websockets")
+        logger.setLevel(logging.CRITICAL)  # what it reports is a peer that went away or broke the protocol
+        kind = type("HubServerConnection", (HubSocket, ServerConnection), {})
+        listener = await serve(
+            self._run_socket, **where, process_request=self._server.process_request, server_header=None,
+            create_connection=lambda *_, **options: HttpConnection(self._server), backlog=ACCEPTS, logger=logger,
+        )  # fmt: skip
+        self._widen(listener.server)
+        self._listeners.append(listener.server)  # websockets' own close would wait for lines that `Server.stop` closes
+        options = {"ping_interval": None, "close_timeout": STOP_SECONDS}
+
+        def connection(subprotocol: str) -> Any:
+            offered = [Subprotocol(subprotocol)] if subprotocol else None
+            return kind(ServerProtocol(subprotocols=offered, max_size=max_size, logger=logger), listener, **options)
+
+        return connection
+
+    async def _run_socket(self, socket: Any) -> None:
+        socket.open()
+        await socket.wait_closed()
+
+    async def close(self) -> None:
+        """Let nobody in any more. Lines that are open stay so."""
+        import asyncio
+
+        if self.library and not self.library.done():
+            await asyncio.wait([self.library])
+        for listener in self._listeners:
+            listener.close()
+
+
+def log_event(event: str, **fields: Any) -> None:
+    """A line of the audit trail, for whoever runs the hub."""
+    import logging
+
+    logging.getLogger("agenthub").info(event, extra={"fields": fields})
+
+
 class Server:
     """The hub on the network: listens, tells readers what was committed with one write each, and minds the time."""
 
@@ -5102,10 +5377,11 @@ class Server:
         self.batches = Batches(self)
         self.schedule, self.when_durable = self.batches.schedule, self.batches.when_durable
         self.api.probe = self.batches.probe
+        self.api.audit = Audit(log_event)
         self.metrics = self.api.metrics
         self.readers: dict[str, dict[Any, None]] = {}
-        self.connections: dict[Any, str] = {}  # every line, and the address at its other end
-        self.addresses: collections.Counter[str] = collections.Counter()
+        self.door = Door(self)
+        self.connections = self.door.connections
         self.dirty: dict[Any, None] = {}
         self.held: list[Any] = []
         memory = store.path == ":memory:"  # its one connection is the loop's
@@ -5114,8 +5390,6 @@ class Server:
         self._flushing = self._bringing = self._settling = self._deep = False
         self._presence: dict[str, Presence] = {}
         self._pushes: dict[tuple[str, str], list[int]] = {}
-        self._listeners: list[Any] = []
-        self.library: Any = None  # the task that takes websockets in
         self._swept_at = self._told_at = self.loop.time()
         self._tick()
 
@@ -5195,7 +5469,7 @@ class Server:
 
     def _tell_left(self, event: Left) -> None:
         """Its lines end with it, and so do its tokens: whoever takes the id next must not be read or spoken for."""
-        self.api.audit.tell("leave", agent_id=event.agent_id)
+        self.api.audit.note("leave", address=event.address, agent_id=event.agent_id)
         for reader in list(self.readers.get(event.agent_id, ())):
             reader.end()
 
@@ -5206,7 +5480,7 @@ class Server:
         self.metrics["pushes_total"] += len(event.seqs)
 
     def _tell_registered(self, event: Registered) -> None:
-        self.api.audit.tell(event.how, address=event.address, agent_id=event.agent.agent_id)
+        self.api.audit.note(event.how, address=event.address, agent_id=event.agent.agent_id)
 
     TELL = {
         Registered: _tell_registered,
@@ -5321,30 +5595,6 @@ class Server:
                 for poll in [reader for reader in readers if isinstance(reader, Poll) and reader.claims]:
                     poll.push(None, {})
 
-    # the way in
-
-    def full_for(self, address: str) -> HubError | None:
-        """Why there is no room for one more line from there, if there is none. A proxy's lines are many people's."""
-        if len(self.connections) >= self.limits.max_connections:
-            return RateLimited("the hub has as many connections as it may: try again later", retry_after=5)
-        if self.addresses[address] >= self.limits.max_per_address and not self.api.believes(address):
-            most = f"{self.limits.max_per_address:.0f}"
-            return RateLimited(f"{address} has {most} connections open, as many as it may: close some", retry_after=5)
-        return None
-
-    def count_in(self, connection: Any, address: str) -> None:
-        """Mind a line from there."""
-        self.connections[connection] = address
-        self.addresses[address] += 1
-
-    def count_out(self, connection: Any) -> None:
-        """A line is gone, or another connection has it now."""
-        address = self.connections.pop(connection, None)
-        if address is not None:
-            self.addresses[address] -= 1
-            if not self.addresses[address]:
-                del self.addresses[address]
-
     def process_request(self, connection: Any, request: Any) -> Any:
         """Answer a request: the hook of that name in websockets, which HttpConnection asks for plain HTTP as well.
 
@@ -5356,61 +5606,6 @@ class Server:
             return Reply(error_response(ShuttingDown("the hub is shutting down: try again in a moment")))
         return self.api.dispatch(request.head, request.body, connection.peer, self.clock())
 
-    async def listen(self, tls: Any = None, **where: Any) -> list[Any]:
-        """Listen at `host` and `port`, or on `sock`, which is bound; with TLS where there is a context for it. The
-        first time, have websockets taken in while the first requests are answered: importing it takes as long as all
-        else. Returns the addresses. Raises OSError."""
-        options = {"ssl": tls, "ssl_handshake_timeout": min(self.limits.head_timeout, 60)} if tls else {}
-        listener = await self.loop.create_server(lambda: HttpConnection(self), **where, **options, backlog=ACCEPTS)
-        self._widen(listener)
-        if self.api.settings.websockets and not self._listeners:
-            same = listener.sockets[0].dup()
-            self.library = self.loop.create_task(self._take_in_websockets(sock=same, **options))
-        self._listeners.append(listener)
-        return [sock.getsockname() for sock in listener.sockets]
-
-    def _widen(self, listener: Any) -> None:
-        """Let more wait than asyncio accepts in one turn: it has one number for both."""
-        for sock in listener.sockets:
-            with sock.dup() as same:
-                same.listen(BACKLOG)
-
-    async def _take_in_websockets(self, **where: Any) -> Callable[[str], Any]:
-        """Have websockets serve on the same socket, so that each of its connections has its server and its handshake.
-        Returns what makes such a connection; it takes over from an HttpConnection, whoever accepted that."""
-        import asyncio
-        import importlib
-        import logging
-
-        await asyncio.sleep(LIBRARY_SECONDS)
-        await self.loop.run_in_executor(None, importlib.import_module, "websockets.asyncio.server")
-        from websockets.asyncio.server import ServerConnection, serve
-        from websockets.server import ServerProtocol
-        from websockets.typing import Subprotocol
-
-        most = self.limits.max_message + FRAME_OVERHEAD
-        max_size = None if most == float("inf") else int(most)
-        logger = logging.getLogger("agenthub.websockets")
-        logger.setLevel(logging.CRITICAL)  # what it reports is a peer that went away or broke the protocol
-        kind = type("HubServerConnection", (HubSocket, ServerConnection), {})
-        listener = await serve(
-            self._run_socket, **where, process_request=self.process_request, server_header=None,
-            create_connection=lambda *_, **options: HttpConnection(self), backlog=ACCEPTS, logger=logger,
-        )  # fmt: skip
-        self._widen(listener.server)
-        self._listeners.append(listener.server)  # websockets' own close would wait for lines that `stop` closes
-        options = {"ping_interval": None, "close_timeout": STOP_SECONDS}
-
-        def connection(subprotocol: str) -> Any:
-            offered = [Subprotocol(subprotocol)] if subprotocol else None
-            return kind(ServerProtocol(subprotocols=offered, max_size=max_size, logger=logger), listener, **options)
-
-        return connection
-
-    async def _run_socket(self, socket: Any) -> None:
-        socket.open()
-        await socket.wait_closed()
-
     async def stop(self, code: int = 1012) -> None:
         """End within STOP_SECONDS: what was begun is committed and answered, lines are closed, the log is tidied."""
         import asyncio
@@ -5418,10 +5613,7 @@ class Server:
         self.closing = True
         self.api.audit.sweep()
         deadline = self.loop.time() + STOP_SECONDS
-        if self.library and not self.library.done():
-            await asyncio.wait([self.library])
-        for listener in self._listeners:
-            listener.close()
+        await self.door.close()
         for readers in list(self.readers.values()):
             for poll in [reader for reader in readers if isinstance(reader, Poll)]:
                 poll.end()
@@ -5479,8 +5671,8 @@ class _Calls:
         self._aim(server_url or os.environ.get("AGENTHUB_URL") or DEFAULT_URL)
         self.agent_id, self.session_id, self.name = agent_id, session_id, name
         self.capabilities, self.metadata = capabilities, metadata
-        self.token = token or os.environ.get("AGENTHUB_TOKEN") or ""
-        self.key = key or os.environ.get("AGENTHUB_KEY") or ""
+        self.token = _secret("AGENTHUB_TOKEN", token)
+        self.key = _secret("AGENTHUB_KEY", key)
         self._cacert = cacert or os.environ.get("AGENTHUB_CACERT") or ""
         self.on_wait: Callable[[float, str], None] = lambda seconds, reason: None
         self._seen: dict[str, None] = {}
@@ -5786,6 +5978,14 @@ class _Calls:
         return Unreachable(
             f"no hub answers at {self.url} ({reason}): start one with `agenthub serve`, or set AGENTHUB_URL", **more
         )
+
+
+def _secret(variable: str, given: str | None) -> str:
+    """A key or a token, as given or out of the environment, where a line's end may have come along with it."""
+    found = (given or os.environ.get(variable) or "").strip()
+    if not re.fullmatch("[!-~]*", found):
+        raise InvalidRequest(f"{variable} must be printable ASCII characters without spaces: look for a stray quote")
+    return found
 
 
 def _given(fields: dict) -> dict:
@@ -6274,11 +6474,15 @@ class Identity:
         return os.path.join(state_folder("STATE"), "identity.json")
 
     def _load(self) -> dict:
+        """What was saved; of a file that is damaged, what can be used."""
         try:
             with open(self._path(), encoding="utf-8") as file:
-                return json.load(file)
-        except (OSError, ValueError):
+                state = json.load(file)
+            parts = [part for hub in state.values() for part in hub.values()]
+            whole = all(isinstance(word, str) for part in parts for word in part.values())
+        except (OSError, ValueError, AttributeError, RecursionError):
             return {}
+        return state if whole else {}
 
     def _save(self, state: dict) -> None:
         """Whole or not at all, for this user only: a new file takes the old one's place."""
@@ -6303,7 +6507,7 @@ def _terminal() -> str:
 
 
 def _say(text: str) -> None:
-    print(f"agenthub: {harmless(text)}", file=sys.stderr, flush=True)
+    print(f"agenthub: {harmless(indented(text))}", file=sys.stderr, flush=True)
 
 
 def harmless(text: str) -> str:
@@ -6311,10 +6515,21 @@ def harmless(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
+def indented(text: str) -> str:
+    """A peer's words: no line of them begins where our own lines begin, or they could be taken for another's."""
+    return re.sub(r"\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]", "\n    ", text)
+
+
+def harmless_json(value: dict) -> str:
+    """The same JSON, in which what a terminal would obey is escaped."""
+    text = dump(value)
+    return text if text.isprintable() else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+
+
 def _show(args: Any, value: dict, text: str) -> None:
     """One result on stdout: a JSON object a line with --json, else as people read it."""
     try:
-        print(dump(value) if args.json else harmless(text), flush=True)
+        print(harmless_json(value) if args.json else harmless(text), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise KeyboardInterrupt from None
@@ -6331,7 +6546,7 @@ def _show_message(args: Any, envelope: dict) -> None:
     asks = f" {envelope['id']}" if envelope["type"] == "request" else ""  # what `reply` needs
     kind = "" if envelope["type"] in ("message", "broadcast") else f" ({envelope['type']}{asks})"
     to = envelope["to"] if isinstance(envelope["to"], str) else ", ".join(envelope["to"])
-    _show(args, envelope, f"{envelope['timestamp'][11:19]} {envelope['from']} to {to}{kind}: {text}")
+    _show(args, envelope, f"{envelope['timestamp'][11:19]} {envelope['from']} to {to}{kind}: {indented(text)}")
 
 
 # --- Commands ---------------------------------------------------------------------------------------------------------
@@ -6521,7 +6736,7 @@ def _status_command(args: Any) -> int:
 
 
 def _short(envelope: dict) -> str:
-    text = message_text(envelope)
+    text = " ".join(message_text(envelope).split())
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -6588,6 +6803,7 @@ class Doctor:
 
     def _who(self) -> tuple[str, str]:
         if not self.client.agent_id:
+            self.client.agents("active")  # which needs the key, where there is one
             return "warn", "you are nobody here yet: `agenthub register NAME`, or any command, makes you somebody"
         agent = self.client.agent(self.client.agent_id)
         self.known = True
@@ -6653,83 +6869,65 @@ def _doctor_command(args: Any) -> int:
     return worst
 
 
-# --- Serve ------------------------------------------------------------------------------------------------------------
+# --- Setup ------------------------------------------------------------------------------------------------------------
 
 
-def serve_command(args: Any) -> int:
-    """Run a hub until SIGINT or SIGTERM; the second of them ends it at once."""
-    import asyncio
+# what options may be
+
+
+def log_format(text: str) -> str:
+    """text or json. Raises ValueError."""
+    if text not in ("text", "json"):
+        raise ValueError
+    return text
+
+
+def port_number(text: str) -> int:
+    """A port from 0 (any that is free) to 65535. Raises ValueError."""
+    if not 0 <= int(text) <= 65535:
+        raise ValueError
+    return int(text)
+
+
+def amount(text: str) -> float:
+    """A finite number, 0 or more. Raises ValueError."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise ValueError
+    return value
+
+
+def _env(name: str, kind: Callable[[str], Any], default: Any = None) -> Any:
+    text = os.environ.get(name)
+    try:
+        return kind(text) if text else default
+    except ValueError:
+        raise Misuse(f"{name} is {_shown(text)}, which is not a number") from None
+
+
+def host_name(text: str) -> str:
+    """A name or an address of the hub, in lower case, without a port. Raises Misuse."""
+    text = f"[{text}]" if text.count(":") > 1 and "[" not in text else text  # an IPv6 address, as browsers write it
+    if not is_host(text) or not without_port(text):
+        raise Misuse(f"--allow-host {_shown(text)} is not a host: write a name or an address, as browsers do")
+    return without_port(text)
+
+
+def web_origin(text: str) -> str:
+    """A web page's origin as browsers send it (RFC 6454). Raises Misuse, also for those that would be everybody's."""
+    if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@*\s]+", text.lower()):
+        raise Misuse(f"--cors-origin {_shown(text)} is not one page's origin: write https://HOST, without a path")
+    return re.sub(r"(?<=^http)(://.*):80$|(?<=^https)(://.*):443$", r"\1\2", text.lower())
+
+
+def network(text: str) -> Any:
+    """A network or an address (CIDR); None for `unix`. Raises Misuse."""
+    import ipaddress
 
     try:
-        return asyncio.run(_serve_until_told(args))
-    except KeyboardInterrupt:  # before the signal handler was in place
-        return 0
-
-
-async def _serve_until_told(args: Any) -> int:
-    import asyncio
-    import gc
-    import logging
-    import signal
-
-    start_log(args.log_format)
-    log = logging.getLogger("agenthub")
-    place = Place.read(args)
-    tls = tls_context(args.certfile, args.keyfile)
-    path = args.db or os.path.join(state_folder("DATA"), "hub.db")
-    settings, key = make_settings(args, place, path), read_key(args, place)
-    store, shown = Store(path), ""
-    if key is None and place.public:
-        try:
-            key, shown = keep_key(path)
-        except OSError:
-            store.close()
-            raise
-    settings = settings._replace(key=key or "", by_address=place.public and not key)
-    if not settings.websockets:
-        log.warning("websockets is not installed: serving all but /ws (pip install websockets)")
-    if settings.by_address:
-        log.warning(
-            "open to everybody who can reach %s: they can read, send and register here without a key", place.host
-        )
-    server = Server(store, settings)
-    gc.freeze()
-    gc.set_threshold(GC_THRESHOLD)
-    try:
-        url, paste = await place.open(server, tls, settings.allow_hosts[0] if args.allow_host else "")
-    except OSError as error:
-        await server.stop()
-        place.close()
-        raise HubError(place.refusal(error)) from None
-    told: asyncio.Future[int] = server.loop.create_future()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        server.loop.add_signal_handler(number, lambda: told.set_result(0) if not told.done() else os._exit(1))
-    if tls:
-        server.loop.add_signal_handler(signal.SIGHUP, lambda: reload_certificate(tls, args.certfile, args.keyfile))
-    where = "" if paste == DEFAULT_URL else f"AGENTHUB_URL={paste} "
-    secret = f"AGENTHUB_KEY={shown} " if shown else ""
-    print(f'agenthub {VERSION} at {url}, store {path}; next: {where}{secret}python agenthub.py send alpha "hi"')
-    sys.stdout.flush()
-    await told
-    await server.stop()
-    place.close()
-    return 0
-
-
-def make_settings(args: Any, place: Place, path: str) -> Settings:
-    """How the hub is run, out of the options; its key apart. Raises Misuse."""
-    given = {name: getattr(args, name) for name in LIMITS if getattr(args, name) is not None}
-    if not place.public:
-        given.setdefault("max_per_address", 0)
-    names = (*_listed(args, "allow_host", host_name), *([place.host.lower()] if place.public else []))
-    return Settings(
-        _fit_descriptors(make_limits(**given)),
-        allow_hosts=names,
-        origins=_listed(args, "cors_origin", web_origin),
-        store="memory" if path == ":memory:" else "sqlite",
-        websockets=has_websockets(),
-        proxies=_listed(args, "trusted_proxy", network),
-    )
+        return None if text == "unix" else ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise Misuse(f"--trusted-proxy {_shown(text)} is neither an address, a network nor unix") from None
 
 
 def _listed(args: Any, name: str, kind: Callable[[str], Any]) -> tuple:
@@ -6742,34 +6940,36 @@ def _listed(args: Any, name: str, kind: Callable[[str], Any]) -> tuple:
 
 
 class Place:
-    """Where a hub listens: an address and a port, a Unix socket, or both. `public` where others can reach it."""
+    """Where a hub listens: an address and a port, a Unix socket, or both. `public` where others can reach it; `names`
+    are those it is called by (--allow-host)."""
 
-    def __init__(self, host: str | None, port: int, path: str) -> None:
-        self.host, self.port, self.path = host or "", port, path
+    def __init__(self, host: str | None, port: int, path: str, names: tuple[str, ...] = ()) -> None:
+        self.host, self.port, self.path, self.names = host or "", port, path, names
         self.tcp, self.public = host is not None, host is not None and not is_loopback(host)
         self._inode = 0
 
     @classmethod
     def read(cls, args: Any) -> Place:
-        """What the options say: a Unix socket alone, unless an address or a port is named too."""
+        """What the options say: a Unix socket alone, unless an address or a port is named too. Raises Misuse."""
         only_unix = args.unix and args.host is None and args.port is None
+        if only_unix and args.certfile:
+            raise Misuse("a Unix socket has no TLS: leave out --certfile, or name --host or --port to serve there too")
         port = _env("PORT", port_number, PORT) if args.port is None else args.port
         host = None if only_unix else HOST if args.host is None else args.host
-        return cls(host, port, os.path.abspath(args.unix) if args.unix else "")
+        path = os.path.abspath(args.unix) if args.unix else ""
+        return cls(host, port, path, _listed(args, "allow_host", host_name))
 
-    async def open(self, server: Server, tls: Any, name: str) -> tuple[str, str]:
-        """Have the server listen. Returns the URL to use here, and the one to paste elsewhere, with the `name` the hub
-        was given. Raises OSError."""
-        url = paste = f"unix:{self.path}"
+    async def open(self, server: Server, tls: Any) -> tuple[str, str]:
+        """Have the server listen. Returns the URL to use here, and the one to paste elsewhere. Raises OSError."""
         if self.path:
-            await server.listen(sock=self._bind())
-        if self.tcp:
-            port = (await server.listen(tls, host=self.host or None, port=self.port))[0][1]
-            here = ANYWHERE.get(self.host, self.host)
-            there = name if tls and name else self.host  # a certificate names names
-            there = outward_address(self.host) if there in ANYWHERE else there
-            url, paste = (f"http{'s' if tls else ''}://{f'[{h}]' if ':' in h else h}:{port}" for h in (here, there))
-        return url, paste
+            await server.door.listen(sock=self._bind())
+        if not self.tcp:
+            return (f"unix:{self.path}",) * 2
+        port = (await server.door.listen(tls, host=self.host or None, port=self.port))[0][1]
+        there = self.names[0] if tls and self.names else self.host  # a certificate names names
+        hosts = ANYWHERE.get(self.host, self.host), outward_address(there) if there in ANYWHERE else there
+        here, there = (f"[{host}]" if ":" in host else host for host in hosts)
+        return f"http{'s' if tls else ''}://{here}:{port}", f"http{'s' if tls else ''}://{there}:{port}"
 
     def _bind(self) -> Any:
         """The Unix socket, for this user only from its first moment on. One that a killed hub left is replaced."""
@@ -6832,39 +7032,64 @@ def read_key(args: Any, place: Place) -> str | None:
     """The key that was given, empty for a hub that is to have none; None where nothing was said. Raises Misuse."""
     if args.open or args.insecure_open:
         if args.key is not None or args.key_file:
-            raise Misuse("--open means without a key: leave out --key and --key-file, or --open")
+            raise Misuse("--open means without a key: leave out --key and --key-file (AGENTHUB_KEY_FILE), or --open")
         if place.public and not args.insecure_open:
             raise Misuse(
                 f"--open would let everybody in who can reach {place.host or 'this machine'}: leave it out and a key is"
                 " made, or write --insecure-open if that is what you mean"
             )
         return ""
-    key = args.key
-    if key is None and args.key_file:
-        with open(args.key_file, encoding="utf-8", errors="replace") as file:
-            key = file.read().strip()
-    key = (os.environ.get("AGENTHUB_KEY") or None) if key is None else key
-    if key is not None and not re.fullmatch("[!-~]{1,1000}", key):
-        raise Misuse("the key must be 1 to 1000 printable ASCII characters without spaces: see --key, --key-file")
+    if args.key is None and args.key_file:
+        try:
+            with open(args.key_file, encoding="utf-8", errors="replace") as file:
+                others = os.fstat(file.fileno()).st_mode & 0o002
+                key = file.read().strip()
+        except OSError as error:
+            raise Misuse(f"can't read the key in {args.key_file}: {error.strerror or error}") from None
+        if others:
+            raise Misuse(f"everybody may write {args.key_file}, and so choose the key: chmod 600 it")
+        return checked_key(key, args.key_file)
+    if args.key is not None:
+        return checked_key(args.key, "--key")
+    key = os.environ.get("AGENTHUB_KEY", "").strip()
+    return checked_key(key, "AGENTHUB_KEY") if key else None
+
+
+def checked_key(key: str, where: str) -> str:
+    """A key that clients can send in a header. Raises Misuse."""
+    if not re.fullmatch("[!-~]{1,1000}", key):
+        raise Misuse(f"the key ({where}) must be 1 to 1000 printable ASCII characters without spaces")
     return key
 
 
 def keep_key(store: str) -> tuple[str, str]:
     """The key of a hub that others can reach and that was given none: made once, and kept beside its store for this
-    user only. Returns it, and what to paste for it: itself when it was just made, later where it stands."""
+    user only. Returns it, and what to paste for it: itself when it was just made, later where it stands. Raises
+    HubError."""
     if store == ":memory:":
         key = new_secret()
         return key, key
-    path = os.path.abspath(store) + ".key"
-    with open(open_private(path), "r+", encoding="utf-8") as file:
-        key = file.read().strip()
-        if key:
-            return key, f'"$(cat {path})"'
-        key = new_secret()
-        file.write(f"{key}\n")
-        file.flush()
-        os.fsync(file.fileno())
+    path = store + ".key"
+    try:
+        with open(open_private(path), "r+", encoding="utf-8", errors="replace") as file:
+            key = file.read().strip()
+            if key:
+                return checked_key(key, path), f'"$(cat {shlex_quote(path)})"'
+            key = new_secret()
+            file.write(f"{key}\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        reason = "it is a symbolic link" if os.path.islink(path) else error.strerror or error
+        raise HubError(f"can't keep a key in {path} ({reason}): remove it, or give --key-file") from None
     return key, key
+
+
+def shlex_quote(text: str) -> str:
+    """Text as a shell takes it for one word."""
+    import shlex
+
+    return shlex.quote(text)
 
 
 def tls_context(certfile: str | None, keyfile: str | None) -> Any:
@@ -6895,32 +7120,162 @@ def reload_certificate(context: Any, certfile: str, keyfile: str | None) -> None
         tls_context(certfile, keyfile)
         context.load_cert_chain(certfile, keyfile, password="")
         log.info("certificate_reloaded", extra={"fields": {"file": certfile}})
-    except (HubError, OSError) as error:
+    except (HubError, OSError, ValueError) as error:
         log.error("the old certificate stays: %s", error)
 
 
-def start_log(kind: str) -> None:
-    """Have the log on stderr, a line for each thing: `text` for people, or `json` for machines."""
+# its log
+
+
+def start_log(kind: str) -> Callable[[], None]:
+    """Have the log on stderr, a line for each thing: `text` for people, or `json` for machines. A thread writes it, so
+    that the hub does not stand still when nobody reads. Returns what ends it."""
     import logging
+    import queue
+    import threading
 
-    class Formatter(logging.Formatter):
-        def format(self, record: Any) -> str:
-            """One line, with nothing in it that a terminal would obey; a traceback follows as text."""
-            fields = {"time": timestamp(int(record.created * 1000)), "level": record.levelname.lower()}
-            fields |= {"event": record.getMessage(), **getattr(record, "fields", {})}
-            trace = f"\n{self.formatException(record.exc_info)}" if record.exc_info else ""
-            if kind == "json":
-                return json.dumps(fields | ({"traceback": trace.strip()} if trace else {}))
-            when, level, event, *rest = fields.values()
-            names = list(fields)[3:]
-            plain = re.compile(r"[!#-~]+").fullmatch
-            more = [f"{n}={v if plain(str(v)) else json.dumps(v)}" for n, v in zip(names, rest)]
-            return " ".join([when, *([level] if level != "info" else []), harmless(event), *more]) + harmless(trace)
+    lines: queue.SimpleQueue = queue.SimpleQueue()
+    lost = 0
 
-    handler = logging.StreamHandler()
-    handler.setFormatter(Formatter())
+    class Handler(logging.Handler):
+        def emit(self, record: Any) -> None:
+            """Have a line written, unless there are too many already."""
+            nonlocal lost
+            if lines.qsize() >= LOG_LINES:
+                lost += 1
+                return
+            if lost:
+                record.lost, lost = lost, 0
+            lines.put(log_line(record, kind))
+
+        def flush(self) -> None:
+            """Wait until all is written, for a while."""
+            done = threading.Event()
+            lines.put(done)
+            done.wait(STOP_SECONDS)
+
+    def write() -> None:
+        for line in iter(lines.get, None):
+            if isinstance(line, threading.Event):
+                line.set()
+            else:
+                with contextlib.suppress(OSError, ValueError):  # stderr is closed
+                    print(line, file=sys.stderr, flush=True)
+
+    handler = Handler()
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("agenthub").setLevel(logging.INFO)
+    threading.Thread(target=write, name="agenthub log", daemon=True).start()
+    return handler.flush
+
+
+def log_line(record: Any, kind: str) -> str:
+    """One line for a record, as text or JSON, with nothing in it that a terminal would obey; of text, a traceback
+    follows."""
+    import traceback
+
+    fields = {"time": timestamp(int(record.created * 1000)), "level": record.levelname.lower()}
+    fields |= {"event": record.getMessage(), **getattr(record, "fields", {})}
+    fields |= {"lost_lines": record.lost} if hasattr(record, "lost") else {}
+    trace = "".join(traceback.format_exception(*record.exc_info)) if record.exc_info else ""
+    if kind == "json":
+        return json.dumps(fields | ({"traceback": trace} if trace else {}))
+    when, level, event, *rest = fields.values()
+    plain = re.compile(r"[!#-~]+").fullmatch
+    more = [f"{name}={v if plain(str(v)) else json.dumps(v)}" for name, v in zip(list(fields)[3:], rest)]
+    words = [when, *([level] if level != "info" else []), harmless(event), *more]
+    return " ".join(words) + (f"\n{harmless(trace)}" if trace else "")
+
+
+# --- Serve ------------------------------------------------------------------------------------------------------------
+
+
+def serve_command(args: Any) -> int:
+    """Run a hub until SIGINT or SIGTERM; the second of them ends it at once."""
+    import asyncio
+
+    try:
+        return asyncio.run(_serve_until_told(args))
+    except KeyboardInterrupt:  # before the signal handler was in place
+        return 0
+
+
+async def _serve_until_told(args: Any) -> int:
+    import asyncio
+    import gc
+    import signal
+
+    end_log = start_log(args.log_format)
+    place, tls = Place.read(args), tls_context(args.certfile, args.keyfile)
+    path = args.db or os.path.join(state_folder("DATA"), "hub.db")
+    settings, key = make_settings(args, place, path), read_key(args, place)
+    store, shown = Store(path), ""
+    try:
+        if key is None and place.public:
+            key, shown = keep_key(store.path)
+    except HubError:
+        store.close()
+        raise
+    settings = settings._replace(key=key or "", by_address=place.public and not key)
+    _warn_of(settings, place)
+    server = Server(store, settings)
+    gc.freeze()
+    gc.set_threshold(GC_THRESHOLD)
+    try:
+        url, paste = await place.open(server, tls)
+    except OSError as error:
+        await server.stop()
+        place.close()
+        raise HubError(place.refusal(error)) from None
+    told: asyncio.Future[int] = server.loop.create_future()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        server.loop.add_signal_handler(number, lambda: told.set_result(0) if not told.done() else os._exit(1))
+    if tls:
+        server.loop.add_signal_handler(signal.SIGHUP, lambda: reload_certificate(tls, args.certfile, args.keyfile))
+    where = "" if paste == DEFAULT_URL else f"AGENTHUB_URL={shlex_quote(paste)} "
+    secret = f"AGENTHUB_KEY={shown} " if shown else ""
+    print(f'agenthub {VERSION} at {url}, store {path}; next: {where}{secret}python agenthub.py send alpha "hi"')
+    sys.stdout.flush()
+    await told
+    await server.stop()
+    place.close()
+    end_log()
+    return 0
+
+
+def _warn_of(settings: Settings, place: Place) -> None:
+    """Say what whoever starts a hub so should know."""
+    import logging
+
+    log = logging.getLogger("agenthub")
+    if not settings.websockets:
+        log.warning("websockets is not installed: serving all but /ws (pip install websockets)")
+    if settings.by_address:
+        log.warning(
+            "open to everybody who can reach %s: they can read, send and register here without a key",
+            place.host or "this machine",
+        )
+    if place.public and 0 < len(settings.key) < SHORT_KEY:
+        log.warning("the key has %d characters and can be guessed: take %d or more", len(settings.key), SHORT_KEY)
+
+
+def make_settings(args: Any, place: Place, path: str) -> Settings:
+    """How the hub is run, out of the options; its key apart. Raises Misuse."""
+    given = {name: getattr(args, name) for name in LIMITS if getattr(args, name) is not None}
+    if not place.public:
+        given.setdefault("max_per_address", 0)
+    if 0 < given.get("rate_burst", 1) < 1:
+        raise Misuse("--rate-burst must be 1 or more, or 0 for no limit: with less nobody could ask anything")
+    proxies = _listed(args, "trusted_proxy", network)
+    return Settings(
+        _fit_descriptors(make_limits(**given)),
+        allow_hosts=(*place.names, *([place.host.lower()] if place.public else [])),
+        origins=_listed(args, "cors_origin", web_origin),
+        store="memory" if path == ":memory:" else "sqlite",
+        websockets=has_websockets(),
+        proxies=tuple([net for net in proxies if net]),
+        unix_proxy=None in proxies,
+    )
 
 
 def _fit_descriptors(limits: Any) -> Any:
@@ -6947,7 +7302,8 @@ def _arg(*names: str, **options: Any) -> tuple[tuple[str, ...], dict]:
 
 
 def serve_arguments() -> tuple:
-    """`serve`'s own options, and one for each limit. Each is a variable too: AGENTHUB_ and its name."""
+    """`serve`'s own options, and one for each limit. Each that takes a value is a variable too: AGENTHUB_ and its
+    name."""
     own = (
         _own("host", help=f"default {HOST}; any other makes a key"),
         _own("port", type=port_number, help=f"default {PORT}; 0: any that is free"),
@@ -6963,7 +7319,7 @@ def serve_arguments() -> tuple:
              " X-Forwarded-For, -Proto and -Host are believed"),
         _own("certfile", metavar="FILE", help="serve TLS with this certificate chain (PEM); SIGHUP reads it again"),
         _own("keyfile", metavar="FILE", help="the certificate's key (PEM), where it is not in the same file"),
-        _own("log-format", default="text", choices=("text", "json"), help="of the log on stderr; default text"),
+        _own("log-format", type=log_format, default="text", help="of the log on stderr: text (default) or json"),
     )  # fmt: skip
     limits = (
         _arg(f"--{name.replace('_', '-')}", type=amount, metavar="N",
@@ -6978,53 +7334,6 @@ def _own(name: str, **options: Any) -> tuple[tuple[str, ...], dict]:
     """An option whose default is in a variable; argparse looks at that as at what is typed."""
     value = os.environ.get(f"AGENTHUB_{name.upper().replace('-', '_')}")
     return _arg(f"--{name}", **options | ({"default": value} if value else {}))
-
-
-def port_number(text: str) -> int:
-    """A port from 0 (any that is free) to 65535. Raises ValueError."""
-    if not 0 <= int(text) <= 65535:
-        raise ValueError
-    return int(text)
-
-
-def amount(text: str) -> float:
-    """A finite number, 0 or more. Raises ValueError."""
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise ValueError
-    return value
-
-
-def _env(name: str, kind: Callable[[str], Any], default: Any = None) -> Any:
-    text = os.environ.get(name)
-    try:
-        return kind(text) if text else default
-    except ValueError:
-        raise Misuse(f"{name} is {_shown(text)}, which is not a number") from None
-
-
-def host_name(text: str) -> str:
-    """A name or an address of the hub, in lower case, without a port. Raises Misuse."""
-    if not re.fullmatch(r"[\w.-]+(:\d+)?|\[[\w:.]+\](:\d+)?", text):
-        raise Misuse(f"--allow-host {_shown(text)} is not a host: write a name or an address, as browsers do")
-    return without_port(text)
-
-
-def web_origin(text: str) -> str:
-    """A web page's origin (RFC 6454). Raises Misuse, also for those that would be everybody's."""
-    if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@*\s]+", text.lower()):
-        raise Misuse(f"--cors-origin {_shown(text)} is not one page's origin: write https://HOST, without a path")
-    return text.lower()
-
-
-def network(text: str) -> Any:
-    """A network or an address (CIDR), or `unix`. Raises Misuse."""
-    import ipaddress
-
-    try:
-        return text if text == "unix" else ipaddress.ip_network(text, strict=False)
-    except ValueError:
-        raise Misuse(f"--trusted-proxy {_shown(text)} is neither an address, a network nor unix") from None
 
 
 # --- CLI --------------------------------------------------------------------------------------------------------------
