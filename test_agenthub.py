@@ -20,6 +20,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -30,6 +31,7 @@ import agenthub as ah
 
 FILE = Path(ah.__file__).resolve()
 README = FILE.with_name("README.md").read_text(encoding="utf-8")
+COMPILED = tempfile.TemporaryDirectory(prefix="agenthub-tests-")
 websockets = pytest.importorskip("websockets") if os.environ.get("CI") else None
 
 # --- Helpers ----------------------------------------------------------------------------------------------------------
@@ -164,8 +166,10 @@ class LiveHub:
             **env,
         }
         self.errors = open(folder / "errors.txt", "a+")  # noqa: SIM115
-        command = [python, str(FILE), "serve", *(["--port", port] if port else []), "--db", str(self.db), *options]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=self.env)
+        command = [python, "-m", "agenthub", "serve", *(["--port", port] if port else []), "--db", str(self.db), *options]
+        kept = {k: v for k, v in self.env.items() if k != "PYTHONDONTWRITEBYTECODE"}
+        kept |= {"PYTHONPATH": str(FILE.parent), "PYTHONPYCACHEPREFIX": COMPILED.name}  # a start takes half as long
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=kept)
         self.line = self.process.stdout.readline()
         found = re.search(r"at (https?://\S+:(\d+)|unix:\S+),", self.line)
         assert found, (self.line, self.log())
@@ -1837,7 +1841,7 @@ def test_what_is_gone_leaves_the_search_index_of_a_running_hub(live: object) -> 
     hub = live("--rate-limit", "0", "--loop-guard", "0")
     client = hub.client("a")
     for n in range(ah.INDEX_BATCH):
-        client.send_message("a", f"gone{n}", ttl=2)
+        client.send_message("a", f"gone{n}", ttl=1)
     words = lambda q: (
         sqlite3.connect(hub.db).execute(f"SELECT count(*) FROM words WHERE words MATCH '{q}'").fetchone()[0]
     )  # noqa: E731
@@ -3097,7 +3101,7 @@ def test_schemathesis_finds_no_answer_that_the_openapi_document_does_not_promise
     """Streams never end and WebSockets are no plain requests: these two are not for it."""
     pytest.importorskip("schemathesis")
     hub = live("--rate-limit", "0", "--loop-guard", "0")
-    words = ["run", f"{hub.url}/openapi.json", "--seed", "1", "--max-examples", "3", "--phases", "coverage,fuzzing"]
+    words = ["run", f"{hub.url}/openapi.json", "--seed", "1", "--phases", "coverage"]
     words += ["--exclude-path", "/api/v1/stream", "--exclude-path", "/ws/{agent_id}", "--request-timeout", "0.5"]
     words += ["--exclude-checks", "positive_data_acceptance,negative_data_rejection"]  # null is as good as left out
     code = "import sys; from schemathesis.cli import schemathesis; sys.exit(schemathesis())"
@@ -3484,7 +3488,7 @@ def test_more_requests_than_may_wait_at_a_time_are_all_answered(shared_hub: Live
 
 
 def test_a_peer_that_asks_and_never_reads_is_cut_off_and_costs_little(live: object) -> None:
-    hub = live("--idle-timeout", "1", "--head-timeout", "1")
+    hub = live("--idle-timeout", "0.5", "--head-timeout", "0.5")
     memory = lambda: int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{hub.process.pid}/status").read_text())[1])  # noqa: E731
     hub.client("x")
     before = memory()
@@ -3539,7 +3543,7 @@ def test_a_line_that_can_not_be_read_is_answered_and_closed_and_the_next_one_is_
 
 
 def test_half_sent_requests_are_cut_off_however_they_dribble(live: object) -> None:
-    hub = live("--head-timeout", "1")
+    hub = live("--head-timeout", "0.5")
     lines = [socket.create_connection(("127.0.0.1", hub.port), timeout=20) for _ in range(50)]
     stop = threading.Event()
 
@@ -3566,7 +3570,7 @@ def test_half_sent_requests_are_cut_off_however_they_dribble(live: object) -> No
 def test_a_download_nobody_takes_is_cut_off_and_one_that_breaks_leaves_nothing_behind(
     live: object, tmp_path: Path
 ) -> None:
-    hub = live("--idle-timeout", "1", "--max-inbox", "0", "--rate-limit", "0")
+    hub = live("--idle-timeout", "0.5", "--max-inbox", "0", "--rate-limit", "0")
     client = hub.client("a")
     for n in range(60):
         client.send_message("b", f"{n}" * 100_000)
@@ -3651,7 +3655,7 @@ def test_a_line_with_much_to_do_leaves_others_their_turn(live: object) -> None:
 
 
 def test_empty_lines_keep_no_unused_line_open(live: object) -> None:
-    hub = live("--idle-timeout", "1", "--head-timeout", "1")
+    hub = live("--idle-timeout", "0.5", "--head-timeout", "0.5")
     with socket.create_connection(("127.0.0.1", hub.port), timeout=20) as line:
         stop = threading.Event()
 
@@ -3770,7 +3774,7 @@ def test_a_frame_behind_the_peers_close_frame_is_not_stored(shared_hub: LiveHub)
 
 def test_a_message_in_pieces_that_never_ends_is_cut_off(live: object) -> None:
     pytest.importorskip("websockets")
-    hub = live("--head-timeout", "1")
+    hub = live("--head-timeout", "0.5")
     hub.client("piecemeal")
     from websockets.exceptions import ConnectionClosed
 
@@ -3845,7 +3849,7 @@ def test_a_peer_that_pings_and_never_reads_its_pongs_costs_little(live: object) 
                 b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
             )
             before, ping, sent = memory(), b"\x89\xfd\0\0\0\0" + b"p" * 125, 0
-            raw.settimeout(1)
+            raw.settimeout(0.5)
             with contextlib.suppress(OSError):
                 while sent < 60 << 20:
                     sent += raw.send(ping * 500)
@@ -4460,7 +4464,7 @@ def test_no_secret_stands_in_the_log_the_files_the_figures_or_an_error(live: obj
 
 def test_a_handshake_that_is_not_finished_is_cut_off(live: object, certificate: object) -> None:
     chain, key = certificate("slow")
-    hub = live("--certfile", chain, "--keyfile", key, "--head-timeout", "1")
+    hub = live("--certfile", chain, "--keyfile", key, "--head-timeout", "0.5")
     with socket.create_connection(("127.0.0.1", hub.port), timeout=20) as line:
         line.sendall(b"\x16\x03\x01\x02")
         with contextlib.suppress(ConnectionResetError):
@@ -4947,7 +4951,7 @@ def test_what_was_handled_but_not_acknowledged_comes_again_and_is_not_handled_ag
 def test_a_line_that_the_hub_closed_for_idleness_is_not_tried_again(live: object) -> None:
     async def main() -> None:
         waits: list = []
-        async with ah.AgentClient(live("--idle-timeout", "1").url, "idler") as agent:
+        async with ah.AgentClient(live("--idle-timeout", "0.5").url, "idler") as agent:
             agent.on_wait = lambda seconds, reason: waits.append(reason)
             while not agent._idle[0][0].at_eof():
                 await asyncio.sleep(0.01)
