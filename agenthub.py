@@ -2833,8 +2833,8 @@ class RequestReader:
 
     @property
     def started(self) -> bool:
-        """Whether a request has begun to arrive and is not whole yet."""
-        return self._head is not None or bool(self.buffer)
+        """Whether a request has begun to arrive and is not whole yet; half an empty line is none."""
+        return self._head is not None or bool(self.buffer) and self.buffer != b"\r"
 
     def owes_continue(self) -> bool:
         """Whether the client waits for `100 Continue` before its body (RFC 9110 10.1.1); true once a request."""
@@ -4562,8 +4562,9 @@ class HttpConnection:
     def eof_received(self) -> bool:
         """The peer has asked all it will; what it asked is still answered, unless it would be waiting for news."""
         self.ended = True
-        self.last = self.last or not self._stuck()
-        more = bool(self.slots or self._stuck()) and not (self.poll or self.stream)
+        busy = self._stuck() or self._pumping
+        self.last = self.last or not busy
+        more = bool(self.slots or busy) and not (self.poll or self.stream)
         return more and self.transport.can_write_eof()  # TLS has no half of a line
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -4588,7 +4589,7 @@ class HttpConnection:
 
     def _pump_on(self) -> None:
         self._pumping = False
-        if not self.transport.is_closing():
+        if not (self._stuck() or self.transport.is_closing()):
             self.transport.resume_reading()
         self._pump()
 
