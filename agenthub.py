@@ -136,7 +136,9 @@ SEARCH_SCAN = 1_000  # messages one search looks at before it answers with a cur
 CLOCK_DAY = 86_400  # seconds the wall's clock may have been set back before the hub believes it
 LIBRARY_SECONDS = 0.05  # after the start websockets is imported, so that the first requests need not share the core
 SETTLE_SECONDS = 0.01  # what was pushed is written down with the next commit, or after this long
-TURN_SECONDS = 0.02  # requests of one line are answered this long at a time, while others wait
+TURN_SECONDS = 0.02  # of a turn of the loop for all lines that have more than one thing to say; each has one anyhow
+LINE_SECONDS = 0.002  # and for any one of them
+SLICE = 2 * 1024  # bytes of a WebSocket looked at in one go: up to 340 frames, in 10 ms
 TICK_SECONDS = 0.5  # how exact deadlines of connections are; one timer for all of them
 PRESENCE_SECONDS = 0.2  # presence changes are gathered this long, and 1 ms more for each agent that hears them
 PRESENCE_FRAMES = 200_000  # told at a time, over all readers: 20 MB, which a core writes in half a second
@@ -1218,7 +1220,7 @@ class Agents:
 
             if len(self._close) > 1000:
                 self._close.clear()
-            some = itertools.islice(self.agents.values(), 200)
+            some = [self.agents[name] for name in sorted(self.agents)[:200]]
             ids = {word.casefold(): a.agent_id for a in some for word in (a.name, a.agent_id)}
             fold = wanted.casefold()
             found = [word for word in ids if word.startswith(fold)] + get_close_matches(fold, ids)
@@ -1242,10 +1244,10 @@ class Agents:
         if to in self.agents or to == OPERATOR:
             return (to,), to
         if to.upper() == EVERYONE:
-            return [name for name in self.agents if name != sender], EVERYONE
+            return sorted(name for name in self.agents if name != sender), EVERYONE
         if to[0] in "#@":  # nobody is in a channel yet
             able = self._able.get(to[1:], ()) if to[0] == "@" else ()
-            return [name for name in able if name != sender], to
+            return sorted(name for name in able if name != sender), to
         holders = self.named(to)
         if len(holders) > 1:
             raise AmbiguousRecipient(
@@ -1605,13 +1607,15 @@ class Hub(Mail):
             )
         if not held and len(self.agents) >= self.limits.max_agents:
             raise StorageFull(f"the hub has its {len(self.agents)} agents: let some leave, or raise --max-agents")
+        if held and self.lapsed(c.agent_id, c.at):
+            self.lapse(c.agent_id)
+            held = self.agents[c.agent_id]
         base = held if held and same else Agent(c.agent_id, session, c.agent_id, registered_at=c.at)
-        tokens = () if self.lapsed(c.agent_id, c.at) else base.tokens
         agent = base._replace(
             name=c.name if c.name is not None else base.name,
             capabilities=c.capabilities if c.capabilities is not None else base.capabilities,
             metadata=c.metadata if c.metadata is not None else base.metadata,
-            tokens=(*tokens, c.token)[-TOKENS_PER_AGENT:],
+            tokens=(*base.tokens, c.token)[-TOKENS_PER_AGENT:],
         )
         self.enter(agent)
         self.departed.discard(agent.agent_id)
@@ -1668,7 +1672,7 @@ class Hub(Mail):
     def _sweep(self, c: Sweep) -> None:
         self.settle()
         for name in sorted(self.connections):  # who is connected is alive, and a crash must not find it long silent
-            if c.at - self._seen.get(name, 0) > self._tokens_last / 2:
+            if name in self.agents and c.at - self._seen.get(name, 0) > self._tokens_last / 2:
                 self._touch(Touch(c.at, name))
         for name in sorted(name for name in self.active if self.status(name, c.at) == "offline"):
             self._went_offline(self.agents[name], c.at)
@@ -2390,8 +2394,7 @@ class Store(Log):
         for name in os.listdir(folder):  # copies whose making was interrupted
             if name.startswith(self._copies):
                 os.unlink(os.path.join(folder, name))
-        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-        os.chmod(self.path, 0o600)
+        os.close(open_private(self.path))
 
     def _wal(self) -> bytes:
         """How the write-ahead log begins; nothing where there is none, or an empty one."""
@@ -3894,8 +3897,8 @@ class Access(About):
         while hops and self.believes(address) and (hop := read_address(hops.pop())):
             address = hop
         if host:
-            if not is_host(host) or not (self.settings.key or self._is_ours(without_port(host))):
-                raise BadHost(f"this hub is not {_shown(host)}: start it with --allow-host and that name")
+            if not is_host(host) or not self.settings.key and not self._is_ours(without_port(host)):
+                raise BadHost(f"this hub is not {_shown(host)}: its proxy must say so, and --allow-host name it")
             head = head._replace(host=without_port(host), headers={**head.headers, "host": host})
         return head, Peer(address, proto if proto in ("http", "https") else peer.scheme)
 
@@ -4594,12 +4597,9 @@ class HttpConnection:
         self._pump()
 
     def _pump(self) -> None:
-        """Answer what has arrived whole, as long as nothing stands in the way, and others need not wait too long."""
-        until = self.server.loop.time() + TURN_SECONDS
+        """Answer what has arrived whole, as long as nothing stands in the way, and in turn with the others."""
+        until = self.server.share()
         while not (self.last or self._stuck() or self._pumping):
-            if self.server.loop.time() > until:
-                self._go_on()
-                break
             try:
                 request = self.reader.next()
             except HubError as error:
@@ -4612,6 +4612,8 @@ class HttpConnection:
             self._answer(request)
             if self.unsent > READ_AHEAD:
                 self._send_ready()
+            if self.server.loop.time() > until:
+                self._go_on()
         self._send_ready()
 
     def _answer(self, request: Request) -> None:
@@ -4823,7 +4825,9 @@ class HttpConnection:
     def check(self, now: float) -> None:
         """Cut a line whose request dribbles in, that is not used, or whose reader does not keep up."""
         limits = self.server.limits
-        if self.stream:
+        if self.stream and self.paused and self.transport.is_closing():  # what it does not take will never be taken
+            self.transport.abort()
+        elif self.stream:
             if self.stream.too_slow(now):
                 self.server.metrics["slow_readers_total"] += 1
                 self.transport.abort()
@@ -4866,7 +4870,8 @@ class HubSocket:
         self._parts: list[bytes] = []
         self._heard_at = self._pinged_at = server.loop.time()
         self._partial_at: float | None = None
-        self._full, self._early = False, b""
+        self._full = self._taking = self._held = False
+        self._waiting = bytearray()
         self._over = False  # a close frame has gone or come: what is behind it is not for us
         server.door.count_in(self)
 
@@ -4877,30 +4882,60 @@ class HubSocket:
             self.stream = SocketReader(self.hub_server, self.upgrade, self)
             self.stream.write(websocket_frame(dump(welcome).encode()))
             self.stream.catch_up()
-            if self._early:
-                self.transport.resume_reading()
-                self.hub_server.loop.call_soon(self.data_received, b"")
+            if self._waiting and not self._taking:
+                self._taking = True
+                self.hub_server.loop.call_soon(self._take_on)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of frames; takes note since when a frame has been arriving and is not whole. What comes before the
-        handshake is done waits for that."""
-        if self.request is not None:
-            self.open()
-            data, self._early = self._early + data, b""
-            if self.stream is None:
-                self._early = data
-                if len(data) > READ_AHEAD:
-                    self.transport.pause_reading()
-                return
+        """Bytes of the handshake, then of frames."""
+        if self.request is None:
+            return super().data_received(data)
+        self._waiting += data
+        self._take()
+
+    def _take(self) -> None:
+        """Look at what has arrived, in turn with the other lines; what comes before the handshake is done waits."""
+        self.open()
+        until = self.hub_server.share()
+        while self._waiting and self.stream and not self.transport.is_closing():
+            self._look_at_some()
+            if self.hub_server.loop.time() > until:
+                break
+        self._hold()
+        if self._waiting and self.stream and not (self._taking or self.transport.is_closing()):
+            self._taking = True
+            self.hub_server.loop.call_soon(self._take_on)
+
+    def _hold(self) -> None:
+        """Read no more from a line that has said enough for now, or does not take its answers or its pongs."""
+        crowded = self._full and self.transport.get_write_buffer_size() > self.hub_server.limits.max_unsent
+        held, self._held = self._held, crowded or len(self._waiting) > READ_AHEAD
+        if self._held:
+            self.transport.pause_reading()
+        elif held:
+            self.transport.resume_reading()
+
+    def _take_on(self) -> None:
+        self._taking = False
+        self._take()
+
+    def _look_at_some(self) -> None:
+        """A few frames; takes note since when one has been arriving and is not whole."""
+        piece = bytes(self._waiting[:SLICE])
+        del self._waiting[:SLICE]
         heard, self._heard_at = self._heard_at, -1.0
-        super().data_received(data)
+        super().data_received(piece)
         if self._heard_at < 0:
             self._heard_at = heard
             self._partial_at = self._partial_at or self.hub_server.loop.time()
         elif not self._parts:
             self._partial_at = None
-        if self._full and self.transport.get_write_buffer_size() > self.hub_server.limits.max_unsent:
-            self.transport.pause_reading()  # a peer that does not take its answers, or its pongs, asks no more
+
+    def eof_received(self) -> Any:
+        """The peer says no more: what it said is looked at, in one go."""
+        while self._waiting and self.stream:
+            self._look_at_some()
+        return super().eof_received()
 
     def process_event(self, event: Any) -> None:
         """One event of the library's protocol; its own queue for data frames is not used."""
@@ -4961,12 +4996,13 @@ class HubSocket:
         """The peer takes again."""
         super().resume_writing()
         self._full = False
-        self.transport.resume_reading()
+        self._hold()
         if self.stream:
             self.stream.resume()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The line is gone."""
+        self._waiting.clear()  # nobody waits for answers
         self.hub_server.door.count_out(self)
         if self.stream:
             self.stream.close()
@@ -5391,10 +5427,23 @@ class Server:
         self._flushing = self._bringing = self._settling = self._deep = False
         self._presence: dict[str, Presence] = {}
         self._pushes: dict[tuple[str, str], list[int]] = {}
+        self._turn_ends = 0.0
         self._swept_at = self._told_at = self.loop.time()
         self._tick()
 
     # turns
+
+    def share(self) -> float:
+        """Until when (loop time) a line may go on in this turn, after its first request or frames: one that has a great
+        deal to say leaves the others theirs, and many such lines together do too."""
+        now = self.loop.time()
+        if not self._turn_ends:
+            self._turn_ends = now + TURN_SECONDS
+            self.loop.call_soon(self._end_share)  # the loop comes to that before it reads from lines again
+        return min(now + LINE_SECONDS, self._turn_ends)
+
+    def _end_share(self) -> None:
+        self._turn_ends = 0.0
 
     def tell(self, event: Any) -> None:
         """Let everybody know who should of an event that was committed."""
@@ -5612,7 +5661,6 @@ class Server:
         import asyncio
 
         self.closing = True
-        self.api.audit.sweep()
         deadline = self.loop.time() + STOP_SECONDS
         await self.door.close()
         for readers in list(self.readers.values()):
@@ -5627,6 +5675,7 @@ class Server:
             await asyncio.sleep(0.005)
         for connection in list(self.connections):
             connection.transport.abort()
+        self.api.audit.sweep()
         for worker in (self.searcher, self.copier):
             worker.close()
         if not self.batches.disk.close():
@@ -7151,6 +7200,9 @@ def start_log(kind: str) -> Callable[[], None]:
 
         def flush(self) -> None:
             """Wait until all is written, for a while."""
+            if lost:
+                record = {"levelname": "WARNING", "msg": "nobody read the log: lines were lost", "lost": lost}
+                lines.put(log_line(logging.makeLogRecord(record), kind))
             done = threading.Event()
             lines.put(done)
             done.wait(STOP_SECONDS)
@@ -7159,8 +7211,8 @@ def start_log(kind: str) -> Callable[[], None]:
         for line in iter(lines.get, None):
             if isinstance(line, threading.Event):
                 line.set()
-            else:
-                with contextlib.suppress(OSError, ValueError):  # stderr is closed
+            elif sys.stderr:  # a process may be started without
+                with contextlib.suppress(OSError, ValueError):  # or it is closed
                     print(line, file=sys.stderr, flush=True)
 
     handler = Handler()
@@ -7229,7 +7281,10 @@ async def _serve_until_told(args: Any) -> int:
         place.close()
         raise HubError(place.refusal(error)) from None
     told: asyncio.Future[int] = server.loop.create_future()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    ends = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        ends.append(signal.SIGHUP)
+    for number in ends:
         server.loop.add_signal_handler(number, lambda: told.set_result(0) if not told.done() else os._exit(1))
     if tls:
         server.loop.add_signal_handler(signal.SIGHUP, lambda: reload_certificate(tls, args.certfile, args.keyfile))
@@ -7256,7 +7311,7 @@ def _warn_of(settings: Settings, place: Place) -> None:
             "open to everybody who can reach %s: they can read, send and register here without a key",
             place.host or "this machine",
         )
-    if place.public and 0 < len(settings.key) < SHORT_KEY:
+    if (place.public or settings.proxies or settings.unix_proxy) and 0 < len(settings.key) < SHORT_KEY:
         log.warning("the key has %d characters and can be guessed: take %d or more", len(settings.key), SHORT_KEY)
 
 

@@ -466,6 +466,18 @@ def test_how_many_callers_are_remembered_is_bounded_and_the_latest_are(monkeypat
     assert World().hub.pace.left(("agent", "anybody"), at) == float("inf")
 
 
+def test_wrong_keys_are_forgotten_when_their_time_is_over_on_a_hub_without_rates_too() -> None:
+    world = World()
+    for _ in range(10):
+        world.hub.pace.charge(("guess", "10.0.0.1"), world.clock())
+    world.clock.advance(9)
+    world.apply(ah.Sweep)
+    assert world.hub.pace._buckets
+    world.clock.advance(2)
+    world.apply(ah.Sweep)
+    assert not world.hub.pace._buckets
+
+
 # --- Inboxes ----------------------------------------------------------------------------------------------------------
 
 
@@ -542,12 +554,20 @@ def test_whom_a_capability_reaches_follows_registering_changing_and_leaving(pair
     reached = lambda: set(pair.send("operator", "@detection").inboxes)  # noqa: E731
     assert reached() == {"alpha-1", "beta-2"}
     pair.register("beta-2", "session-b", "Beta", "analysis")
+    assert pair.hub.close_to("Alpho") == ["alpha-1"]
     assert reached() == {"alpha-1"} and pair.send("operator", ("@analysis", "@detection")).inboxes == ("beta-2", "alpha-1")
     pair.apply(ah.Leave, "alpha-1")
     assert reached() == set() and not pair.hub._able.get("detection") and "alpha" not in pair.hub._names
+    assert pair.hub.close_to("Alpho") == []
+    for name in ("z-9", "c-3", "beta-2"):
+        pair.register(name, "session-b", None, "sorting")
+    pair.register("c-3", "session-b", None, "sorting")
+    assert pair.send("operator", "@sorting").inboxes == ("beta-2", "c-3", "z-9"), "as it would be after a restart"
+    assert pair.send("operator", "ALL").inboxes == ("beta-2", "c-3", "z-9")
     pair.commit()
     again = ah.Hub(pair.limits, pair.store.load(), pair.clock())
     assert again._able == pair.hub._able and again._names == pair.hub._names
+    assert again.apply(ah.Send(0, "operator", "@sorting", "1", "message")).inboxes == ("beta-2", "c-3", "z-9")
 
 
 def test_a_great_many_names_that_nobody_has_are_not_each_compared_with_everybody(
@@ -1890,6 +1910,10 @@ def test_folders_and_files_are_for_this_user_only_whatever_the_umask_and_whoever
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError):
         ah.private_folder(str(tmp_path / "file"))
+    if os.geteuid() == 0:
+        os.chown(tmp_path / "file", 65534, 65534)
+        with pytest.raises(PermissionError, match="belongs to another user"):
+            ah.open_private(str(tmp_path / "file"))
 
 
 # --- HTTP -------------------------------------------------------------------------------------------------------------
@@ -2798,7 +2822,7 @@ def test_only_an_offline_agent_is_taken_over_and_its_old_token_ends_with_that() 
 def test_pages_of_other_sites_can_not_act_not_even_by_reading(
     pair: World, method: str, target: str, headers: dict, status: int
 ) -> None:
-    pair.hub.pace.limits = ah.make_limits(rate_limit=10, rate_burst=1)
+    pair.hub.pace = ah.Pace(ah.make_limits(rate_limit=10, rate_burst=1))
     before = pair.state()
     answer = pair.raw(method, target, **headers)
     assert answer.status == status
@@ -3002,6 +3026,25 @@ def test_an_agent_and_an_address_of_the_same_name_have_each_their_own_rate() -> 
     codes = [world.call("POST", "/to/127.0.0.1?from=127.0.0.1", b"x", Content_Type="text/plain")[0] for _ in range(21)]
     assert codes[-1] == 429 and world.call("GET", "/api/v1/agents")[0] == 200
     assert [world.raw("OPTIONS", "/health").status for _ in range(25)].count(429) == 6, "asking what may be is asking"
+
+
+def test_what_is_asked_without_a_key_counts_and_what_is_open_to_all_does_not_count_as_a_guess() -> None:
+    world = World(key="k", rate_limit=10, rate_burst=20)
+    assert [world.raw("GET", "/api/v1/agents").status for _ in range(25)].count(429) == 5
+    assert {world.raw("GET", "/health?token=wrong").status for _ in range(40)} == {200}
+    assert world.raw("GET", "/health", X_Forwarded_Host="a b").status == 200
+    world.clock.advance(10)
+    world.api.settings = world.api.settings._replace(proxies=(ah.network("127.0.0.1"),))
+    assert world.raw("GET", "/health", X_Forwarded_Host="a b").status == 403
+    opened = World(rate_limit=10, rate_burst=20)
+    for _ in range(30):
+        opened.raw("GET", "/health?token=wrong")
+    assert not opened.hub.pace._buckets
+    opened.call("POST", "/api/v1/agents/register", {"agent_id": "a"})
+    assert list(opened.hub.pace._buckets) == [("agent", "a")], "who registers pays by the name it takes"
+    reader = ah.RequestReader(opened.limits)
+    reader.feed(b"GET /health HTTP/1.0\r\n\r\n")
+    assert opened.api.dispatch(reader.next().head, b"", ah.Peer("127.0.0.1"), 0).answer.status == 200, "no browser is that old"
 
 
 # --- API --------------------------------------------------------------------------------------------------------------
@@ -3752,6 +3795,33 @@ def test_a_websocket_opened_the_moment_the_hub_starts_is_served(live: object) ->
         assert next_frame(line, "welcome")["agent_id"] == "early"
 
 
+def test_a_line_with_a_great_many_frames_leaves_others_their_turn_and_may_break_off(live: object) -> None:
+    pytest.importorskip("websockets")
+    hub = live("--max-inbox", "0", "--rate-limit", "0")
+    hub.client("flood")
+    start = (
+        b"GET /ws/flood HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    )
+    send = b'{"to":"flood","message":1}'
+    for frame, whole in (
+        (b"\x89\x80\0\0\0\0", False), (b"\x81\x82\0\0\0\0{}", False), (bytes((0x81, 0x80 | len(send))) + b"\0\0\0\0" + send, True),
+    ):  # fmt: skip
+        with socket.create_connection(("127.0.0.1", hub.port), timeout=20) as line:
+            line.sendall(start)
+            assert line.recv(1000)
+            line.sendall(frame * 5_000)
+            assert hub.client().health()["status"] == "ok"
+            if whole:
+                line.shutdown(socket.SHUT_WR)
+                while line.recv(1 << 20):
+                    pass
+            else:
+                line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # a reset
+    until(lambda: hub.client().agent("flood")["unread"] == 5_000)
+    assert hub.client().health()["status"] == "ok"
+
+
 def test_frames_sent_before_the_handshake_was_answered_are_not_lost(shared_hub: LiveHub) -> None:
     pytest.importorskip("websockets")
     shared_hub.client("eager")
@@ -3863,6 +3933,13 @@ def test_a_peer_that_pings_and_never_reads_its_pongs_costs_little(live: object) 
             assert sent < 60 << 20, "it is not read from without end"
             assert memory() - before < 16 << 10
             assert hub.client().health()["status"] == "ok"
+            raw.settimeout(20)
+            tail, rest = b"", ping[sent % len(ping) :] if sent % len(ping) else b""
+            sender = threading.Thread(target=raw.sendall, args=(rest + b"\x81\x94\0\0\0\0" + b'{"type":"heartbeat"}',))
+            sender.start()
+            while b'"heartbeat"' not in tail:
+                tail = tail[-20:] + (raw.recv(1 << 20) or pytest.fail("closed"))
+            sender.join()
 
 
 def test_lines_of_both_kinds_are_counted_for_their_address_and_told_of_by_it(live: object) -> None:
@@ -4068,6 +4145,35 @@ def test_what_was_pushed_stays_known_when_the_commit_that_was_to_tell_it_fails(t
         assert hub.seq == 1 and hub.was_pushed("a", 1)
         await server.stop()
         assert ah.Store(str(tmp_path / "hub.db")).deliveries(1)["a"]["pushed_via"] == "stream"
+
+    asyncio.run(play())
+
+
+def test_tokens_that_ended_stay_ended_when_the_commit_that_was_to_say_so_fails(tmp_path: Path) -> None:
+    async def play() -> None:
+        limits = ah.make_limits(session_ttl=10)
+        server = ah.Server(ah.Store(str(tmp_path / "hub.db")), ah.Settings(limits, websockets=False))
+        hub, store, now = server.hub, server.store, server.clock()
+        for name in ("a", "b"):
+            hub.apply(ah.Register(now, name, "s", "s", None, None, None, b"t" * 32, True))
+        server.schedule()
+        while server.batches.busy:
+            await asyncio.sleep(0)
+        commit = store.commit
+
+        def refuse() -> None:
+            raise ah.StorageFull("no room")
+
+        store.commit = refuse
+        hub.apply(ah.Touch(now + 11_000, "a"))
+        hub.apply(ah.Register(now + 11_000, "b", "s", "s", None, None, None, b"u" * 32, True))
+        server.schedule()
+        while not server.api.trouble:
+            await asyncio.sleep(0)
+        store.commit = commit
+        assert not hub.agents["a"].tokens and not hub.agents["b"].tokens
+        await server.stop()
+        assert not any(agent.tokens for agent in ah.Store(str(tmp_path / "hub.db")).load().agents)
 
     asyncio.run(play())
 
@@ -4517,6 +4623,57 @@ def test_a_hub_whose_log_nobody_reads_goes_on(live: object, tmp_path: Path) -> N
         assert process.wait(10) == 0
         os.close(read), os.close(write)
         process.stdout.close()
+
+
+def test_a_tick_tells_what_the_audit_trail_counted_also_while_the_disk_is_full(tmp_path: Path) -> None:
+    async def play() -> None:
+        server = ah.Server(ah.Store(":memory:"), ah.Settings(ah.make_limits(), websockets=False))
+        lines: list[tuple] = []
+        server.api.audit = ah.Audit(lambda event, **fields: lines.append((event, fields.get("repeated"))))
+        for trouble in ("", "no room"):
+            server.api.trouble = trouble
+            server.api.audit.note("refused")
+            server.api.audit.note("refused")
+            server._look_after(server._told_at + ah.AUDIT_SECONDS)
+        server.api.trouble = ""
+        assert lines == [("refused", None), ("refused", 1)] * 2
+        await server.stop()
+
+    asyncio.run(play())
+
+
+def test_a_door_remembers_no_address_whose_lines_are_gone(tmp_path: Path) -> None:
+    async def play() -> None:
+        server = ah.Server(ah.Store(":memory:"), ah.Settings(ah.make_limits(), websockets=False))
+        address = (await server.door.listen(host="127.0.0.1", port=0))[0]
+        for _ in range(3):
+            _, line = await asyncio.open_connection(*address)
+            while not server.connections:
+                await asyncio.sleep(0.001)
+            assert dict(server.door.addresses) == {"127.0.0.1": 1}
+            line.close()
+            while server.connections:
+                await asyncio.sleep(0.001)
+            assert not server.door.addresses
+        await server.stop()
+
+    asyncio.run(play())
+
+
+def test_over_tls_what_can_not_be_read_is_answered_and_the_line_closed(live: object, certificate: object) -> None:
+    import ssl
+
+    chain, key = certificate("strict")
+    hub = live("--certfile", chain, "--keyfile", key)
+    context = ssl.create_default_context(cafile=chain)
+    for data, end in ((b"BAD\r\n\r\n", b" 400 "), (b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", b" 200 ")):
+        with socket.create_connection(("127.0.0.1", hub.port), timeout=20) as raw, context.wrap_socket(raw, server_hostname="127.0.0.1") as line:
+            line.sendall(data)
+            answer = b""
+            with contextlib.suppress(OSError):
+                while piece := line.recv(65536):
+                    answer += piece
+            assert end in answer
 
 
 # --- Calls ------------------------------------------------------------------------------------------------------------
