@@ -4933,7 +4933,7 @@ class HubSocket:
 
     def eof_received(self) -> Any:
         """The peer says no more: what it said is looked at, in one go."""
-        while self._waiting and self.stream:
+        while self._waiting and self.stream and not self.transport.is_closing():
             self._look_at_some()
         return super().eof_received()
 
@@ -7218,6 +7218,7 @@ def start_log(kind: str) -> Callable[[], None]:
     handler = Handler()
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("agenthub").setLevel(logging.INFO)
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # its warnings: a line for each piece a peer that left misses
     threading.Thread(target=write, name="agenthub log", daemon=True).start()
     return handler.flush
 
