@@ -941,7 +941,9 @@ def derived_id(name: str, session_id: str) -> str:
 # --- Pace -------------------------------------------------------------------------------------------------------------
 
 
-Payer = tuple[str, str]  # whose bucket a request is taken out of: an `agent`, an `address`, or a `guess` from one
+# Whose bucket a request is taken out of: that of an `agent`, of an `address`, of whoever has the `key` there, or one for
+# each `guess` from there.
+Payer = tuple[str, str]
 
 
 class Pace:
@@ -3989,14 +3991,15 @@ class Access(About):
     def _look_up(self, token: str, route: Route, address: str, at: int) -> tuple[str, bool]:
         """From an address that has just sent many wrong ones, no key or token is looked at: refusing the wrong ones
         alone would tell the right one. This machine is spared, where one stale token must not lock everybody out."""
-        guess = ("guess", address)
-        if not (address == "unix" or is_loopback(address)) and self.hub.pace.left(guess, at) < 1:
-            self.hub.pace.charge(guess, at)
+        guarded = bool(self.settings.key) and not (address == "unix" or is_loopback(address))
+        wrong = ("guess" if guarded else "address", address)
+        if guarded and self.hub.pace.left(wrong, at) < 1:
+            self.hub.pace.charge(wrong, at)
         with_key = bool(self.settings.key) and self._same(token.encode(), self.settings.key.encode())
         holder = None if with_key else self.holder(token, at)
         if with_key or holder:
             return holder or "", with_key
-        self.hub.pace.charge(guess, at)
+        self.hub.pace.charge(wrong, at)
         if not route.actor and not self.settings.key:
             return "", False
         key = ", or set AGENTHUB_KEY to the key that `serve` printed" if self.settings.key else ", or leave it out"
@@ -4129,7 +4132,8 @@ class API(Access):
             where = f"{route.method} {route.path}"
             self.audit.note("key", address=peer.address, agent_id=actor or OPERATOR, route=where)
         named = params["agent_id"] if route.handler is Handlers.register else actor if self.hub.known(actor) else ""
-        payer = (("agent", named) if named else ("address", peer.address)) if route.charged else None
+        nobody = "key" if with_key else "address"
+        payer = (("agent", named) if named else (nobody, peer.address)) if route.charged else None
         return Call(head, body, params, actor, at, peer.address, payer, with_key)
 
     def _begin(self, route: Route, call: Call) -> None:

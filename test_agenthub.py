@@ -2923,7 +2923,7 @@ def test_made_up_names_and_wrong_keys_count_for_the_address_they_come_from() -> 
 
 @pytest.mark.parametrize("rate", [10, 0], ids=["with a rate", "without"])
 def test_whoever_guesses_keys_is_not_told_when_one_is_right_and_this_machine_is_spared(rate: float) -> None:
-    world = World(key="k", rate_limit=rate, rate_burst=20 * rate)
+    world = World(key="k", rate_limit=rate, rate_burst=20 if rate else 0)
 
     def status(address: str, token: str, target: str = "/api/v1/agents") -> int:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -2935,7 +2935,8 @@ def test_whoever_guesses_keys_is_not_told_when_one_is_right_and_this_machine_is_
 
     assert tells("10.0.0.3", "k") and not tells("10.0.0.3", "guess")
     for address, then in [("10.0.0.1", 429), ("127.0.0.1", 200), ("unix", 200)]:
-        assert [status(address, f"guess {n}") for n in range(21)] == [401] * 20 + [429]
+        last = 429 if rate or then == 429 else 401  # a stale token of this machine counts like any request
+        assert [status(address, f"guess {n}") for n in range(21)] == [401] * 20 + [last]
         assert status(address, "k") == then
         assert tells(address, "k") == (then == 200), "nor by a route that is open to all"
         assert not any([tells("10.0.0.4", f"guess {n}") for n in range(21)]) and not tells("10.0.0.4", "k")
