@@ -941,8 +941,8 @@ def derived_id(name: str, session_id: str) -> str:
 # --- Pace -------------------------------------------------------------------------------------------------------------
 
 
-# Whose bucket a request is taken out of: that of an `agent`, of an `address`, of whoever has the `key` there, or one for
-# each `guess` from there.
+# Whose bucket a request is taken out of: an `agent`'s, an `address`'s, or that of whoever has the `key` or makes a `guess`
+# there.
 Payer = tuple[str, str]
 
 
