@@ -941,8 +941,8 @@ def derived_id(name: str, session_id: str) -> str:
 # --- Pace -------------------------------------------------------------------------------------------------------------
 
 
-# Whose bucket a request is taken out of: that of an `agent`, of an `address`, or of whoever there has the `key` or makes
-# a `guess` at it.
+# Whose bucket a request is taken out of: that of an `agent`, of an `address`, or of whoever there has the `key`, or
+# makes a `guess` at it.
 Payer = tuple[str, str]
 
 
