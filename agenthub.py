@@ -4079,7 +4079,6 @@ class API(Access):
             route = methods.get("GET" if head.method == "HEAD" else head.method)
             self._check_origin(head, peer, route)
             if route is None:
-                self.hub.pace.charge(("address", peer.address), at)
                 return Reply(self._options(head, methods), self.cors(head))
             call = self._admit(route, head, body, given, peer, at)
             self._begin(route, call)
@@ -4096,8 +4095,9 @@ class API(Access):
         return Reply(answer, self.cors(head) + self._allowance(payer, at))
 
     def _charge_refusal(self, error: HubError, call: Call | None, peer: Peer, at: int) -> HubError:
-        """Who was not admitted pays by address, unless that was paid already. Returns what to refuse it with."""
-        if call is None and not isinstance(error, (Unauthorized, RateLimited)):
+        """Who was not admitted pays by address, unless that was paid already; but not for a web page that a user here
+        happens to look at, or it could use up the rate of all. Returns what to refuse it with."""
+        if call is None and not isinstance(error, (Unauthorized, RateLimited, BadHost, BadOrigin)):
             try:
                 self.hub.pace.charge(("address", peer.address), at)
             except RateLimited as limited:
