@@ -1149,7 +1149,7 @@ class Agents:
     def load_agents(self, agents: Iterable[Agent], seen: Iterable[tuple[str, int]], at: int) -> None:
         """Become what was stored. Who is connected, and was seen since, stays."""
         self.agents = {agent.agent_id: agent for agent in agents}
-        self._names: dict[str, set[str]] = {}
+        self._names: dict[str, dict[str, None]] = {}
         self._able: dict[str, dict[str, None]] = {}
         self._close: dict[str, list[str]] = {}
         for agent in self.agents.values():
@@ -1164,24 +1164,26 @@ class Agents:
         self.agents[agent.agent_id] = agent
         self._index(agent)
 
+    def _entries(self, agent: Agent) -> list[tuple[dict[str, dict[str, None]], str]]:
+        """Where it is found: each index, and the word it stands under there."""
+        return [
+            (self._names, agent.name.casefold()),
+            *[(self._able, word) for word in dict.fromkeys(agent.capabilities)],
+        ]
+
     def _index(self, agent: Agent) -> None:
         self._close.clear()
-        self._names.setdefault(agent.name.casefold(), set()).add(agent.agent_id)
-        for word in agent.capabilities:
-            self._able.setdefault(word, {})[agent.agent_id] = None
+        for index, word in self._entries(agent):
+            index.setdefault(word, {})[agent.agent_id] = None
 
-    def forget(self, agent_id: str) -> Agent | None:
-        """Know an agent no more. Returns it, if it was here."""
+    def forget(self, agent_id: str) -> None:
+        """Know an agent no more, if it was here."""
         agent = self.agents.pop(agent_id, None)
-        if agent:
-            self._close.clear()
-            self._names[agent.name.casefold()].discard(agent_id)
-            for word in agent.capabilities:
-                del self._able[word][agent_id]
-            for index, words in ((self._names, (agent.name.casefold(),)), (self._able, agent.capabilities)):
-                for word in [word for word in words if not index[word]]:
-                    del index[word]
-        return agent
+        for index, word in self._entries(agent) if agent else ():
+            del index[word][agent_id]
+            if not index[word]:
+                del index[word]
+        self._close.clear()
 
     def known(self, agent_id: str) -> bool:
         """Whether that is an agent here, or the operator."""
@@ -7252,10 +7254,13 @@ def serve_command(args: Any) -> int:
     """Run a hub until SIGINT or SIGTERM; the second of them ends it at once."""
     import asyncio
 
+    end_log = start_log(args.log_format)
     try:
         return asyncio.run(_serve_until_told(args))
     except KeyboardInterrupt:  # before the signal handler was in place
         return 0
+    finally:
+        end_log()
 
 
 async def _serve_until_told(args: Any) -> int:
@@ -7263,7 +7268,6 @@ async def _serve_until_told(args: Any) -> int:
     import gc
     import signal
 
-    end_log = start_log(args.log_format)
     place, tls = Place.read(args), tls_context(args.certfile, args.keyfile)
     path = args.db or os.path.join(state_folder("DATA"), "hub.db")
     settings, key = make_settings(args, place, path), read_key(args, place)
@@ -7300,7 +7304,6 @@ async def _serve_until_told(args: Any) -> int:
     await told
     await server.stop()
     place.close()
-    end_log()
     return 0
 
 
