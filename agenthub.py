@@ -12,12 +12,18 @@ Read from top to bottom; a section uses only sections above it, and a test holds
 
     Constants   limits and defaults, each with its reason
     Errors      every refusal: its code on the wire and its HTTP status
-    Model       agents, messages, the commands to the hub and the events out of it
+    Model       agents, messages, tasks, locks: what the hub knows
+    Changes     the commands to the hub and the events out of it
+    Patterns    paths and globs, and whether two of them meet
     Fields      JSON, and the checks on what callers send
     Pace        who is too fast, who goes round in circles
     Inboxes     what each recipient has not acknowledged
     Agents      who is here, and whom a name means
     Mail        what becomes of messages
+    Jobs        messages for one of many: a work queue
+    Tasks       proposed, accepted by one, completed
+    Locks       who has locked which paths, and who waits
+    Board       channels, locks, notes, and what everybody is doing
     Hub         the rules together: commands in, events out, no I/O
     Schema      SQLite's tables, and what each event does to them
     Search      full text over the log
@@ -25,20 +31,24 @@ Read from top to bottom; a section uses only sections above it, and a test holds
     Store       events into SQLite
     HTTP        bytes to requests and responses to bytes, strictly
     Reading     what a request reads: inboxes, traces, searches
-    Handlers    what a request changes
+    Handlers    what a request changes: agents and messages
+    Teamwork    the same for channels, tasks, locks and notes
     Routes      the table of requests, the hub about itself, OpenAPI, metrics
     Access      who may come in: names, origins, proxies, keys and tokens, the audit trail
     API         requests and frames to answers, and errors too
     Readers     who gets an inbox as it fills, and how those behind catch up
+    Watching    who gets what happens in the hub, as it happens
     Connections HTTP lines
     Sockets     WebSocket lines
     Batches     turns of the event loop into commits
     Server      listeners, pushes, timers
-    Calls       what both clients can do
+    Calls       what both clients can do, and how a call is made
+    Shared      what both can do together with others
     Client      the blocking one
     AgentClient the asyncio one
     Identity    who the command line is, and how it speaks
     Commands    what the subcommands do
+    Together    those for channels, tasks, locks and notes
     Doctor      the one that looks for what is wrong
     Setup       where a hub listens, its key, its certificate, its log
     Serve       the one that runs a hub
@@ -85,6 +95,10 @@ LIMITS = {
     "max_inbox": Limit(10_000, "messages", "unread per agent, then the sender is told inbox_full; a week of busy work"),
     "retention": Limit(7 * 86_400, "seconds", "how long a message is kept, read or not; a vacation is a new project"),
     "max_agents": Limit(10_000, "agents", "registered at a time; a list of them is still one 2 MB answer"),
+    "max_channels": Limit(1_000, "channels", "with members at a time; one for each subject, not for each message"),
+    "max_tasks": Limit(10_000, "tasks", "neither completed nor cancelled; a board nobody can read any more"),
+    "max_locks": Limit(1_000, "paths", "locked or waited for; each lock is held against all of them, 1 ms"),
+    "max_notes": Limit(1_000, "notes", "on the board; of 64 KiB each they take 64 MB of disk"),
     "max_connections": Limit(10_000, "connections", "open at a time, less where the descriptor limit is lower"),
     "max_per_address": Limit(1_000, "connections", "of one address; no limit where only this machine is served"),
     "rate_limit": Limit(10, "requests/s", "per agent, or per address where no agent is named: the seed's figure"),
@@ -105,6 +119,19 @@ LOOP_WINDOW = 60  # seconds; long enough for two slow models to be seen going ro
 MAX_PACES = 100_000  # messages remembered to see loops by, 30 MB; beyond, the older half is forgotten
 MAX_BUCKETS = 50_000  # callers whose rate is remembered, 10 MB, five for each agent; beyond, the idler half goes
 GUESS_RATE, GUESS_BURST = 1, 20  # wrong keys and tokens of one address, a second and at once: a typing human's patience
+TASK_LEASE = 900  # seconds a task's holder may be silent: a long build is not a death; the contract's figure
+JOB_LEASE = 60  # seconds in which one of many must acknowledge, before the next gets it; twice NATS' 30
+JOBS_AHEAD = 10  # messages that waited for whoever comes, handed out at once: others come a moment later
+MAX_TASK_BYTES = 64 << 20  # of proposals kept in memory, because they are proposed again when their holder is gone
+MAX_ENDED_TASKS = 10_000  # completed or cancelled ones on the board; of more, the oldest go
+MAX_DEPENDS = 100  # tasks that one waits for
+LOCK_TTL = 600  # seconds a lock outlives its holder's last sign of life: the contract's figure
+COMMAND_LOCK_TTL = 30  # seconds the lock of `lock … -- COMMAND` outlives the command line when that is killed
+MAX_LOCK_PATHS = 64  # paths in one lock, written out where they have braces
+MAX_PATH = 256  # characters of one of them
+MAX_LOCK_WAITS = 16  # locks one agent may be waiting for: it has as many hands
+MAX_NOTE = 64 * 1024  # bytes of one note's JSON; what is larger is a file
+MAX_DOING = 200  # characters that say what an agent is doing: a line
 MAX_CLOSE = 3  # names that nobody has, of one message, for which close ones are looked up: each costs 5 ms in a crowd
 AUDIT_SECONDS = 60  # repeats of a line of the audit trail are counted this long, and told in one
 AUDIT_LINES = 100  # different ones of each event told in that time; of the rest the number
@@ -243,6 +270,18 @@ class IdReused(HubError, status=409):
     """The message id was used before, for another content."""
 
 
+class TaskTaken(HubError, status=409):
+    """Another agent holds the task, or it has ended; `holder` and `state` say which."""
+
+
+class LockHeld(HubError, status=409):
+    """Another agent holds a lock that overlaps; `holder`, `pattern`, `expires_at` and `retry_after` (seconds)."""
+
+
+class VersionConflict(HubError, status=409):
+    """The note has another version than was expected; `version` is the one it has, 0 where there is none."""
+
+
 class PayloadTooLarge(HubError, status=413):
     """The body or the message is over its limit."""
 
@@ -340,8 +379,17 @@ def made_id(epoch: str, seq: int) -> str:
     return f"{epoch}-{seq:013x}"
 
 
+def title_of(payload: Any) -> str:
+    """What a task is called: the text that proposes it, or what its `task` or `title` says; a line of it."""
+    words = ("task", "title") if isinstance(payload, dict) else ()
+    said = next((payload[word] for word in words if payload.get(word)), payload)
+    text = " ".join((said if isinstance(said, str) else dump(said)).split())
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 class Agent(NamedTuple):
-    """A registered agent. `tokens` are SHA-256 digests, `metadata` is JSON text, `registered_at` is in milliseconds."""
+    """A registered agent. `tokens` are SHA-256 digests, `metadata` is JSON text, times are milliseconds since 1970.
+    `doing` is what it says it does, and until `away_until` it is not given work."""
 
     agent_id: str
     session_id: str
@@ -350,6 +398,8 @@ class Agent(NamedTuple):
     metadata: str = ""
     tokens: tuple[bytes, ...] = ()
     registered_at: int = 0
+    doing: str = ""
+    away_until: int = 0
 
 
 class Message(NamedTuple):
@@ -358,7 +408,8 @@ class Message(NamedTuple):
     `to` and `payload` are JSON text, times are milliseconds since 1970. `digest` is there where the sender chose the
     id: that of what it asked, to tell a retry from a reuse. `via` is the interface it came by. Where it was sent with
     a delay, `due_at` is when that ends, or has ended, and `told_seq` the seq its receipt told, until it got this one.
-    A negative `expires_at` says that it ran out then, and its payload is gone.
+    A negative `expires_at` says that it ran out then, and its payload is gone. With a `lease` (milliseconds) it is for
+    one of those that `to` names, who must acknowledge it within that time.
     """
 
     seq: int
@@ -375,6 +426,7 @@ class Message(NamedTuple):
     via: str = ""
     due_at: int = 0
     told_seq: int = 0
+    lease: int = 0
 
     def envelope(self, redelivered: bool = False) -> str:
         """The message as every interface shows it (JSON text); only `to` and `payload` could need escaping."""
@@ -425,10 +477,91 @@ class Asked(NamedTuple):
     told: bool = False
 
 
+class Job(NamedTuple):
+    """A message for one of many that nobody has acknowledged; as an event: it was sent, or handed on.
+
+    It lies in the inbox of its `holder`, who has until then (milliseconds since 1970), or where there is none in that
+    of its `group` (`@capability`, `#channel`, ALL), for the first of it that comes. `seq` is that of the message.
+    """
+
+    seq: int
+    group: str
+    sender: str
+    lease: int
+    holder: str = ""
+    until: int = 0
+
+
+class Task(NamedTuple):
+    """Work that was proposed; its id is that of the proposal. `to` is JSON text as in an envelope.
+
+    `state` is blocked (until those it `waits_for` are completed), open, accepted (by its `holder`, who loses it after
+    `lease` milliseconds without a sign of life), completed or cancelled; `since` is when it came to be so, `reason`
+    why, and `released_by` who gave it back last. `payload` is JSON text, and empty where the task has ended: it is with
+    the store then. Times are milliseconds since 1970.
+    """
+
+    id: str
+    seq: int
+    proposer: str
+    to: str
+    payload: str
+    thread: str
+    proposed_at: int
+    lease: int
+    deadline_at: int = 0
+    priority: int = 0
+    depends_on: tuple[str, ...] = ()
+    waits_for: tuple[str, ...] = ()
+    state: str = "open"
+    holder: str = ""
+    since: int = 0
+    reason: str = ""
+    released_by: str = ""
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing can become of it any more."""
+        return self.state in ("completed", "cancelled")
+
+
+class Lock(NamedTuple):
+    """Paths that an agent has for itself (`exclusive`) or with others (`shared`); `token` is a number that only grows.
+
+    It ends `ttl` milliseconds after it was taken or renewed, and where `follows` is set, after its holder's last sign
+    of life.
+    """
+
+    lock_id: str
+    agent_id: str
+    paths: tuple[str, ...]
+    mode: str
+    ttl: int
+    note: str
+    token: int
+    taken_at: int
+    renewed_at: int
+    follows: bool = True
+
+
+class Note(NamedTuple):
+    """A note on the board, without its value, which is with the store; where it is `gone`, what is remembered so that
+    no version is given twice. `size` is in bytes, times are milliseconds since 1970."""
+
+    key: str
+    version: int
+    agent_id: str
+    at: int
+    expires_at: int = 0
+    size: int = 0
+    gone: bool = False
+
+
 class Snapshot(NamedTuple):
     """All that the hub remembers between two runs: seqs by inbox that are unread; of these, what was written to a
     reader as (inbox, seq), and claims as (inbox, seq, until); pings as (seq, id, sender, how many have them unread);
-    delayed messages as (seq, inboxes)."""
+    delayed messages as (seq, inboxes); members as (channel, agent_id, since which seq they may read back); `fence` is
+    the newest token that a lock was given."""
 
     epoch: str = ""
     seq: int = 0
@@ -441,6 +574,15 @@ class Snapshot(NamedTuple):
     departed: tuple[str, ...] = ()
     delayed: tuple[tuple[int, tuple[str, ...]], ...] = ()
     requests: tuple[Asked, ...] = ()
+    members: tuple[tuple[str, str, int], ...] = ()
+    jobs: tuple[Job, ...] = ()
+    tasks: tuple[Task, ...] = ()
+    locks: tuple[Lock, ...] = ()
+    fence: int = 0
+    notes: tuple[Note, ...] = ()
+
+
+# --- Changes ----------------------------------------------------------------------------------------------------------
 
 
 class Registered(NamedTuple):
@@ -555,11 +697,88 @@ class Seen(NamedTuple):
 
 
 class Presence(NamedTuple):
-    """Event: an agent became active or offline. Told to whoever is connected, never stored."""
+    """Event: an agent became active or offline, or does something else. Told to whoever is connected, never stored."""
 
     agent_id: str
     name: str
     status: str
+    doing: str = ""
+
+
+class Doing(NamedTuple):
+    """Event: an agent said what it is doing, and until when it is away."""
+
+    agent_id: str
+    doing: str
+    away_until: int
+
+
+class Joined(NamedTuple):
+    """Event: an agent is a member of a channel, and may read back to after that seq."""
+
+    channel: str
+    agent_id: str
+    since: int
+
+
+class Parted(NamedTuple):
+    """Event: an agent is no member of the channel any more."""
+
+    channel: str
+    agent_id: str
+
+
+class Done(NamedTuple):
+    """Event: the job of this seq was acknowledged, or has run out."""
+
+    seq: int
+
+
+class TaskProposed(NamedTuple):
+    """Event: a task is on the board."""
+
+    task: Task
+
+
+class TaskChanged(NamedTuple):
+    """Event: a task is in another state, or has another lease; where it was completed, with its `result` (JSON)."""
+
+    task: Task
+    result: str = ""
+
+
+class TaskForgotten(NamedTuple):
+    """Event: a task that ended is on the board no more."""
+
+    id: str
+
+
+class Locked(NamedTuple):
+    """Event: a lock was taken, renewed, or covers less than before."""
+
+    lock: Lock
+
+
+class Unlocked(NamedTuple):
+    """Event: a lock ended: `released`, `expired`, or its agent `left`."""
+
+    lock_id: str
+    agent_id: str
+    paths: tuple[str, ...]
+    reason: str
+
+
+class Noted(NamedTuple):
+    """Event: a note was written, with that value (JSON text), or is gone."""
+
+    note: Note
+    value: str = ""
+
+
+class NoteForgotten(NamedTuple):
+    """Event: of a note that is gone nothing is remembered any more."""
+
+    key: str
 
 
 class Register(NamedTuple):
@@ -606,8 +825,18 @@ class Disconnect(_OfAgent):
     """Command: a reader of the agent's inbox closed."""
 
 
+class Plan(NamedTuple):
+    """What a message may say of a task besides what it is about; times in milliseconds, 0 or None: not said."""
+
+    lease: int = 0
+    deadline_at: int = 0
+    priority: int = 0
+    depends_on: tuple[str, ...] = ()
+
+
 class Send(NamedTuple):
-    """Command: a message. `known` is what the log holds under the given id, `thread` what it says of `reply_to`."""
+    """Command: a message. `known` is what the log holds under the given id, `thread` what it says of `reply_to`; with
+    a `lease` (milliseconds) it is for one of the group in `to`, and `plan` is for the task that it is about."""
 
     at: int
     sender: str
@@ -622,6 +851,8 @@ class Send(NamedTuple):
     known: Receipt | None = None
     via: str = ""
     due_at: int = 0
+    lease: int = 0
+    plan: Plan = Plan()
 
 
 class Ack(NamedTuple):
@@ -669,10 +900,221 @@ class Drop(_OverTime):
     """Command: these messages, as (seq, id, inboxes), have been kept for long enough."""
 
 
+class SetStatus(NamedTuple):
+    """Command: an agent says what it is doing, and until when it is away (0: it is not)."""
+
+    at: int
+    agent_id: str
+    doing: str
+    away_until: int
+
+
+class Join(NamedTuple):
+    """Command: an agent becomes a member of a channel; `full`: it may read what was said there before."""
+
+    at: int
+    agent_id: str
+    channel: str
+    full: bool = False
+
+
+class Part(NamedTuple):
+    """Command: an agent leaves a channel."""
+
+    at: int
+    agent_id: str
+    channel: str
+
+
+class TakeTask(NamedTuple):
+    """Command: accept the best open task that an agent is able to do. `id`, `digest` and `known` are as in `Send`."""
+
+    at: int
+    agent_id: str
+    id: str | None
+    digest: bytes
+    known: Receipt | None
+    via: str
+
+
+class TakeLock(NamedTuple):
+    """Command: lock all of these paths, or none. While `wait_until` (milliseconds) lies ahead, whoever can't have them
+    yet keeps a place in the queue; asked for again under the same `id`, a lock is renewed. An agent's own locks stand
+    in its way only where it is not `reentrant`. `ttl` and `follows` are as in `Lock`."""
+
+    at: int
+    agent_id: str
+    id: str
+    paths: tuple[str, ...]
+    mode: str
+    ttl: int
+    note: str = ""
+    wait_until: int = 0
+    follows: bool = True
+    reentrant: bool = True
+
+
+class LeaveQueue(NamedTuple):
+    """Command: an agent does not wait for that lock any more."""
+
+    at: int
+    agent_id: str
+    id: str
+
+
+class RenewLocks(NamedTuple):
+    """Command: the agent's lock of that id, or all that it has, last for their ttl, or that one, from now on."""
+
+    at: int
+    agent_id: str
+    id: str = ""
+    ttl: int = 0
+
+
+class ReleaseLocks(NamedTuple):
+    """Command: the agent's lock of that id, those paths of all its locks, or with neither all that it has, are free."""
+
+    at: int
+    agent_id: str
+    id: str = ""
+    paths: tuple[str, ...] = ()
+
+
+class SetNote(NamedTuple):
+    """Command: write a note (JSON text), or with `None` remove it; only if it has that version, where one is given."""
+
+    at: int
+    agent_id: str
+    key: str
+    value: str | None
+    if_version: int | None = None
+    expires_at: int = 0
+
+
+class Elapse(NamedTuple):
+    """Command: time has passed. Hands on jobs, opens tasks, frees locks and removes notes whose time is over."""
+
+    at: int
+
+
 class Sweep(NamedTuple):
     """Command: time has passed. Tells who fell silent, writes down signs of life, forgets idle buckets."""
 
     at: int
+
+
+# --- Patterns ---------------------------------------------------------------------------------------------------------
+
+_BRACES = re.compile(r"\{([^{}]*,[^{}]*)\}")
+_WILD = re.compile(r"[*?[]")
+Ranges = Tuple[Tuple[int, int], ...]  # of code points, both ends included; a part of a path holds no slash
+_ANY: Ranges = ((0, 46), (48, 0x10FFFF))
+_DEEP = "**"  # any number of parts, none too
+
+
+def spread(text: str) -> list[str]:
+    """A pattern with braces, as a shell reads them, written out: `src/{a,b}` is src/a and src/b. Raises ValueError
+    where it would be more than MAX_LOCK_PATHS."""
+    found = [text]
+    while any(map(_BRACES.search, found)):
+        match = next(filter(None, map(_BRACES.search, found)))
+        at = next(i for i, one in enumerate(found) if _BRACES.search(one))
+        head, tail = found[at][: match.start()], found[at][match.end() :]
+        found[at : at + 1] = [f"{head}{word}{tail}" for word in match[1].split(",")]
+        if len(found) > MAX_LOCK_PATHS:
+            raise ValueError(f"fewer than {MAX_LOCK_PATHS} paths, with its braces written out")
+    return found
+
+
+def normal_path(text: str) -> str:
+    """The one spelling of a path or glob: with slashes, without `.`, `..` and doubled slashes; the root is `.` or `/`.
+    Raises ValueError where it leads out of the root."""
+    text, parts = text.replace("\\", "/"), []
+    for part in text.split("/"):
+        if part == "..":
+            if not parts or _WILD.search(parts.pop()):
+                raise ValueError("a path inside the project's root, with no `..` behind a wildcard")
+        elif part not in ("", "."):
+            parts.append(part)
+    root = "/" if text.startswith("/") else ""
+    return root + "/".join(parts) + ("/" if parts and text.endswith("/") else "") or "."
+
+
+@functools.lru_cache(4096)
+def _parts_of(path: str) -> tuple[str, ...]:
+    """What a normal path's parts are, `**` for any number of them. A name without wildcards in the last place may be a
+    folder and stands for all that is in it too, as does whatever ends with a slash; `src/*.py` stands for files."""
+    parts = [_DEEP if part == _DEEP else re.sub(r"\*+", "*", part) for part in path.rstrip("/").split("/")]
+    if path in (".", "/"):
+        return ("", _DEEP) if path == "/" else (_DEEP,)
+    return (*parts, _DEEP) if path.endswith("/") or not _WILD.search(parts[-1]) else tuple(parts)
+
+
+@functools.lru_cache(4096)
+def _characters(part: str) -> tuple[Ranges | None, ...]:
+    """A part as what each of its places may be; None stands for `*`. An unclosed `[` is a character, as in a shell."""
+    found: list[Ranges | None] = []
+    for star, some, none, inside, char in re.findall(r"(\*)|(\?)|\[([!^]?)(\]?[^\]]*)\]|(.)", part, re.S):
+        if star:
+            found.append(None)
+        elif some:
+            found.append(_ANY)
+        elif char:
+            found.append(((ord(char), ord(char)),))
+        else:
+            pairs = re.findall(r"(.)-(.)|(.)", inside, re.S)
+            ranges = sorted((ord(low or one), ord(high or one)) for low, high, one in pairs)
+            found.append(_common(_outside(ranges) if none else tuple(ranges), _ANY))
+    return tuple(found)
+
+
+def _outside(ranges: list[tuple[int, int]]) -> Ranges:
+    """All code points but these, which are sorted by where they begin."""
+    found, low = [], 0
+    for first, last in ranges:
+        if low < first:
+            found.append((low, first - 1))
+        low = max(low, last + 1)
+    return (*found, (low, 0x10FFFF))
+
+
+def _common(some: Ranges, others: Ranges) -> Ranges:
+    pairs = ((max(a, c), min(b, d)) for a, b in some for c, d in others)
+    return tuple((low, high) for low, high in pairs if low <= high)
+
+
+def _meet(some: tuple, others: tuple, deep: Any, match: Callable[[Any, Any], Any]) -> bool:
+    """Whether two sequences have an instance in common, where `deep` stands for any number of anything: a walk over
+    the pairs of places that a common instance could be at, each pair once."""
+    seen, left = set(), [(0, 0)]
+    while left:
+        here = i, j = left.pop()
+        if here in seen:
+            continue
+        seen.add(here)
+        if i == len(some) and j == len(others):
+            return True
+        a, b = some[i : i + 1], others[j : j + 1]
+        if a == (deep,) or b == (deep,):
+            left += [(i + 1, j)] * (a == (deep,)) + [(i, j + 1)] * (b == (deep,))
+            left += [(i, j + 1)] * (a == (deep,) and bool(b)) + [(i + 1, j)] * (b == (deep,) and bool(a))
+        elif a and b and match(a[0], b[0]):
+            left.append((i + 1, j + 1))
+    return False
+
+
+@functools.lru_cache(65_536)
+def _parts_meet(some: str, others: str) -> bool:
+    if not (_WILD.search(some) or _WILD.search(others)):
+        return some == others
+    return _meet(_characters(some), _characters(others), None, _common)
+
+
+@functools.lru_cache(65_536)
+def overlap(some: str, others: str) -> bool:
+    """Whether two normal paths or globs have a path in common. `*` and `?` do not reach over a slash, `**` does; names
+    that begin with a dot are like others. A relative path and an absolute one may be the same: only `**` meets both."""
+    return _meet(_parts_of(some), _parts_of(others), _DEEP, _parts_meet)
 
 
 # --- Fields -----------------------------------------------------------------------------------------------------------
@@ -856,6 +1298,38 @@ def _flag(value: Any) -> bool:
     return word in ("true", "1", True)
 
 
+def _channel(value: Any) -> str:
+    """A channel's name, with its sign or without."""
+    name = value if isinstance(value, str) and value.startswith("#") else f"#{value}"
+    if not isinstance(value, str) or not _GROUP(name):
+        raise ValueError("a channel: 1 to 64 of a-z 0-9 . _ - and a letter or digit first")
+    return name
+
+
+def _path_text(value: Any) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_PATH or not value.isprintable():
+        raise ValueError(f"a path or glob of 1 to {MAX_PATH} printable characters, relative to the project's root")
+    return value
+
+
+def _paths(value: Any) -> tuple[str, ...]:
+    """Paths and globs, or a single one, in their normal spelling."""
+    many = [value] if isinstance(value, str) else value
+    if not isinstance(many, list) or not 0 < len(many) <= MAX_LOCK_PATHS:
+        raise ValueError(f"a list of 1 to {MAX_LOCK_PATHS} paths or globs")
+    found = tuple(dict.fromkeys(normal_path(one) for text in many for one in spread(_path_text(text))))
+    if len(found) > MAX_LOCK_PATHS:
+        raise ValueError(f"{MAX_LOCK_PATHS} paths or fewer, with their braces written out")
+    return found
+
+
+def _doing(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > MAX_DOING or not (value.isprintable() or not value):
+        raise ValueError(f"a line of up to {MAX_DOING} printable characters, or an empty one")
+    return value
+
+
+_PATH_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_PATH}
 KINDS: dict[str, Kind] = {
     "agent_id": _AGENT_ID,
     "new_agent_id": Kind(_AGENT_ID.schema, _new_agent_id),
@@ -877,6 +1351,21 @@ KINDS: dict[str, Kind] = {
     "limit": _number(1, MAX_PAGE, whole=True),
     "wait": _number(0, MAX_WAIT),
     "ttl": _number(0.001, 366 * 86_400),
+    "lease": _number(0.001, 7 * 86_400),
+    "away": _number(0, 366 * 86_400),
+    "priority": _number(-100, 100, whole=True),
+    "version": _number(0, (1 << 53) - 1, whole=True),
+    "channel": Kind({"type": "string"}, _channel),
+    "path": Kind(_PATH_SCHEMA, lambda value: _paths(_path_text(value))),
+    "paths": Kind({"oneOf": [_PATH_SCHEMA, {"type": "array", "items": _PATH_SCHEMA, "minItems": 1}]}, _paths),
+    "key": _pattern("[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}", "a key: 1 to 128 of A-Z a-z 0-9 . _ : / -"),
+    "doing": Kind({"type": "string", "maxLength": MAX_DOING}, _doing),
+    "lock_note": _printable(256),
+    "lock_mode": _choice("exclusive", "shared"),
+    "deliver": _choice("all", "one"),
+    "history": _choice("joined", "full"),
+    "task_state": _choice("blocked", "open", "accepted", "completed", "cancelled"),
+    "depends_on": _list_of(_MESSAGE_ID, MAX_DEPENDS, f"a list of up to {MAX_DEPENDS} task ids"),
     "delay": _number(0, 366 * 86_400),
     "claim": _number(1, 86_400),
     "query": _printable(256),
@@ -993,7 +1482,8 @@ class Pace:
             return paces
         if len(self._paces) > MAX_PACES:
             self._paces = dict(itertools.islice(self._paces.items(), MAX_PACES // 2, None))
-        keys: list[tuple] = [(IDENTICAL_REPEATS, c.sender, to, crc32(c.payload.encode()))]
+        about = c.reply_to if c.type.startswith("task_") else ""  # many tasks may be done with the same words
+        keys: list[tuple] = [(IDENTICAL_REPEATS, c.sender, to, crc32((about + c.payload).encode()))]
         if c.thread:
             keys += [(limit, c.thread, *sorted((c.sender, name))) for name in inboxes]
         for key in keys:
@@ -1148,6 +1638,8 @@ class Agents:
 
     def load_agents(self, agents: Iterable[Agent], seen: Iterable[tuple[str, int]], at: int) -> None:
         """Become what was stored. Who is connected, and was seen since, stays."""
+        self.loaded_at = at
+        self.channels: dict[str, dict[str, int]] = {}
         self.agents = {agent.agent_id: agent for agent in agents}
         self._names: dict[str, dict[str, None]] = {}
         self._able: dict[str, dict[str, None]] = {}
@@ -1209,6 +1701,15 @@ class Agents:
         """Whether its tokens have ended: it is not connected, and was silent for longer than they hold."""
         return at - self._seen.get(agent_id, 0) > self._tokens_last and agent_id not in self.connections
 
+    def alive_at(self, agent_id: str, at: int) -> int:
+        """Until when it is known to have been alive; of the time in which the hub was down that counts as known."""
+        return at if agent_id in self.connections else max(self._seen.get(agent_id, 0), self.loaded_at)
+
+    def free(self, agent_id: str, at: int) -> bool:
+        """Whether it can be given work: it is active, and not away."""
+        agent = self.agents.get(agent_id)
+        return agent is not None and self.status(agent_id, at) == "active" and agent.away_until <= at
+
     def seen_at(self, agent_id: str) -> int:
         """The last sign of life, in milliseconds since 1970; 0 for never."""
         return self._seen.get(agent_id, 0)
@@ -1231,6 +1732,12 @@ class Agents:
             self._close[wanted] = list(dict.fromkeys(ids[word] for word in found))[:3]
         return self._close[wanted]
 
+    def belongs(self, agent_id: str, to: str) -> bool:
+        """Whether an agent is one of those that a recipient, as an envelope shows it, names."""
+        if to[0] in "#@":
+            return agent_id in (self.channels if to[0] == "#" else self._able).get(to if to[0] == "#" else to[1:], ())
+        return to in (EVERYONE, agent_id) or to not in self.agents and agent_id in self.named(to)
+
     def resolve(self, c: Send) -> tuple[tuple[str, ...], str]:
         """The inboxes that `to` means, each once, and `to` as the envelope shows it (JSON text)."""
         if c.to in self.agents:
@@ -1249,9 +1756,9 @@ class Agents:
             return (to,), to
         if to.upper() == EVERYONE:
             return sorted(name for name in self.agents if name != sender), EVERYONE
-        if to[0] in "#@":  # nobody is in a channel yet
-            able = self._able.get(to[1:], ()) if to[0] == "@" else ()
-            return sorted(name for name in able if name != sender), to
+        if to[0] in "#@":
+            group = self._able.get(to[1:], ()) if to[0] == "@" else self.channels.get(to, ())
+            return sorted(name for name in group if name != sender), to
         holders = self.named(to)
         if len(holders) > 1:
             raise AmbiguousRecipient(
@@ -1263,6 +1770,11 @@ class Agents:
 
 
 # --- Mail -------------------------------------------------------------------------------------------------------------
+
+
+def is_group(name: str) -> bool:
+    """Whether an inbox is that of a group, where a message for one of it waits for the first that comes."""
+    return name == EVERYONE or bool(_GROUP(name))
 
 
 class Mail(Agents):
@@ -1335,6 +1847,10 @@ class Mail(Agents):
         if c.known:
             return self._again(c, c.known)
         inboxes, to = self.resolve(c)
+        return self._pass_on(c, to, inboxes)
+
+    def _pass_on(self, c: Send, to: str, inboxes: tuple[str, ...]) -> Receipt:
+        """Deliver what its sender may send to those, or raise HubError: the last that can be in its way."""
         if len(self._strays) + len(inboxes) > self.limits.max_agents:
             self._check_strays(inboxes)
         full = self._without_room(inboxes)
@@ -1376,7 +1892,7 @@ class Mail(Agents):
         id = c.id or made_id(self.epoch, seq)
         message = Message(
             seq, id, c.type, c.sender, to, c.payload, c.at, c.reply_to, c.thread, c.expires_at, c.digest, c.via,
-            c.due_at,
+            c.due_at, 0, c.lease,
         )  # fmt: skip
         receipt = Receipt(message, inboxes, full)
         if c.id:
@@ -1412,11 +1928,13 @@ class Mail(Agents):
             self._aside -= collections.Counter(inboxes)
             self.events.append(Released(message.seq))
             self.seq += 1
-            kept = [self.known(name) or name in self.departed for name in inboxes]
-            now = [name if its else next(iter(self.named(name)), name) for name, its in zip(inboxes, kept)]
-            self._enter(
-                message._replace(seq=self.seq, due_at=c.at, told_seq=message.seq), tuple(dict.fromkeys(now)), full
-            )
+            now = tuple(dict.fromkeys(self._heir(name, message, c.at) for name in inboxes))
+            self._enter(message._replace(seq=self.seq, due_at=c.at, told_seq=message.seq), now, full)
+
+    def _heir(self, name: str, message: Message, at: int) -> str:
+        """Who gets by now what was sent to a name that may have been nobody's."""
+        kept = self.known(name) or name in self.departed
+        return name if kept else next(iter(self.named(name)), name)
 
     def _mind(self, request: Asked) -> None:
         """Remember that somebody waits for an answer; of too many, the oldest is forgotten."""
@@ -1442,7 +1960,7 @@ class Mail(Agents):
         inbox = self.inboxes.get(name)
         if inbox is None:
             inbox = self.inboxes[name] = Inbox()
-            if not self.known(name) and name not in self.departed:
+            if not (self.known(name) or name in self.departed or is_group(name)):
                 self._strays.add(name)
         return inbox
 
@@ -1452,12 +1970,11 @@ class Mail(Agents):
         runs = self._inbox(c.agent_id).take_all(c.seqs) if c.seqs else [self._inbox(c.agent_id).take(0, c.up_to)]
         for run in filter(None, runs):
             self.events.append(Acknowledged(c.agent_id, run[0], run[-1], c.at, c.via))
-            if self._pings:
-                self._answer_pings(c, run)
+            self._received(c, run)
         return sum(map(len, runs))
 
-    def _answer_pings(self, c: Ack, seqs: Iterable[int]) -> None:
-        for seq in [seq for seq in seqs if seq in self._pings]:
+    def _received(self, c: Ack, seqs: array[int]) -> None:
+        for seq in [seq for seq in seqs if seq in self._pings] if self._pings else ():
             ping_id, pinger = self._ponged(seq)
             reply = Send(c.at, c.agent_id, pinger, '"pong"', "ack", None, ping_id, ping_id, via="hub")
             self._deliver(reply, dump(pinger), (pinger,))
@@ -1493,12 +2010,16 @@ class Mail(Agents):
             for name in inboxes:
                 if name in self.inboxes:
                     self.inboxes[name].take(seq - 1, seq)
-            self._pings.pop(seq, None)
+            self._forget_message(seq)
             request = self._close_request(id)
             if request:
                 sender = next(filter(self.known, request.asked), OPERATOR)
                 words = f"nobody answered this request in time: ask again, or somebody else than {request.asked[0]}"
                 self._tell_asker(c.at, request, sender, "expired", words)
+
+    def _forget_message(self, seq: int) -> None:
+        """It is over: nobody gets it any more."""
+        self._pings.pop(seq, None)
 
     def _adopt(self, agent: Agent) -> None:
         """Hand an agent what was sent to its name before anybody had it. Two agents of one name: the first gets it.
@@ -1537,10 +2058,794 @@ class Mail(Agents):
     }
 
 
+# --- Jobs -------------------------------------------------------------------------------------------------------------
+
+
+class Jobs(Mail):
+    """Messages for one of many: a work queue. Whoever is free and has least gets one, and has its lease's time to
+    acknowledge it; then the next one gets it. Where nobody is free it lies with the group, for the first that comes."""
+
+    def _load_jobs(self, snapshot: Snapshot) -> None:
+        self.jobs = {job.seq: job for job in snapshot.jobs}
+        self._jobs_of: dict[str, dict[int, None]] = {}  # by who holds them; those that wait, by group
+        self._turns: dict[str, int] = {}  # when each was given one last: of equals, whoever waits longest is next
+        self._turn = 0
+        for job in snapshot.jobs:
+            self._jobs_of.setdefault(job.holder or job.group, {})[job.seq] = None
+        self.next_at = 0.0  # nothing that `Elapse` does is due before then
+
+    def _by(self, at: float) -> None:
+        """See that `Elapse` comes by then."""
+        self.next_at = min(self.next_at, at)
+
+    def _mind_job(self, job: Job) -> None:
+        self._drop_job(job.seq)
+        self.jobs[job.seq] = job
+        self._jobs_of.setdefault(job.holder or job.group, {})[job.seq] = None
+        self.events.append(job)
+        if job.holder:
+            self._turn += 1
+            self._turns[job.holder] = self._turn
+            self._by(job.until)
+
+    def _drop_job(self, seq: int) -> Job | None:
+        job = self.jobs.pop(seq, None)
+        if job:
+            held = self._jobs_of[job.holder or job.group]
+            del held[seq]
+            if not held:
+                del self._jobs_of[job.holder or job.group]
+        return job
+
+    def load_of(self, agent_id: str) -> int:
+        """How much an agent has to do: jobs that it was given and has not acknowledged."""
+        return len(self._jobs_of.get(agent_id, ()))
+
+    def _worker(self, job: Job, at: int) -> str:
+        """Who should have the job: of those who are free and have room, whoever has least to do; not its holder, who
+        had it already. Nobody where there is none."""
+        group, _ = self._resolve_one(job.group, job.sender)
+        some = [name for name in group if name != job.holder and self.free(name, at)]
+        some = [name for name in some if self.unread(name) < self.limits.max_inbox]
+        rank = lambda name: (self.load_of(name), self.unread(name), self._turns.get(name, 0), name)  # noqa: E731
+        return min(some, key=rank, default="")
+
+    def _send_one(self, c: Send) -> Receipt:
+        self.expect(c.sender)
+        if c.known:
+            return self._again(c, c.known)
+        group = c.to if isinstance(c.to, str) and c.to.upper() != EVERYONE else EVERYONE
+        if isinstance(c.to, tuple) or not is_group(group):
+            raise InvalidRequest("`deliver` one is for a group: send to @capability, #channel or ALL, or leave it out")
+        job = Job(0, group, c.sender, c.lease)
+        worker = "" if c.due_at else self._worker(job, c.at)
+        receipt = self._pass_on(c, dump(group), (worker or group,))
+        self._give(job._replace(seq=receipt.message.seq), worker, c.at)
+        return receipt
+
+    def _give(self, job: Job, worker: str, at: int) -> None:
+        self._mind_job(job._replace(holder=worker, until=at + job.lease if worker else 0))
+
+    def _hand_on(self, job: Job, at: int, worker: str = "") -> None:
+        """The next one's turn; or where nobody else is free, that of the first that comes."""
+        worker = worker or self._worker(job, at)
+        was, now = job.holder or job.group, worker or job.group
+        if was != now and was in self.inboxes:
+            self._inbox(now).adopt(self.inboxes[was].take(job.seq - 1, job.seq))
+            self.events.append(Adopted(was, now, (job.seq,)))
+            for request in [request for request in self.requests.of(was) if request.seq == job.seq]:
+                self._mind(request._replace(asked=(now,)))
+        self._give(job, worker, at)
+
+    def _hand_out(self, agent_id: str, at: int) -> None:
+        """Give an agent that is free some of what waits for whoever comes."""
+        if not self._jobs_of or not self.free(agent_id, at):
+            return
+        for group in [g for g in self._jobs_of if is_group(g) and self.belongs(agent_id, g)]:
+            for seq in list(self._jobs_of[group]):
+                if self.load_of(agent_id) >= JOBS_AHEAD or self.unread(agent_id) >= self.limits.max_inbox:
+                    return
+                if self.jobs[seq].sender != agent_id and seq not in self.delayed:
+                    self._hand_on(self.jobs[seq], at, agent_id)
+
+    # what happens to messages that are jobs, too
+
+    def _enter(self, message: Message, inboxes: tuple[str, ...], full: tuple[str, ...]) -> None:
+        super()._enter(message, inboxes, full)
+        job = self._drop_job(message.told_seq) if message.told_seq and message.lease else None
+        if job:  # it was delayed, and has another seq now
+            self.events.append(Done(job.seq))
+            group = inboxes[0] == job.group
+            self._give(job._replace(seq=message.seq), "" if group else inboxes[0], message.due_at)
+
+    def _heir(self, name: str, message: Message, at: int) -> str:
+        job = self.jobs.get(message.seq)
+        return (self._worker(job, at) or name) if job else super()._heir(name, message, at)
+
+    def _received(self, c: Ack, seqs: array[int]) -> None:
+        super()._received(c, seqs)
+        done = [seq for seq in seqs if self._drop_job(seq)] if self.jobs else ()
+        self.events += map(Done, done)
+        if done:
+            self._hand_out(c.agent_id, c.at)
+
+    def _forget_message(self, seq: int) -> None:
+        super()._forget_message(seq)
+        if self._drop_job(seq):
+            self.events.append(Done(seq))
+
+    def _came(self, agent_id: str, at: int) -> None:
+        """An agent is active, or can do more than before."""
+        self._hand_out(agent_id, at)
+
+    def _gone(self, agent_id: str, at: int) -> None:
+        """An agent left: what it was to do, others do."""
+        for seq in list(self._jobs_of.get(agent_id, ())):
+            self._hand_on(self.jobs[seq], at)
+        self._turns.pop(agent_id, None)
+
+    def _elapse_jobs(self, at: int) -> None:
+        for job in [job for job in self.jobs.values() if job.holder and job.until <= at]:
+            if self._worker(job, at) or not self.free(job.holder, at):
+                self._hand_on(job, at)
+            else:  # nobody else is here: it stays where it is
+                self._give(job, job.holder, at)
+        self._by(min((job.until for job in self.jobs.values() if job.holder), default=float("inf")))
+
+
+# --- Tasks ------------------------------------------------------------------------------------------------------------
+
+
+class Tasks(Jobs):
+    """Work that is proposed to some, accepted by one of them and completed: the rules of the `task_…` messages, which
+    are all there is: whatever is asked otherwise is such a message, too."""
+
+    def _load_tasks(self, snapshot: Snapshot) -> None:
+        self.tasks = {task.id: task for task in snapshot.tasks}
+        self._in_state: dict[str, dict[str, None]] = {}
+        self._held_by: dict[str, dict[str, None]] = {}
+        self._waiting_for: dict[str, dict[str, None]] = {}  # the ids of those that wait, by what they wait for
+        self._task_bytes = 0
+        for task in sorted(snapshot.tasks, key=lambda task: (task.since, task.seq)):
+            self._note_task(task, True)
+
+    def _note_task(self, task: Task, here: bool) -> None:
+        """Count a task into what it is found by, or out."""
+        found = [(self._in_state, "ended" if task.ended else task.state)]
+        found += [(self._held_by, task.holder)] if task.state == "accepted" else []
+        found += [(self._waiting_for, id) for id in task.waits_for]
+        self._task_bytes += len(task.payload) * (1 if here else -1)
+        for index, word in found:
+            if here:
+                index.setdefault(word, {})[task.id] = None
+            else:
+                index[word].pop(task.id)
+
+    def _put_task(self, task: Task, result: str = "") -> None:
+        """What a task is from now on. Of too many that ended, the oldest is forgotten."""
+        old = self.tasks.get(task.id)
+        if old:
+            self._note_task(old, False)
+        self.tasks[task.id] = task._replace(payload="") if task.ended else task
+        self._note_task(self.tasks[task.id], True)
+        self.events.append(TaskChanged(task, result) if old else TaskProposed(task))
+        ended = self._in_state.get("ended", ())
+        if len(ended) > MAX_ENDED_TASKS:
+            self._forget_task(next(iter(ended)))
+
+    def _forget_task(self, task_id: str) -> None:
+        self._note_task(self.tasks.pop(task_id), False)
+        self.events.append(TaskForgotten(task_id))
+
+    # questions
+
+    def able(self, agent_id: str, task: Task) -> bool:
+        """Whether a task was proposed to an agent, alone or among others."""
+        to = json.loads(task.to)
+        return any(self.belongs(agent_id, one) for one in (to if isinstance(to, list) else [to]))
+
+    def may_see(self, agent_id: str, task: Task) -> bool:
+        """Whether an agent is told what a task is about: as with messages, who has to do with it."""
+        return agent_id in (OPERATOR, task.proposer, task.holder) or self.able(agent_id, task)
+
+    def tasks_of(self, agent_id: str) -> list[str]:
+        """The ids of the tasks that an agent holds."""
+        return list(self._held_by.get(agent_id, ()))
+
+    def count_tasks(self) -> dict[str, int]:
+        """How many tasks are blocked, open, accepted and ended."""
+        return {state: len(self._in_state.get(state, ())) for state in ("blocked", "open", "accepted", "ended")}
+
+    def lost_at(self, task: Task, at: int) -> int:
+        """When its holder, who has accepted it, will lose it if nothing is heard of it."""
+        return max(self.alive_at(task.holder, at), task.since) + task.lease
+
+    def best_task(self, agent_id: str) -> Task | None:
+        """The open task that an agent should take next: the most urgent, then what only few can do, then the oldest;
+        not one that it has just given back."""
+        some = [self.tasks[id] for id in self._in_state.get("open", ())]
+        some = [task for task in some if task.released_by != agent_id and self.able(agent_id, task)]
+        wide = lambda task: (2 if EVERYONE in task.to else 1 if re.search('"[#@]', task.to) else 0)  # noqa: E731
+        return min(some, key=lambda task: (-task.priority, wide(task), task.seq), default=None)
+
+    # the messages
+
+    def _send(self, c: Send) -> Receipt:
+        if c.type in self.TASK_MESSAGES and not c.known:
+            self.expect(c.sender)
+            return self.TASK_MESSAGES[c.type](self, c)
+        return self._send_one(c) if c.lease else super()._send(c)
+
+    def _propose(self, c: Send) -> Receipt:
+        if c.due_at or c.lease:
+            raise InvalidRequest("a task can't be delayed, nor delivered to one: let it depend on others instead")
+        if c.id in self.tasks:
+            raise IdReused(f"there is a task `{c.id}` already: give every task an id of its own")
+        live = len(self.tasks) - len(self._in_state.get("ended", ()))
+        if live >= self.limits.max_tasks or self._task_bytes + len(c.payload) > MAX_TASK_BYTES:
+            raise StorageFull(f"the board has {live} tasks and takes no more: complete or cancel some (--max-tasks)")
+        waits_for = tuple([id for id in c.plan.depends_on if self._is_to_come(id, c.id)])
+        inboxes, to = self.resolve(c)
+        receipt = self._pass_on(c, to, () if waits_for else inboxes)
+        message = receipt.message
+        task = Task(
+            message.id, message.seq, c.sender, to, c.payload, c.thread or message.id, c.at,
+            c.plan.lease or TASK_LEASE * 1000, c.plan.deadline_at, c.plan.priority, c.plan.depends_on, waits_for,
+            "blocked" if waits_for else "open", since=c.at,
+        )  # fmt: skip
+        self._put_task(task)
+        self._by(task.deadline_at or float("inf"))
+        return receipt
+
+    def _is_to_come(self, id: str, own: str | None) -> bool:
+        """Whether a task that another waits for is not completed yet. Planners propose in any order: an id of their own
+        choice may be proposed later. Raises HubError where it never will be, or waits for the other itself."""
+        task = self.tasks.get(id)
+        if task is None and self.seq_of(id):
+            raise NotFound(f"`depends_on` names {id}, and there is no such task (any more): leave it out")
+        if task and task.state == "cancelled":
+            raise InvalidRequest(f"`depends_on` names {id}, which was cancelled and will not complete: leave it out")
+        left, seen = [id], {own}
+        while left and own:
+            here = left.pop()
+            if here == own:
+                raise InvalidRequest(f"`depends_on` goes round in a circle: {id} waits for {own}, leave one out")
+            if here not in seen:
+                seen.add(here)
+                left += self.tasks[here].waits_for if here in self.tasks else ()
+        return task is None or task.state != "completed"
+
+    def _meant(self, c: Send) -> Task:
+        """Which task a message is about: what it replies to, or the only one that its recipient proposed and its sender
+        could take. Raises HubError."""
+        if c.reply_to:
+            task = self.tasks.get(c.reply_to) or self.tasks.get(c.thread)
+            if not task:
+                raise NotFound(f"there is no task `{c.reply_to}` (any more): see what there is with `task list`")
+            return task
+        states = ("open", "accepted") if c.type == "task_accept" else ("accepted",)
+        some = [self.tasks[id] for state in states for id in self._in_state.get(state, ())]
+        some = [task for task in some if task.proposer == c.to and self.able(c.sender, task)]
+        mine = [task for task in some if task.state == "open" or task.holder == c.sender]
+        if len(mine) > 1 or not some:
+            ids = f" ({', '.join(task.id for task in mine[:5])})" if mine else ""
+            raise InvalidRequest(f"say which task this is about: give its id as `reply_to`{ids}")
+        return (mine or some)[-1]
+
+    def _tell_of(self, c: Send, task: Task, to: str, *others: str) -> Receipt:
+        """Deliver a message about a task: to whom it is for, where it says nothing of that to `to` (JSON text), and to
+        the others that it concerns. Nobody needs to be told what it did itself."""
+        whom = json.loads(to)
+        said = c.to or (tuple(whom) if isinstance(whom, list) else whom)
+        c = c._replace(to=said, reply_to=task.id, thread=c.thread or task.thread)
+        inboxes, shown = self.resolve(c)
+        concerned = [name for name in (*inboxes, *filter(None, others)) if name != c.sender]
+        return self._pass_on(c, shown, tuple(dict.fromkeys(concerned)))
+
+    def _accept(self, c: Send) -> Receipt:
+        task = self._meant(c)
+        if task.ended or task.state == "accepted" and task.holder != c.sender:
+            raise self._taken(task, c.at)
+        if task.state == "blocked":
+            raise Forbidden(f"task {task.id} is not open yet: it waits for {', '.join(task.waits_for[:5])}")
+        if not self.able(c.sender, task):
+            raise Forbidden(f"task {task.id} was proposed to {task.to}, and `{c.sender}` is not among them")
+        receipt = self._tell_of(c, task, dump(task.proposer), task.proposer)
+        lease = c.plan.lease or task.lease
+        self._put_task(task._replace(state="accepted", holder=c.sender, lease=lease, since=c.at, reason=""))
+        self._by(c.at + lease)
+        return receipt
+
+    def _taken(self, task: Task, at: int) -> TaskTaken:
+        """Why nobody else can have a task, or finish it."""
+        if task.ended:
+            who = f" by {task.holder}" if task.state == "completed" else f" ({task.reason})" if task.reason else ""
+            words, more = f"is {task.state}{who} already", {}
+        else:
+            until = timestamp(self.lost_at(task, at))
+            words, more = f"is held by {task.holder}, until {until} if that falls silent", {"expires_at": until}
+        return TaskTaken(
+            f"task {task.id} {words}: take another one (`task next`)", task_id=task.id, state=task.state,
+            **({"holder": task.holder} if task.holder else {}), **more,
+        )  # fmt: skip
+
+    def _held(self, c: Send) -> Task:
+        """The task that a message is about, which its sender must hold; the operator may act for any holder."""
+        task = self._meant(c)
+        if task.ended or task.state == "accepted" and c.sender not in (task.holder, OPERATOR):
+            raise self._taken(task, c.at)
+        if task.state != "accepted":
+            raise Forbidden(f"nobody holds task {task.id}, which is {task.state}: accept it first")
+        return task
+
+    def _complete(self, c: Send) -> Receipt:
+        task = self._held(c)
+        receipt = self._tell_of(c, task, dump(task.proposer), task.proposer, task.holder)
+        self._put_task(task._replace(state="completed", since=c.at, waits_for=(), reason=""), c.payload)
+        for id in list(self._waiting_for.get(task.id, ())):
+            other = self.tasks[id]
+            other = other._replace(waits_for=tuple(one for one in other.waits_for if one != task.id), since=c.at)
+            self._put_task(other) if other.waits_for else self._open(other, c.at)
+        return receipt
+
+    def _release_task(self, c: Send) -> Receipt:
+        task = self._held(c)
+        receipt = self._tell_of(c, task, dump(task.proposer), task.proposer, task.holder)
+        self._open(task._replace(reason=f"released by {c.sender}", released_by=task.holder), c.at)
+        return receipt
+
+    def _cancel(self, c: Send) -> Receipt:
+        task = self._meant(c)
+        if task.ended:
+            raise self._taken(task, c.at)
+        if c.sender not in (task.proposer, OPERATOR):
+            raise Forbidden(f"only {task.proposer}, who proposed it, may cancel task {task.id}: release it instead")
+        told = task.to if task.state == "open" else dump(task.holder or task.proposer)
+        receipt = self._tell_of(c, task, told, task.holder, task.proposer)
+        self._end(task, c.at, f"cancelled by {c.sender}")
+        return receipt
+
+    TASK_MESSAGES = {
+        "task_proposal": _propose,
+        "task_accept": _accept,
+        "task_complete": _complete,
+        "task_release": _release_task,
+        "task_cancel": _cancel,
+    }
+
+    def _take_task(self, c: TakeTask) -> Receipt | None:
+        """Accept the best task there is for an agent; None where there is none."""
+        self.expect(c.agent_id)
+        if c.known:
+            return self._again(Send(c.at, c.agent_id, "", "", "", c.id, digest=c.digest), c.known)
+        task = self.best_task(c.agent_id)
+        if not task:
+            return None
+        payload = dump({"task_id": task.id})
+        return self._send(
+            Send(c.at, c.agent_id, "", payload, "task_accept", c.id, task.id, task.thread, 0, c.digest, via=c.via)
+        )
+
+    # what the hub does of its own accord
+
+    def _open(self, task: Task, at: int) -> None:
+        """Propose a task to whomever it is for, in the words it was proposed with."""
+        self._put_task(task._replace(state="open", holder="", since=at))
+        to = json.loads(task.to)
+        again = Send(
+            at, task.proposer, tuple(to) if isinstance(to, list) else to, task.payload, "task_proposal", None, task.id,
+            task.thread, task.deadline_at, via="hub",
+        )  # fmt: skip
+        with contextlib.suppress(AmbiguousRecipient):
+            inboxes, to = self.resolve(again)
+            room = tuple([name for name in inboxes if self.unread(name) < self.limits.max_inbox])
+            self._deliver(again, to, room, tuple([name for name in inboxes if name not in room]))
+
+    def _end(self, task: Task, at: int, reason: str) -> None:
+        """A task will not be completed, and neither will those that wait for it, whose proposers are told."""
+        self._put_task(task._replace(state="cancelled", since=at, waits_for=(), reason=reason))
+        for id in list(self._waiting_for.get(task.id, ())):
+            if id in self.tasks and not self.tasks[id].ended:
+                why = f"it waited for {task.id}, which was cancelled"
+                self._say(at, task.proposer, self.tasks[id].proposer, self.tasks[id], "task_cancel", why)
+                self._end(self.tasks[id], at, why)
+
+    def _say(self, at: int, sender: str, to: str, task: Task, type: str, reason: str) -> None:
+        """The hub speaks for an agent that does not, or can't."""
+        if self.known(to) or to in self.departed:
+            payload = dump({"task_id": task.id, "reason": reason})
+            told = Send(at, sender, to, payload, type, None, task.id, task.thread, via="hub")
+            self._deliver(told, dump(to), (to,))
+
+    def _lose(self, task: Task, at: int, reason: str) -> None:
+        """Its holder is gone: the proposer hears of it, and others can have it."""
+        self._say(at, task.holder, task.proposer, task, "task_release", reason)
+        self._open(task._replace(reason=reason), at)
+
+    def _gone(self, agent_id: str, at: int) -> None:
+        super()._gone(agent_id, at)
+        for id in self.tasks_of(agent_id):
+            self._lose(self.tasks[id], at, f"{agent_id} has left the hub")
+
+    def _elapse_tasks(self, at: int) -> None:
+        """Tasks whose holders have been silent for too long, and those that nobody needs any more."""
+        ends = float("inf")
+        for id in [id for state in ("accepted", "open", "blocked") for id in self._in_state.get(state, ())]:
+            task = self.tasks[id]
+            lost_at = self.lost_at(task, at) if task.state == "accepted" else float("inf")
+            if task.ended:  # with one that it waited for
+                continue
+            if 0 < task.deadline_at <= at:
+                self._say(at, task.holder or task.proposer, task.proposer, task, "task_cancel", "its deadline is over")
+                self._say(at, task.proposer, task.holder, task, "task_cancel", "its deadline is over")
+                self._end(task, at, "its deadline is over")
+            elif lost_at <= at:
+                self._lose(task, at, f"{task.holder} has been silent for {task.lease // 1000} s")
+            else:
+                ends = min(ends, lost_at, task.deadline_at or float("inf"))
+        self._by(ends)
+
+
+# --- Locks ------------------------------------------------------------------------------------------------------------
+
+
+class Locks:
+    """Who has locked which paths, and who waits for some, in order. It knows time only as it is told: `live` says of a
+    lock whether it still holds.
+
+    Nobody waits for each other in a circle: who waits holds nothing of what it waits for, whoever would have to wait
+    for somebody that waits for it is refused instead, and whoever comes later waits for those who were here before.
+    """
+
+    def __init__(self, some: Iterable[Lock] = (), fence: int = 0) -> None:
+        self.fence = fence
+        self.held: dict[str, Lock] = {}
+        self.waiting: dict[str, TakeLock] = {}
+        self._of: dict[str, dict[str, None]] = {}
+        self.paths = 0
+        for lock in some:
+            self.put(lock)
+
+    def put(self, lock: Lock) -> None:
+        """Hold a lock, or what has changed of it."""
+        self.pop(lock.lock_id)
+        self.held[lock.lock_id] = lock
+        self._of.setdefault(lock.agent_id, {})[lock.lock_id] = None
+        self.paths += len(lock.paths)
+
+    def pop(self, lock_id: str) -> Lock | None:
+        """Hold it no more. Returns it, if it was held."""
+        lock = self.held.pop(lock_id, None)
+        if lock:
+            del self._of[lock.agent_id][lock_id]
+            if not self._of[lock.agent_id]:
+                del self._of[lock.agent_id]
+            self.paths -= len(lock.paths)
+        return lock
+
+    def of(self, agent_id: str) -> list[Lock]:
+        """The locks of an agent, in the order in which they were taken."""
+        return [self.held[lock_id] for lock_id in self._of.get(agent_id, ())]
+
+    def over(self, paths: tuple[str, ...], live: Callable[[Lock], bool]) -> Iterator[tuple[Lock, str, str]]:
+        """The locks that overlap with some paths, each with the first path of either that does."""
+        for lock in self.held.values():
+            pair = next(((theirs, mine) for theirs in lock.paths for mine in paths if overlap(theirs, mine)), None)
+            if pair and live(lock):
+                yield lock, *pair
+
+    def against(self, want: TakeLock, live: Callable[[Lock], bool]) -> list[tuple[Lock, str, str]]:
+        """The locks that keep these paths from being locked."""
+        return [
+            found
+            for found in self.over(want.paths, live)
+            if "exclusive" in (want.mode, found[0].mode)
+            and want.id != found[0].lock_id
+            and not (want.reentrant and found[0].agent_id == want.agent_id)
+        ]
+
+    def ahead(self, want: TakeLock, live: Callable[[Lock], bool]) -> list[TakeLock]:
+        """Those who came before and wait for some of these paths; but not those who wait for whoever asks."""
+        found = []
+        for other in self.waiting.values():
+            if other.id == want.id:
+                break
+            if (
+                other.wait_until > want.at
+                and "exclusive" in (want.mode, other.mode)
+                and any(overlap(theirs, mine) for theirs in other.paths for mine in want.paths)
+                and want.agent_id not in (other.agent_id, *(lock.agent_id for lock, *_ in self.against(other, live)))
+            ):
+                found.append(other)
+        return found
+
+    def circle(self, want: TakeLock, live: Callable[[Lock], bool]) -> str:
+        """Who, of those that would have to be waited for, waits for whoever asks; empty where nobody does."""
+        seen, left = set(), [(want, "")]
+        while left:
+            one, first = left.pop()
+            names = [lock.agent_id for lock, *_ in self.against(one, live)]
+            names += [other.agent_id for other in self.ahead(one, live)]
+            for name in names:
+                if name == want.agent_id and first:
+                    return first
+                if name not in seen:
+                    seen.add(name)
+                    waits = [w for w in self.waiting.values() if w.agent_id == name and w.wait_until > want.at]
+                    left += [(other, first or name) for other in waits]
+        return ""
+
+
+# --- Board ------------------------------------------------------------------------------------------------------------
+
+
+class Board(Tasks):
+    """What a team shares besides messages and tasks: channels, locks, notes, and what everybody is doing."""
+
+    def _load_board(self, snapshot: Snapshot) -> None:
+        waiting = self.locks.waiting if hasattr(self, "locks") else {}  # who is connected stays so
+        self.locks = Locks(snapshot.locks, snapshot.fence)
+        self.locks.waiting = waiting
+        self.notes = {note.key: note for note in snapshot.notes}
+        for channel, agent_id, since in snapshot.members:
+            self.channels.setdefault(channel, {})[agent_id] = since
+
+    # channels, and what agents are doing
+
+    def channels_of(self, agent_id: str) -> list[str]:
+        """The channels that an agent is a member of."""
+        return sorted(channel for channel, members in self.channels.items() if agent_id in members)
+
+    def _join(self, c: Join) -> bool:
+        """Whether this is news. Joining again with `full` opens what was said before, too."""
+        self.expect(c.agent_id)
+        members = self.channels.get(c.channel, {})
+        since = 0 if c.full else members.get(c.agent_id, self.seq)
+        if members.get(c.agent_id) == since:
+            return False
+        if not members and len(self.channels) >= self.limits.max_channels:
+            raise StorageFull(f"the hub has {len(self.channels)} channels: use one of them, or raise --max-channels")
+        known = c.agent_id in members
+        self.channels.setdefault(c.channel, {})[c.agent_id] = since
+        self.events.append(Joined(c.channel, c.agent_id, since))
+        if not known:
+            self._came(c.agent_id, c.at)
+        return not known
+
+    def _part(self, c: Part) -> bool:
+        """Whether it was a member."""
+        self.expect(c.agent_id)
+        if c.agent_id not in self.channels.get(c.channel, ()):
+            return False
+        self._expel(c.channel, c.agent_id)
+        return True
+
+    def _expel(self, channel: str, agent_id: str) -> None:
+        del self.channels[channel][agent_id]
+        if not self.channels[channel]:
+            del self.channels[channel]
+        self.events.append(Parted(channel, agent_id))
+
+    def _set_status(self, c: SetStatus) -> Agent:
+        if c.agent_id not in self.agents:
+            self.expect(c.agent_id)
+            raise Forbidden(f"{OPERATOR} is no registered agent and has no status: register one")
+        agent = self.agents[c.agent_id] = self.agents[c.agent_id]._replace(doing=c.doing, away_until=c.away_until)
+        self.events += [
+            Doing(c.agent_id, c.doing, c.away_until),
+            Presence(c.agent_id, agent.name, self.status(c.agent_id, c.at), c.doing),
+        ]
+        self._came(c.agent_id, c.at)
+        self._by(c.away_until or float("inf"))
+        return agent
+
+    # locks
+
+    def lock_ends(self, lock: Lock, at: int) -> int:
+        """When a lock ends if nothing more is heard of its holder."""
+        return max(lock.renewed_at, self.alive_at(lock.agent_id, at) if lock.follows else self.loaded_at) + lock.ttl
+
+    def live(self, at: int) -> Callable[[Lock], bool]:
+        """Whether a lock holds at that time; what has ended may still be there."""
+        return lambda lock: self.lock_ends(lock, at) > at
+
+    def lock_places(self, at: int) -> list[TakeLock]:
+        """Who waits for locks, in order."""
+        return [want for want in self.locks.waiting.values() if want.wait_until > at]
+
+    def _take_lock(self, c: TakeLock) -> Lock | None:
+        """The lock; None where its asker has to wait for it. Raises LockHeld."""
+        self.expect(c.agent_id)
+        live = self.live(c.at)
+        held = self.locks.held.get(c.id) or self._same_lock(c)
+        if held and (held.agent_id, held.paths) != (c.agent_id, c.paths):
+            raise IdReused(f"the id `{c.id}` is that of another lock: give every lock an id of its own")
+        against, ahead = self.locks.against(c, live), self.locks.ahead(c, live)
+        if not (against or ahead):
+            return self._grant(c, held if held and held.mode == c.mode else None)
+        circle = self.locks.circle(c, live) if c.wait_until > c.at else ""
+        if c.wait_until <= c.at or circle:
+            raise self._lock_held(c, against, ahead, circle)
+        self._check_paths(c)
+        mine = [want for want in self.lock_places(c.at) if want.agent_id == c.agent_id and want.id != c.id]
+        if len(mine) >= MAX_LOCK_WAITS:
+            raise RateLimited(f"{c.agent_id} waits for {len(mine)} locks: wait until it has some", retry_after=5)
+        self.locks.waiting[c.id] = c  # which keeps its place, where it had one
+        return None
+
+    def _same_lock(self, c: TakeLock) -> Lock | None:
+        """Asking again for what one has renews it."""
+        mine = self.locks.of(c.agent_id) if c.reentrant else ()
+        return next((lock for lock in mine if (lock.paths, lock.mode) == (c.paths, c.mode)), None)
+
+    def _check_paths(self, c: TakeLock) -> None:
+        paths = self.locks.paths + sum(len(want.paths) for want in self.lock_places(c.at) if want.id != c.id)
+        if paths + len(c.paths) > self.limits.max_locks:
+            raise StorageFull(f"{paths} paths are locked or waited for: release some, or raise --max-locks")
+
+    def _grant(self, c: TakeLock, held: Lock | None) -> Lock:
+        if not held:
+            self._check_paths(c)
+        self.locks.waiting.pop(c.id, None)
+        for lock, *_ in [*self.locks.over(c.paths, lambda lock: lock != held and not self.live(c.at)(lock))]:
+            self._unlock(lock, "expired")
+        self.locks.fence += 0 if held else 1
+        lock = held or Lock(c.id, c.agent_id, c.paths, c.mode, c.ttl, c.note, self.locks.fence, c.at, c.at)
+        lock = lock._replace(ttl=c.ttl, note=c.note, renewed_at=c.at, follows=c.follows)
+        self._put_lock(lock, c.at)
+        return lock
+
+    def _put_lock(self, lock: Lock, at: int) -> None:
+        self.locks.put(lock)
+        self.events.append(Locked(lock))
+        self._by(at + lock.ttl)
+
+    def _unlock(self, lock: Lock, reason: str) -> None:
+        self.locks.pop(lock.lock_id)
+        self.events.append(Unlocked(lock.lock_id, lock.agent_id, lock.paths, reason))
+
+    def _lock_held(self, c: TakeLock, against: list, ahead: list[TakeLock], circle: str) -> LockHeld:
+        """Who is in the way, with what, and for how long."""
+        more: dict[str, Any] = {}
+        if against:
+            lock, theirs, mine = against[0]
+            ends = self.lock_ends(lock, c.at)
+            why = f' for "{lock.note}"' if lock.note else ""
+            words = f"{mine} is locked by {lock.agent_id} ({lock.mode}, {theirs}){why} until {timestamp(ends)}"
+            more = {"holder": lock.agent_id, "pattern": theirs, "path": mine, "expires_at": timestamp(ends)}
+            more |= {"mode": lock.mode, "retry_after": max(1, -(-(ends - c.at) // 1000))}
+            words += f", in {more['retry_after']} s"
+        else:
+            words = f"{', '.join(c.paths[:3])} is free, but {ahead[0].agent_id} waits for it and was here before"
+            more = {"holder": ahead[0].agent_id, "pattern": ahead[0].paths[0], "path": c.paths[0], "retry_after": 1}
+        fix = "wait for it (`wait`, --wait), lock other paths, or write to its holder"
+        if circle:
+            fix = f"and waiting would never end, because {circle} waits for you: release what you hold first"
+        return LockHeld(f"{words}: {fix}", **more)
+
+    def _leave_queue(self, c: LeaveQueue) -> None:
+        want = self.locks.waiting.get(c.id)
+        if want and want.agent_id == c.agent_id:
+            del self.locks.waiting[c.id]
+
+    def _locks_meant(self, agent_id: str, lock_id: str, at: int) -> list[Lock]:
+        """Those of an agent that hold, or the one of that id, which the operator may mean whosever it is."""
+        self.expect(agent_id)
+        lock = self.locks.held.get(lock_id)
+        if lock and agent_id not in (lock.agent_id, OPERATOR):
+            raise Forbidden(f"lock {lock_id} is that of {lock.agent_id}: only that agent, or the operator, may do this")
+        some = [lock] if lock else [] if lock_id else self.locks.of(agent_id)
+        return [lock for lock in some if self.live(at)(lock)]
+
+    def _renew_locks(self, c: RenewLocks) -> list[Lock]:
+        found = self._locks_meant(c.agent_id, c.id, c.at)
+        if not found:
+            raise NotFound(f"{c.agent_id} has no such lock (any more): it was released or ran out, so take it again")
+        found = [lock._replace(renewed_at=c.at, ttl=c.ttl or lock.ttl) for lock in found]
+        for lock in found:
+            self._put_lock(lock, c.at)
+        return found
+
+    def _release_locks(self, c: ReleaseLocks) -> list[Lock]:
+        """What of the locks is free now, each as it was with the paths that are."""
+        freed = []
+        for lock in self._locks_meant(c.agent_id, c.id, c.at):
+            gone = tuple([path for path in lock.paths if path in c.paths]) if c.paths else lock.paths
+            left = tuple([path for path in lock.paths if path not in gone])
+            if not gone:
+                continue
+            if left:
+                self._put_lock(lock._replace(paths=left), c.at)
+            else:
+                self._unlock(lock, "released")
+            freed.append(lock._replace(paths=gone))
+        return freed
+
+    # notes
+
+    def note(self, key: str, at: int) -> Note | None:
+        """What is known of a note, if there is one at that time."""
+        note = self.notes.get(key)
+        return note if note and not note.gone and not 0 < note.expires_at <= at else None
+
+    def _set_note(self, c: SetNote) -> Note:
+        self.expect(c.agent_id)
+        here, was = self.note(c.key, c.at), self.notes.get(c.key)
+        version = here.version if here else 0
+        if c.if_version is not None and c.if_version != version:
+            who = f"{here.agent_id} has written version {version}" if here else "there is none"
+            raise VersionConflict(
+                f"note `{c.key}` is not at version {c.if_version}, {who}: read it again, and decide then",
+                version=version, **({"agent_id": here.agent_id} if here else {}),
+            )  # fmt: skip
+        if c.value is None and not here:
+            raise NotFound(f"there is no note `{c.key}`: see `note list`")
+        if not here and sum(not note.gone for note in self.notes.values()) >= self.limits.max_notes:
+            raise StorageFull("the board has as many notes as it may: remove some, or raise --max-notes")
+        size = len(c.value.encode()) if c.value is not None else 0
+        note = Note(c.key, (was.version if was else 0) + 1, c.agent_id, c.at, c.expires_at, size, c.value is None)
+        self._put_note(note, c.value or "")
+        return note
+
+    def _put_note(self, note: Note, value: str = "") -> None:
+        self.notes[note.key] = note
+        self.events.append(Noted(note, value))
+        self._by(note.expires_at or float("inf"))
+
+    # what leaves with an agent, and what time brings about
+
+    def _gone(self, agent_id: str, at: int) -> None:
+        for channel in self.channels_of(agent_id):
+            self._expel(channel, agent_id)
+        for lock in self.locks.of(agent_id):
+            self._unlock(lock, "left")
+        for id in [id for id, want in self.locks.waiting.items() if want.agent_id == agent_id]:
+            del self.locks.waiting[id]
+        super()._gone(agent_id, at)
+
+    def _elapse(self, c: Elapse) -> None:
+        self.next_at = float("inf")
+        for lock in [lock for lock in self.locks.held.values() if not self.live(c.at)(lock)]:
+            self._unlock(lock, "expired")
+        self._by(min((self.lock_ends(lock, c.at) for lock in self.locks.held.values()), default=float("inf")))
+        for note in [note for note in self.notes.values() if not note.gone and 0 < note.expires_at <= c.at]:
+            self._put_note(note._replace(gone=True, size=0, at=c.at, expires_at=0))
+        self._by(min((note.expires_at for note in self.notes.values() if note.expires_at), default=float("inf")))
+        for agent in [a for a in self.agents.values() if a.away_until]:
+            if agent.away_until > c.at:
+                self._by(agent.away_until)
+            else:
+                self._set_status(SetStatus(c.at, agent.agent_id, agent.doing, 0))
+        self._elapse_jobs(c.at)
+        self._elapse_tasks(c.at)
+
+    def _forget_old(self, at: float) -> None:
+        """Of tasks that ended, and notes that are gone, for longer than messages are kept nothing is remembered."""
+        for id in [id for id in self._in_state.get("ended", ()) if self.tasks[id].since < at]:
+            self._forget_task(id)
+        for note in [note for note in self.notes.values() if note.gone and note.at < at]:
+            del self.notes[note.key]
+            self.events.append(NoteForgotten(note.key))
+
+    RULES = Mail.RULES | {
+        Send: Tasks._send,
+        TakeTask: Tasks._take_task,
+        Join: _join,
+        Part: _part,
+        SetStatus: _set_status,
+        TakeLock: _take_lock,
+        LeaveQueue: _leave_queue,
+        RenewLocks: _renew_locks,
+        ReleaseLocks: _release_locks,
+        SetNote: _set_note,
+        Elapse: _elapse,
+    }
+
+
 # --- Hub --------------------------------------------------------------------------------------------------------------
 
 
-class Hub(Mail):
+class Hub(Board):
     """The rules. `apply` takes a command and changes everything it should at once, or raises HubError and nothing.
 
     What must last is noted in `events`; connections, signs of life and pace are not, and are found again after a
@@ -1560,6 +2865,9 @@ class Hub(Mail):
         self.later.clear()
         self.load_agents(snapshot.agents, snapshot.seen, at)
         self._load_mail(snapshot)
+        self._load_jobs(snapshot)
+        self._load_tasks(snapshot)
+        self._load_board(snapshot)
         # whoever was asked counts as here until a sweep has looked: its asker may have to be told that it is not
         self.active.update(name for r in snapshot.requests if not r.told for name in r.asked if name in self.agents)
 
@@ -1578,6 +2886,12 @@ class Hub(Mail):
             tuple(sorted(self.departed)),
             tuple(sorted(self.delayed.items())),
             tuple(sorted(self.requests.open.values(), key=lambda request: request.seq)),
+            tuple(sorted((c, name, since) for c, members in self.channels.items() for name, since in members.items())),
+            tuple(job for _, job in sorted(self.jobs.items())),
+            tuple(sorted(self.tasks.values(), key=lambda task: task.seq)),
+            tuple(sorted(self.locks.held.values())),
+            self.locks.fence,
+            tuple(sorted(self.notes.values())),
         )
 
     def take_events(self) -> list[Any]:
@@ -1628,6 +2942,7 @@ class Hub(Mail):
         self._adopt(agent)
         self._seen[agent.agent_id] = c.at
         self._touch(Touch(c.at, agent.agent_id))
+        self._came(agent.agent_id, c.at)
         return agent
 
     def _leave(self, c: Leave) -> None:
@@ -1645,6 +2960,7 @@ class Hub(Mail):
                 self._close_request(request.id)
         if c.agent_id in self.active:
             self._went_offline(agent, c.at)
+        self._gone(c.agent_id, c.at)
 
     def _touch(self, c: Touch) -> None:
         seen = self._seen.get(c.agent_id, 0)
@@ -1654,7 +2970,9 @@ class Hub(Mail):
         self._unwritten.add(c.agent_id)
         if c.agent_id not in self.active and c.agent_id in self.agents:
             self.active.add(c.agent_id)
-            self.events.append(Presence(c.agent_id, self.agents[c.agent_id].name, "active"))
+            agent = self.agents[c.agent_id]
+            self.events.append(Presence(c.agent_id, agent.name, "active", agent.doing))
+            self._came(c.agent_id, c.at)
 
     def lapse(self, agent_id: str) -> None:
         """End an agent's tokens, if it is here."""
@@ -1683,6 +3001,7 @@ class Hub(Mail):
         self.events += [Seen(name, self._seen[name]) for name in sorted(self._unwritten) if name in self.agents]
         self._unwritten.clear()
         self.pace.sweep(c.at)
+        self._forget_old(c.at - self.limits.retention * 1000)
         for name in [n for n, inbox in self.inboxes.items() if not inbox.unread and not self.known(n)]:
             del self.inboxes[name]
             self._strays.discard(name)
@@ -1690,7 +3009,7 @@ class Hub(Mail):
         self.departed.difference_update(done)
         self.events += map(Forgotten, done)
 
-    RULES = Mail.RULES | {
+    RULES = Board.RULES | {
         Register: _register,
         Leave: _leave,
         Touch: _touch,
@@ -1740,11 +3059,49 @@ MIGRATIONS = (  # the n-th brings a file from user_version n to n + 1; what has 
     CREATE TABLE requests (id TEXT PRIMARY KEY, seq INTEGER NOT NULL, asker TEXT NOT NULL, thread TEXT NOT NULL,
         asked TEXT NOT NULL, told INTEGER NOT NULL) WITHOUT ROWID;
     """,
+    """
+    ALTER TABLE agents ADD COLUMN doing TEXT NOT NULL DEFAULT '';
+    ALTER TABLE agents ADD COLUMN away_until INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE messages ADD COLUMN lease INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE delayed ADD COLUMN lease INTEGER NOT NULL DEFAULT 0;
+    CREATE TABLE members (channel TEXT, agent_id TEXT, since INTEGER NOT NULL,
+        PRIMARY KEY (channel, agent_id)) WITHOUT ROWID;
+    CREATE TABLE channel_messages (channel TEXT, seq INTEGER, PRIMARY KEY (channel, seq)) WITHOUT ROWID;
+    CREATE TABLE jobs (seq INTEGER PRIMARY KEY, recipients TEXT NOT NULL, sender TEXT NOT NULL, lease INTEGER NOT NULL,
+        holder TEXT NOT NULL, until INTEGER NOT NULL);
+    CREATE TABLE tasks (id TEXT PRIMARY KEY, seq INTEGER NOT NULL, proposer TEXT NOT NULL, recipient TEXT NOT NULL,
+        payload TEXT NOT NULL, thread TEXT NOT NULL, proposed_at INTEGER NOT NULL, lease INTEGER NOT NULL,
+        deadline_at INTEGER NOT NULL, priority INTEGER NOT NULL, depends_on TEXT NOT NULL, waits_for TEXT NOT NULL,
+        state TEXT NOT NULL, holder TEXT NOT NULL, since INTEGER NOT NULL, reason TEXT NOT NULL,
+        released_by TEXT NOT NULL, result TEXT NOT NULL DEFAULT '') WITHOUT ROWID;
+    CREATE TABLE locks (lock_id TEXT PRIMARY KEY, agent_id TEXT NOT NULL, paths TEXT NOT NULL, mode TEXT NOT NULL,
+        ttl INTEGER NOT NULL, note TEXT NOT NULL, token INTEGER NOT NULL, taken_at INTEGER NOT NULL,
+        renewed_at INTEGER NOT NULL, follows INTEGER NOT NULL) WITHOUT ROWID;
+    CREATE TABLE notes (key TEXT PRIMARY KEY, version INTEGER NOT NULL, agent_id TEXT NOT NULL, at INTEGER NOT NULL,
+        expires_at INTEGER NOT NULL, size INTEGER NOT NULL, gone INTEGER NOT NULL, value TEXT NOT NULL) WITHOUT ROWID;
+    INSERT INTO meta VALUES ('fence', 0);
+    """,
 )
 
 
 def _agent_rows(batch: list[Registered]) -> list[tuple]:
-    return [(*a[:3], dump(a.capabilities), a.metadata, b"".join(a.tokens), a.registered_at) for a, *_ in batch]
+    return [(*a[:3], dump(a.capabilities), a.metadata, b"".join(a.tokens), *a[6:]) for a, *_ in batch]
+
+
+def _channel_rows(batch: list[Sent]) -> list[tuple]:
+    found = []
+    for message in [e.message for e in batch if "#" in e.message.to]:
+        to = json.loads(message.to)
+        found += [(name, message.seq) for name in (to if isinstance(to, list) else [to]) if name[0] == "#"]
+    return found
+
+
+def _task_rows(batch: list[TaskProposed]) -> list[tuple]:
+    return [(*t[:10], dump(t.depends_on), dump(t.waits_for), *t[12:]) for (t,) in batch]
+
+
+def _changed_rows(batch: list[TaskChanged]) -> list[tuple]:
+    return [(t.lease, dump(t.waits_for), *t[12:], result, t.id) for t, result in batch]
 
 
 def _each_agent(batch: list[Any]) -> list[tuple]:
@@ -1754,7 +3111,10 @@ def _each_agent(batch: list[Any]) -> list[tuple]:
 def _message_rows(batch: list[Any]) -> list[tuple]:
     """An id that the hub made follows from the seq and is not stored, unless the seq is not the one it was made of."""
     return [
-        (m.seq, m.id if m.digest or m.due_at else None, *m[2:11], dump(inboxes), *m[11:], dump(full) if full else "[]")
+        (
+            m.seq, m.id if m.digest or m.due_at else None, *m[2:11], dump(inboxes), *m[11:14],
+            dump(full) if full else "[]", m.lease,
+        )  # fmt: skip
         for m, inboxes, full in batch
     ]
 
@@ -1783,10 +3143,12 @@ _UNINDEX = (  # the search index hears of it in its own time (`Search`), if it k
 WRITES: dict[type, tuple[tuple[str, Callable[[list], list[tuple]]], ...]] = {
     Registered: (
         (
-            "INSERT INTO agents (agent_id, session_id, name, capabilities, metadata, tokens, registered_at)"
-            " VALUES (?,?,?,?,?,?,?) ON CONFLICT (agent_id) DO UPDATE SET session_id = excluded.session_id,"
-            " name = excluded.name, capabilities = excluded.capabilities, metadata = excluded.metadata,"
-            " tokens = excluded.tokens, registered_at = excluded.registered_at, departed = 0",
+            "INSERT INTO agents (agent_id, session_id, name, capabilities, metadata, tokens, registered_at, doing,"
+            " away_until) VALUES (?,?,?,?,?,?,?,?,?) ON CONFLICT (agent_id) DO UPDATE SET"
+            " session_id = excluded.session_id, name = excluded.name, capabilities = excluded.capabilities,"
+            " metadata = excluded.metadata,"
+            " tokens = excluded.tokens, registered_at = excluded.registered_at, departed = 0,"
+            " doing = excluded.doing, away_until = excluded.away_until",
             _agent_rows,
         ),
     ),
@@ -1798,13 +3160,14 @@ WRITES: dict[type, tuple[tuple[str, Callable[[list], list[tuple]]], ...]] = {
     ),
     Seen: (("UPDATE agents SET seen_at = ? WHERE agent_id = ?", lambda batch: [(e.at, e.agent_id) for e in batch]),),
     Sent: (
-        ("INSERT INTO messages VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)", _message_rows),
+        ("INSERT INTO messages VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)", _message_rows),
         (
             "INSERT INTO deliveries (inbox, seq) VALUES (?,?)",
             lambda batch: [(name, e[0][0]) for e in batch for name in e[1]],
         ),
+        ("INSERT INTO channel_messages VALUES (?,?)", _channel_rows),
     ),
-    Delayed: (("INSERT INTO delayed VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)", _message_rows),),
+    Delayed: (("INSERT INTO delayed VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)", _message_rows),),
     Released: (("DELETE FROM delayed WHERE seq = ?", list),),
     Acknowledged: (
         (
@@ -1834,7 +3197,8 @@ WRITES: dict[type, tuple[tuple[str, Callable[[list], list[tuple]]], ...]] = {
     Answered: (("DELETE FROM requests WHERE id = ?", list),),
     Adopted: (
         (
-            "UPDATE OR REPLACE deliveries SET inbox = ? WHERE inbox = ? AND seq = ?",
+            "UPDATE OR REPLACE deliveries SET inbox = ?, pushed_at = NULL, pushed_via = NULL, claimed_at = NULL,"
+            " claimed_until = NULL WHERE inbox = ? AND seq = ?",
             lambda batch: [(e.agent_id, e.inbox, seq) for e in batch for seq in e.seqs],
         ),
         (
@@ -1857,9 +3221,48 @@ WRITES: dict[type, tuple[tuple[str, Callable[[list], list[tuple]]], ...]] = {
         _GAP,
         _UNINDEX,
         (f"DELETE FROM deliveries WHERE {_IN_ITS_INBOXES}", _each_seq),
+        (
+            "DELETE FROM channel_messages WHERE seq = ?1 AND channel IN (SELECT value FROM messages,"
+            " json_each(iif(recipient LIKE '[%', recipient, json_array(json(recipient)))) WHERE messages.seq = ?1)",
+            _each_seq,
+        ),
         ("DELETE FROM messages WHERE seq = ?", _each_seq),
         ("UPDATE meta SET value = max(value, ?) WHERE key = 'seq'", lambda batch: [(e.seq,) for e in batch]),
     ),
+    Doing: (
+        (
+            "UPDATE agents SET doing = ?, away_until = ? WHERE agent_id = ?",
+            lambda batch: [(e.doing, e.away_until, e.agent_id) for e in batch],
+        ),
+    ),
+    Joined: (("INSERT OR REPLACE INTO members VALUES (?,?,?)", list),),
+    Parted: (("DELETE FROM members WHERE channel = ? AND agent_id = ?", list),),
+    Job: (("INSERT OR REPLACE INTO jobs VALUES (?,?,?,?,?,?)", list),),
+    Done: (("DELETE FROM jobs WHERE seq = ?", list),),
+    TaskProposed: (("INSERT INTO tasks VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,'')", _task_rows),),
+    TaskChanged: (
+        (
+            "UPDATE tasks SET lease = ?, waits_for = ?, state = ?, holder = ?, since = ?, reason = ?, released_by = ?,"
+            " result = ? WHERE id = ?",
+            _changed_rows,
+        ),
+    ),
+    TaskForgotten: (("DELETE FROM tasks WHERE id = ?", list),),
+    Locked: (
+        (
+            "INSERT OR REPLACE INTO locks VALUES (?,?,?,?,?,?,?,?,?,?)",
+            lambda batch: [(*e.lock[:2], dump(e.lock.paths), *e.lock[3:]) for e in batch],
+        ),
+        ("UPDATE meta SET value = max(value, ?) WHERE key = 'fence'", lambda batch: [(e.lock.token,) for e in batch]),
+    ),
+    Unlocked: (("DELETE FROM locks WHERE lock_id = ?", lambda batch: [(e.lock_id,) for e in batch]),),
+    Noted: (
+        (
+            "INSERT OR REPLACE INTO notes VALUES (?,?,?,?,?,?,?,?)",
+            lambda batch: [(*e.note, e.value) for e in batch],
+        ),
+    ),
+    NoteForgotten: (("DELETE FROM notes WHERE key = ?", list),),
 }
 
 
@@ -2061,6 +3464,9 @@ def quote_path(path: str) -> str:
     return re.sub("[?#%]", lambda found: f"%{ord(found[0]):02X}", path)
 
 
+SEQS_BY = {"deliveries": "inbox", "messages": "sender", "channel_messages": "channel"}
+
+
 class Log:
     """The reading half of a store: what is committed, and nothing else."""
 
@@ -2128,9 +3534,9 @@ class Log:
     def _load(self, rows: Callable) -> Snapshot:
         agents, seen = [], []
         query = "SELECT * FROM agents WHERE NOT departed ORDER BY agent_id"
-        for *head, capabilities, metadata, tokens, at, seen_at, _ in rows(query):
+        for *head, capabilities, metadata, tokens, at, seen_at, _, doing, away in rows(query):
             digests = tuple(tokens[i : i + 32] for i in range(0, len(tokens), 32))
-            agents.append(Agent(*head, tuple(json.loads(capabilities)), metadata, digests, at))
+            agents.append(Agent(*head, tuple(json.loads(capabilities)), metadata, digests, at, doing, away))
             seen.append((head[0], seen_at))
         pings = (
             "SELECT seq, id, sender, (SELECT count(*) FROM json_each(m.inboxes), deliveries AS d WHERE d.inbox = value"
@@ -2161,10 +3567,29 @@ class Log:
                 (seq, tuple(json.loads(names))) for seq, names in rows("SELECT seq, inboxes FROM delayed ORDER BY seq")
             ),
             tuple(Asked(*head, tuple(json.loads(asked)), bool(told)) for *head, asked, told in requests),
+            *self._load_board(rows),
+        )
+
+    def _load_board(self, rows: Callable) -> tuple:
+        """What a team shares, in the order of `Snapshot`. The text of a task that has ended is not kept in memory."""
+        ended = "iif(state IN ('completed', 'cancelled'), '', payload)"
+        columns = f"id, seq, proposer, recipient, {ended}, thread, proposed_at, lease, deadline_at, priority,"
+        columns += " depends_on, waits_for, state, holder, since, reason, released_by"
+        listed = lambda text: tuple(json.loads(text))  # noqa: E731
+        tasks = rows(f"SELECT {columns} FROM tasks ORDER BY seq")
+        locks = rows("SELECT * FROM locks ORDER BY lock_id")
+        notes = rows("SELECT key, version, agent_id, at, expires_at, size, gone FROM notes ORDER BY key")
+        return (
+            tuple(rows("SELECT channel, agent_id, since FROM members ORDER BY channel, agent_id")),
+            tuple(Job(*row) for row in rows("SELECT * FROM jobs ORDER BY seq")),
+            tuple(Task(*row[:10], listed(row[10]), listed(row[11]), *row[12:]) for row in tasks),
+            tuple(Lock(*row[:2], listed(row[2]), *row[3:9], bool(row[9])) for row in locks),
+            rows("SELECT value FROM meta WHERE key = 'fence'").fetchone()[0],
+            tuple(Note(*row[:6], bool(row[6])) for row in notes),
         )
 
     def _message(self, row: tuple) -> Message:
-        return Message(row[0], row[1] or made_id(self.epoch, row[0]), *row[2:11], *row[12:15])
+        return Message(row[0], row[1] or made_id(self.epoch, row[0]), *row[2:11], *row[12:15], row[16])
 
     def messages(
         self, seqs: Iterable[int], now: int, want: Wanted = Wanted(), most: int = MAX_ANSWER, reader: Any = None
@@ -2191,8 +3616,8 @@ class Log:
 
     def seqs(self, table: str, name: str, after: int, before: int, limit: int, newest: bool = False) -> list[int]:
         """The seqs of up to `limit` messages between the two, oldest or newest first: what came to an inbox, read or
-        not (`deliveries`), or what an agent sent (`messages`)."""
-        column, order = ("inbox" if table == "deliveries" else "sender"), "DESC" if newest else "ASC"
+        not (`deliveries`), what an agent sent (`messages`), or what was said in a channel (`channel_messages`)."""
+        column, order = SEQS_BY[table], "DESC" if newest else "ASC"
         query = f"SELECT seq FROM {table} WHERE {column} = ? AND seq > ? AND seq < ? ORDER BY seq {order} LIMIT ?"
         return [seq for (seq,) in self._rows(query, (name, after, before, limit))]
 
@@ -2247,6 +3672,23 @@ class Log:
         )
         names = "acknowledged acknowledged_via pushed pushed_via claimed claimed_until expired".split()
         return {row[0]: dict(zip(names, row[1:])) for row in rows}
+
+    def last_said(self, channels: Iterable[str]) -> dict[str, int]:
+        """When something was said last in each of these channels, in milliseconds since 1970."""
+        newest = "SELECT max(seq) FROM channel_messages WHERE channel = value"
+        query = f"SELECT value, {_CAME_AT} FROM json_each(?) JOIN messages AS m ON m.seq = ({newest})"
+        return dict(self._rows(query, (dump(list(channels)),)))
+
+    def task_texts(self, ids: Iterable[str]) -> dict[str, tuple[str, str]]:
+        """What tasks are about, and their results (JSON texts; empty where there is none yet), by id."""
+        query = "SELECT id, payload, result FROM tasks WHERE id IN (SELECT value FROM json_each(?))"
+        return {id: (payload, result) for id, payload, result in self._rows(query, (dump(list(ids)),))}
+
+    def note(self, key: str) -> tuple[Note, str] | None:
+        """A note and its value (JSON text), as committed."""
+        for row in self._rows("SELECT * FROM notes WHERE key = ?", (key,)):
+            return Note(*row[:6], bool(row[6])), row[7]
+        return None
 
     def latest(self) -> int:
         """The newest time that is written down, in milliseconds since 1970."""
@@ -2974,13 +4416,16 @@ class Wait(NamedTuple):
     """An answer that is not there yet: `attempt(final, at)` is asked when the inbox gets something, and at the end;
     with a third argument, when what has come is older than that.
 
-    `claims` says that it is also worth asking when a claim has run out.
+    `claims` says that it is also worth asking when a claim has run out. Where it waits for no mail but for a lock,
+    `place` is its id in the queue, and `give_up` is called when it is over, with an answer or because its asker went.
     """
 
     agent_id: str
     seconds: float
     attempt: Callable[..., Response | None]
     claims: bool
+    place: str = ""
+    give_up: Callable[[], None] = lambda: None
 
 
 class Stream(NamedTuple):
@@ -2996,6 +4441,13 @@ class Later(NamedTuple):
     """An answer that takes long: `make` gives it; it may run on any thread, and changes nothing."""
 
     make: Callable[[], Response]
+
+
+class Watch(NamedTuple):
+    """An answer without end: what happens in the hub, as far as that agent may know, in a `format` as of a Stream."""
+
+    agent_id: str
+    format: str
 
 
 class Download(NamedTuple):
@@ -3055,6 +4507,7 @@ class Call(NamedTuple):
     address: str
     payer: Payer | None
     with_key: bool
+    via: str = "http"
 
 
 class Histogram:
@@ -3105,6 +4558,8 @@ class Reading:
         claim, wait = want["claim"] or 0 if call.head.method == "GET" else 0, want["wait"] or 0
         after, recovered = self._resume(name, want["after"], want["epoch"] or "")
         want = want | {"after": after, "unread": want["unread"] or claim or not recovered and after is None}
+        if want["channel"]:
+            want = want | {"since": self._since(name, want)}
         if want["before"] is not None and (after is not None or want["unread"]):
             raise InvalidRequest("`before` is for the newest messages: leave out `after`, `unread` and `claim`, or it")
         if claim and self.trouble:
@@ -3134,6 +4589,15 @@ class Reading:
 
         found = attempt(not wait, call.at)
         return found if found else Wait(name, wait, attempt, bool(claim))
+
+    def _since(self, name: str, want: dict[str, Any]) -> int:
+        """The seq after which a member may read what was said in a channel."""
+        if want["unread"] or want["sent"] or want["with"]:
+            raise InvalidRequest("`channel` is for what was said there: leave out `unread`, `claim`, `sent`, `with`")
+        since = self.hub.channels.get(want["channel"], {}).get(name)
+        if since is None:
+            raise Forbidden(f"`{name}` is no member of {want['channel']}: join it first")
+        return 0 if want["history"] == "full" else since
 
     def _page(self, name: str, want: dict[str, Any], at: int) -> tuple[list[Message], int, bool, str]:
         """Messages, oldest first, the cursor after them, whether a filter has more to look at; and where the newest
@@ -3170,6 +4634,9 @@ class Reading:
         if want["unread"]:
             return self.hub.unread_after(name, cursor, self.committed, step, at if want["claim"] else None)
         place = (name, 0, min(cursor, self.committed + 1)) if newest else (name, cursor, self.committed + 1)
+        if want["channel"]:
+            name, low, high = want["channel"], max(place[1], want["since"]), place[2]
+            return self.log.seqs("channel_messages", name, low, high, step, newest)
         found = self.log.seqs("deliveries", *place, step, newest)
         if want["sent"] or want["with"]:
             sent = self.log.seqs("messages", *place, step, newest)
@@ -3230,6 +4697,10 @@ class Reading:
             lines.append({"agent_id": name, "state": self._state(name, row, at), **shown})
         lines += [{"agent_id": name, "state": "inbox_full"} for name in found.full]
         sent = {"via": message.via} if message.via else {}
+        job = self.hub.jobs.get(message.seq)
+        if message.lease:
+            sent |= {"deliver": "one", "lease": message.lease / 1000}
+            sent |= {"lease_until": timestamp(job.until)} if job and job.until else {}
         return json.loads(message.envelope()) | sent | {"trace": lines}
 
     def _state(self, name: str, row: dict[str, Any], at: int) -> str:
@@ -3237,7 +4708,7 @@ class Reading:
         for key, state in TRACE_TIMES.items():
             if state and row.get(key) and (key != "claimed" or row["claimed_until"] > at):
                 return state
-        return "queued" if self.hub.known(name) or name in self.hub.departed else "unknown"
+        return "queued" if self.hub.known(name) or name in self.hub.departed or is_group(name) else "unknown"
 
     def requests(self, call: Call) -> Response:
         """GET /api/v1/requests: what an agent asked, or was asked, and nobody has answered, oldest first."""
@@ -3368,6 +4839,7 @@ class Handlers(Reading):
             agent
             for agent in self.hub.agents.values()
             if want["capability"] in (None, *agent.capabilities)
+            and (want["channel"] is None or agent.agent_id in self.hub.channels.get(want["channel"], ()))
             and want["status"] in (None, self.hub.status(agent.agent_id, call.at))
         ]
         return Response({"agents": self._shown_agents(found, call.at), "total": len(found)})
@@ -3401,9 +4873,18 @@ class Handlers(Reading):
                 "unread": hub.unread(name),
                 **({"unread_age": (at - came_at.get(oldest[name], at)) // 1000} if oldest[name] else {}),
                 **({"metadata": shown[name]} if name in shown else {}),
+                **self._engaged(agent, at),
             }
             for name, agent in ((agent.agent_id, agent) for agent in agents)
         ]
+
+    def _engaged(self, agent: Agent, at: int) -> dict:
+        """What an agent is about, as far as there is anything to say."""
+        live, tasks = self.hub.live(at), self.hub.tasks_of(agent.agent_id)
+        paths = [path for lock in self.hub.locks.of(agent.agent_id) if live(lock) for path in lock.paths]
+        found: dict[str, Any] = {"doing": agent.doing} if agent.doing else {}
+        found |= {"away_until": timestamp(agent.away_until)} if agent.away_until > at else {}
+        return found | ({"tasks": tasks} if tasks else {}) | ({"locks": paths} if paths else {})
 
     def leave(self, call: Call) -> Response:
         """DELETE /api/v1/agents/{agent_id}."""
@@ -3420,7 +4901,7 @@ class Handlers(Reading):
 
     def send(self, call: Call) -> Response:
         """POST /api/v1/messages."""
-        return self._send(call.agent_id, call.params, call.at)
+        return self._send(call.agent_id, call.params, call.at, call.via)
 
     def send_to(self, call: Call) -> Response:
         """POST /to/{recipient}: the body is the message, JSON if it says so, else text."""
@@ -3436,26 +4917,48 @@ class Handlers(Reading):
     def _send(self, sender: str, given: dict[str, Any], at: int, via: str = "http") -> Response:
         """A message from a route or a frame. What was pushed is known, and told, only when the answer leaves."""
         message = given["message"]
-        payload = self._payload(message)
         inner = message.get("type") if isinstance(message, dict) else None
         kind = given.get("type") or (inner if is_type(inner) else "")
         if kind == "heartbeat":
             self.hub.expect(sender)
             return Response({"success": True, "last_heartbeat": timestamp(self.hub.seen_at(sender))}, settled=True)
-        to, id, reply_to = given["to"], given.get("id"), given.get("reply_to") or ""
-        kind = kind or ("broadcast" if isinstance(to, str) and to.upper() == EVERYONE else "message")
+        group = isinstance(given["to"], str) and given["to"].upper() == EVERYONE
+        receipt = self._post(sender, given, kind or ("broadcast" if group else "message"), at, via)
+        return Response(lambda: self._receipt(receipt, at))
+
+    def _post(self, sender: str, given: dict[str, Any], kind: str, at: int, via: str) -> Receipt:
+        """Have the hub take a message. Raises HubError."""
+        message, to, id, one = given["message"], given["to"], given.get("id"), given.get("deliver") == "one"
+        payload, reply_to, plan = self._payload(message), given.get("reply_to") or "", Plan()
+        if kind in self.hub.TASK_MESSAGES:
+            inner = message if isinstance(message, dict) else {}
+            plan = self._plan(given, inner, at)
+            reply_to = reply_to or kind != "task_proposal" and read_fields(_TASK_ID, inner)["task_id"] or ""
+        elif given.get("lease") and not one:
+            raise InvalidRequest("`lease` is for a task, or goes with `deliver` one: add that, or leave it out")
         ttl, delay = given.get("ttl") or 0, given.get("delay") or 0
         if 0 < ttl <= delay:
             raise InvalidRequest("`ttl` must be longer than `delay`, or the message runs out before it is delivered")
         expires_at, due_at = (at + max(1, int(seconds * 1000)) if seconds else 0 for seconds in (ttl, delay))
-        asked = dump([to, kind, payload, reply_to, given.get("ttl"), *([delay] if delay else [])]) if id else ""
-        receipt = self.hub.apply(
+        if kind == "task_proposal":
+            plan = plan._replace(deadline_at=plan.deadline_at or expires_at)
+            expires_at = expires_at or plan.deadline_at
+        more = [one, *(given.get(name) for name in _PLAN_NAMES)]
+        asked = [to, kind, payload, reply_to, given.get("ttl"), *([delay] if delay else [])] + more * any(more)
+        return self.hub.apply(
             Send(
                 at, sender, to, payload, kind, id, reply_to, self._thread(reply_to) if reply_to else "", expires_at,
-                self._digest(asked) if id else b"", self._find_given(id) if id else None, via, due_at,
+                self._digest(dump(asked)) if id else b"", self._find_given(id) if id else None, via, due_at,
+                int((given.get("lease") or JOB_LEASE) * 1000) if one else 0, plan,
             )
         )  # fmt: skip
-        return Response(lambda: self._receipt(receipt, at))
+
+    def _plan(self, given: dict[str, Any], inner: dict, at: int) -> Plan:
+        """What is said of a task: in the request, or in the message itself, where that is all there is."""
+        said = read_fields(PLAN_FIELDS, {name: inner[name] for name in _PLAN_NAMES if name in inner})
+        said |= {name: given[name] for name in _PLAN_NAMES if given.get(name) is not None}
+        deadline_at = at + int(said["deadline"] * 1000) if said["deadline"] else 0
+        return Plan(int((said["lease"] or 0) * 1000), deadline_at, said["priority"] or 0, said["depends_on"] or ())
 
     def _payload(self, message: Any) -> str:
         try:
@@ -3497,15 +5000,15 @@ class Handlers(Reading):
         for name in (*receipt.inboxes, *receipt.full):
             state = states.get(name, "queued")
             shown, close = f'"{name}"', ""  # an agent_id needs no escaping
-            if not hub.known(name):
+            if not hub.known(name) and not is_group(name):
                 state, shown, found = states.get(name, "unknown"), dump(name), hub.close_to(name) if looks > 0 else ()
                 close, looks = f',"did_you_mean":{dump(found)}' if found else "", looks - 1
             lines.append(
                 f'{{"agent_id":{shown},"state":"{state}","connected":{_BOOL[name in hub.connections]},'
                 f'"unread":{hub.unread(name)}{close}}}'
             )
-        warning = ""
-        if not lines:
+        warning = self._waits(message) if not lines or is_group(receipt.inboxes[0] if receipt.inboxes else "") else ""
+        if not lines and not warning:
             warning = f"nobody else is in {json.loads(message.to)} now: the message was kept for no one"
         elif receipt.full:
             warning = f"no room in the inbox of {', '.join(receipt.full[:5])}: send it to them later, with another id"
@@ -3520,6 +5023,17 @@ class Handlers(Reading):
             f'"timestamp":"{timestamp(message.sent_at)}","recipients":[{",".join(lines)}],'
             f'"pushed":{kinds.count("pushed")},"queued":{queued}{extra}}}'
         )
+
+    def _waits(self, message: Message) -> str:
+        """What becomes of what has reached nobody yet, and will."""
+        task = self.hub.tasks.get(message.id)
+        if task and task.state == "blocked":
+            unknown = [id for id in task.waits_for if id not in self.hub.tasks]
+            more = f"; nobody has proposed {', '.join(unknown[:5])} yet" if unknown else ""
+            return f"it is proposed when {', '.join(task.waits_for[:5])} is completed{more}"
+        if task and task.state == "open":
+            return f"nobody else is in {json.loads(message.to)} now: the task is on the board for whoever comes"
+        return f"nobody of {json.loads(message.to)} is free: the first that comes gets it" if message.lease else ""
 
     def ack(self, call: Call) -> Response:
         """POST /api/v1/messages/ack."""
@@ -3549,6 +5063,289 @@ class Handlers(Reading):
 
 
 _BOOL = {True: "true", False: "false"}
+_TASK_ID = (Field("task_id", "message_id"),)
+PLAN_FIELDS = (
+    Field("lease", "lease", doc="seconds without a sign of life after which a task's holder loses it (default 900), or"
+          " in which one of many must acknowledge (default 60)"),
+    Field("deadline", "ttl", doc="for a task: seconds after which it is cancelled"),
+    Field("depends_on", "depends_on", doc="for a task: the ids of those to be completed before it opens"),
+    Field("priority", "priority", doc="for a task: higher goes first, default 0"),
+)  # fmt: skip
+_PLAN_NAMES = tuple(field.name for field in PLAN_FIELDS)
+
+
+# --- Teamwork ---------------------------------------------------------------------------------------------------------
+
+PLACE_SECONDS = 10  # whoever waits for a lock in several requests keeps its place this long between two of them
+
+
+class Teamwork(Handlers):
+    """What agents share besides mail: channels, tasks, locks, notes, what they are doing."""
+
+    # channels and status
+
+    def join(self, call: Call) -> Response:
+        """POST /api/v1/channels/{channel}/join."""
+        channel = call.params["channel"]
+        news = self.hub.apply(Join(call.at, call.agent_id, channel, call.params["history"] == "full"))
+        return Response({"success": True, **self._shown_channel(channel), "joined": news})
+
+    def part(self, call: Call) -> Response:
+        """POST /api/v1/channels/{channel}/leave."""
+        channel = call.params["channel"]
+        news = self.hub.apply(Part(call.at, call.agent_id, channel))
+        return Response({"success": True, **self._shown_channel(channel), "left": news})
+
+    def channels(self, call: Call) -> Response:
+        """GET /api/v1/channels."""
+        names = sorted(self.hub.channels)
+        said = self.log.last_said(names)
+        return Response({"channels": [self._shown_channel(name, said) for name in names], "total": len(names)})
+
+    def channel(self, call: Call) -> Response:
+        """GET /api/v1/channels/{channel}."""
+        name = call.params["channel"]
+        if name not in self.hub.channels:
+            raise NotFound(f"nobody is in {name}: join it, or see /api/v1/channels for what there is")
+        return Response(self._shown_channel(name, self.log.last_said([name])))
+
+    def _shown_channel(self, name: str, said: dict[str, int] | None = None) -> dict:
+        at = (said or {}).get(name)
+        last = {"last_activity": timestamp(at) if at else None} if said is not None else {}
+        return {"channel": name, "members": sorted(self.hub.channels.get(name, ())), **last}
+
+    def set_status(self, call: Call) -> Response:
+        """POST /api/v1/agents/{agent_id}/status: what one does, and for how long one is away."""
+        given, held = call.params, self.hub.agents.get(call.agent_id)
+        doing = (held.doing if held else "") if given["doing"] is None else given["doing"]
+        away_until = call.at + int(given["away"] * 1000) if given["away"] else 0
+        agent = self.hub.apply(SetStatus(call.at, call.agent_id, doing, away_until))
+        return Response({"success": True, "agent_id": agent.agent_id, "doing": doing, **self._engaged(agent, call.at)})
+
+    def watch(self, call: Call) -> Watch:
+        """GET /api/v1/events."""
+        return Watch(call.agent_id, call.params["format"] or "sse")
+
+    # tasks
+
+    def propose(self, call: Call) -> Response:
+        """POST /api/v1/tasks: the same as a message of type task_proposal."""
+        given = call.params | {"to": call.params["to"] or EVERYONE}
+        return self._task_answer(self._post(call.agent_id, given, "task_proposal", call.at, call.via), call.at)
+
+    def _act_on(self, call: Call, kind: str) -> Response:
+        """What is done to a task by a message of that type, to whom it concerns."""
+        task_id, message = call.params["task_id"], call.params["message"]
+        task_id = self._task(task_id).id
+        given = call.params | {"to": "", "reply_to": task_id}
+        given["message"] = {"task_id": task_id} if message is None else message
+        return self._task_answer(self._post(call.agent_id, given, kind, call.at, call.via), call.at)
+
+    def accept(self, call: Call) -> Response:
+        """POST /api/v1/tasks/{task_id}/accept."""
+        return self._act_on(call, "task_accept")
+
+    def complete(self, call: Call) -> Response:
+        """POST /api/v1/tasks/{task_id}/complete."""
+        return self._act_on(call, "task_complete")
+
+    def release(self, call: Call) -> Response:
+        """POST /api/v1/tasks/{task_id}/release."""
+        return self._act_on(call, "task_release")
+
+    def cancel(self, call: Call) -> Response:
+        """POST /api/v1/tasks/{task_id}/cancel."""
+        return self._act_on(call, "task_cancel")
+
+    def next_task(self, call: Call) -> Response | Wait:
+        """POST /api/v1/tasks/next: accept the best open task there is for an agent."""
+        self.hub.expect(call.agent_id)
+        id, wait = call.params["id"], call.params["wait"] or 0
+        digest = self._digest("task_next") if id else b""
+
+        def attempt(final: bool, at: int, *back_to: int) -> Response | None:
+            known = self._find_given(id) if id else None
+            receipt = self.hub.apply(TakeTask(at, call.agent_id, id, digest, known, call.via))
+            if receipt:
+                return self._task_answer(receipt, at)._replace(changes=True)
+            return Response({"success": True, "task": None}, settled=True) if final else None
+
+        return attempt(not wait, call.at) or Wait(call.agent_id, wait, _refusing(attempt), False)
+
+    def tasks(self, call: Call) -> Response:
+        """GET /api/v1/tasks: a board of those that an agent may know of; what is under way first, then what is not,
+        then what has ended, the newest first."""
+        want, at = call.params, call.at
+        found = [
+            task
+            for task in self.hub.tasks.values()
+            if want["state"] in (None, task.state)
+            and want["holder"] in (None, task.holder)
+            and want["proposer"] in (None, task.proposer)
+            and self.hub.may_see(call.agent_id, task)
+        ]
+        order = ("accepted", "open", "blocked", "completed", "cancelled")
+        rank = lambda t: (min(order.index(t.state), 3), -t.priority, -t.since if t.ended else t.seq)  # noqa: E731
+        some = sorted(found, key=rank)[: want["limit"] or DEFAULT_LIMIT]
+        return Response(lambda: {"tasks": self._shown_tasks(some, at), "total": len(found)})
+
+    def task(self, call: Call) -> Response:
+        """GET /api/v1/tasks/{task_id}."""
+        task = self._task(call.params["task_id"])
+        if not self.hub.may_see(call.agent_id, task):
+            raise Forbidden(f"task {task.id} was proposed to others: `{call.agent_id}` has nothing to do with it")
+        return Response(lambda: self._shown_tasks([task], call.at)[0])
+
+    def _task(self, task_id: str) -> Task:
+        """A task by its id, or by that of a message that proposed it again."""
+        task = self.hub.tasks.get(task_id)
+        found = None if task else self._find(task_id)
+        task = task or self.hub.tasks.get(found.message.reply_to if found else "")
+        if not task:
+            raise NotFound(f"there is no task `{task_id}` (any more): see what there is with `task list`")
+        return task
+
+    def _task_answer(self, receipt: Receipt, at: int) -> Response:
+        """The receipt of the message that did it, and what the task is then."""
+        about = receipt.message
+        task = self.hub.tasks.get(about.id if about.type == "task_proposal" else about.reply_to)
+
+        def make() -> str:
+            shown = self._shown_tasks([task], at)[0] if task else None
+            more = dump({"task_id": task.id, "state": task.state, "task": shown} if task else {"task": None})
+            return f"{self._receipt(receipt, at)[:-1]},{more[1:]}"
+
+        return Response(make)
+
+    def _shown_tasks(self, tasks: list[Task], at: int) -> list[dict]:
+        """Tasks as JSON values; of many with long texts, the texts of the first MAX_ANSWER bytes."""
+        ended = [task.id for task in tasks if not task.payload]
+        texts, room, shown = self.log.task_texts(ended) if ended else {}, MAX_ANSWER, []
+        for task in tasks:
+            payload, result = texts.get(task.id, (task.payload, ""))
+            room -= len(payload) + len(result)
+            one = {"task_id": task.id, "state": task.state, "proposer": task.proposer, "to": json.loads(task.to)}
+            one |= {"message": json.loads(payload)} if payload and room > 0 else {}
+            one |= {"priority": task.priority, "lease": task.lease / 1000, "proposed_at": timestamp(task.proposed_at)}
+            one |= {"changed_at": timestamp(task.since), "thread": task.thread}
+            one |= {"holder": task.holder} if task.holder else {}
+            one |= {"lease_until": timestamp(self.hub.lost_at(task, at))} if task.state == "accepted" else {}
+            one |= {"deadline_at": timestamp(task.deadline_at)} if task.deadline_at else {}
+            one |= {"depends_on": task.depends_on} if task.depends_on else {}
+            one |= {"waits_for": task.waits_for} if task.waits_for else {}
+            one |= {"reason": task.reason} if task.reason else {}
+            shown.append(one | ({"result": json.loads(result)} if result and room > 0 else {}))
+        return shown
+
+    # locks
+
+    def lock(self, call: Call) -> Response | Wait:
+        """POST /api/v1/locks: all of the paths, or none; at once, or when it is this agent's turn."""
+        given, hub, name = call.params, self.hub, call.agent_id
+        wait, id = given["wait"] or 0, given["id"] or self._mint()[:12]
+        want = TakeLock(
+            call.at, name, id, given["paths"], given["mode"] or "exclusive", int((given["ttl"] or LOCK_TTL) * 1000),
+            given["note"] or "", call.at + int((wait + PLACE_SECONDS) * 1000) if wait else 0,
+            given["auto_renew"] is not False, given["reentrant"] is not False,
+        )  # fmt: skip
+
+        def attempt(final: bool, at: int, *back_to: int) -> Response | None:
+            lock = hub.apply(want._replace(at=at, wait_until=0 if final else want.wait_until))
+            return Response({"success": True, **self._shown_lock(lock, at)}) if lock else None
+
+        def give_up() -> None:
+            if not given["again"]:
+                hub.apply(LeaveQueue(call.at, name, id))
+
+        return attempt(not wait, call.at) or Wait(name, wait, _refusing(attempt), False, id, give_up)
+
+    def renew_lock(self, call: Call) -> Response:
+        """POST /api/v1/locks/renew: the lock of that id, or all that the agent has."""
+        ttl = int((call.params["ttl"] or 0) * 1000)
+        found = self.hub.apply(RenewLocks(call.at, call.agent_id, call.params["lock_id"] or "", ttl))
+        shown = [self._shown_lock(lock, call.at) for lock in found]
+        return Response({"success": True, **(shown[0] if len(shown) == 1 else {}), "locks": shown})
+
+    def unlock(self, call: Call) -> Response:
+        """POST /api/v1/locks/release: a lock by its id, paths of whatever locks, or all that the agent has."""
+        given = call.params
+        if sum(map(bool, (given["lock_id"], given["paths"], given["all"]))) != 1:
+            raise InvalidRequest("`lock_id`, `paths` or `all` is needed, one of them: say what to release")
+        freed = self.hub.apply(ReleaseLocks(call.at, call.agent_id, given["lock_id"] or "", given["paths"] or ()))
+        shown = [{"lock_id": lock.lock_id, "token": lock.token, "paths": lock.paths} for lock in freed]
+        return Response({"success": True, "released": shown})
+
+    def locks(self, call: Call) -> Response:
+        """GET /api/v1/locks: who has what; with `path` only what overlaps with it."""
+        want, hub, at = call.params, self.hub, call.at
+        live = hub.live(at)
+        some = hub.locks.held.values()
+        if want["path"]:
+            some = [lock for lock, *_ in hub.locks.over(want["path"], live)]
+        found = [lock for lock in some if want["holder"] in (None, lock.agent_id) and live(lock)]
+        waiting = [{"agent_id": w.agent_id, "paths": w.paths, "mode": w.mode} for w in hub.lock_places(at)]
+        shown = [self._shown_lock(lock, at) for lock in sorted(found, key=lambda lock: lock.token)]
+        return Response({"locks": shown, "total": len(shown), "waiting": waiting})
+
+    def _shown_lock(self, lock: Lock, at: int) -> dict:
+        ends = self.hub.lock_ends(lock, at)
+        shown = {"lock_id": lock.lock_id, "token": lock.token, "agent_id": lock.agent_id, "paths": lock.paths}
+        shown |= {"mode": lock.mode, "ttl": lock.ttl / 1000, "taken_at": timestamp(lock.taken_at)}
+        shown |= {"expires_at": timestamp(ends), "remaining": max(0, ends - at) / 1000}
+        return shown | ({"note": lock.note} if lock.note else {})
+
+    # notes
+
+    def set_note(self, call: Call) -> Response:
+        """PUT /api/v1/notes/{key}."""
+        given = call.params
+        value = self._payload(given["value"])
+        if len(value.encode()) > MAX_NOTE:
+            raise PayloadTooLarge(f"a note holds up to {MAX_NOTE} bytes of JSON: put it in a file and note its path")
+        expires_at = call.at + max(1, int(given["ttl"] * 1000)) if given["ttl"] else 0
+        note = self.hub.apply(SetNote(call.at, call.agent_id, given["key"], value, given["if_version"], expires_at))
+        return Response({"success": True, **self._shown_note(note)})
+
+    def get_note(self, call: Call) -> Response:
+        """GET /api/v1/notes/{key}."""
+        key, at = call.params["key"], call.at
+
+        def make() -> str:
+            found = self.log.note(key)
+            if not found or found[0].gone or 0 < found[0].expires_at <= at:
+                raise NotFound(f"there is no note `{key}`: see /api/v1/notes, or `note list`")
+            return f'{dump(self._shown_note(found[0]))[:-1]},"value":{found[1]}}}'
+
+        return Response(make(), settled=True)
+
+    def notes(self, call: Call) -> Response:
+        """GET /api/v1/notes: all but their values."""
+        prefix = call.params["prefix"] or ""
+        found = [self.hub.note(key, call.at) for key in sorted(self.hub.notes) if key.startswith(prefix)]
+        shown = [self._shown_note(note) for note in found if note]
+        return Response({"notes": shown, "total": len(shown)})
+
+    def drop_note(self, call: Call) -> Response:
+        """DELETE /api/v1/notes/{key}."""
+        key = call.params["key"]
+        note = self.hub.apply(SetNote(call.at, call.agent_id, key, None, call.params["if_version"]))
+        return Response({"success": True, "key": key, "version": note.version})
+
+    def _shown_note(self, note: Note) -> dict:
+        shown = {"key": note.key, "version": note.version, "agent_id": note.agent_id, "updated_at": timestamp(note.at)}
+        return shown | {"size": note.size} | ({"expires_at": timestamp(note.expires_at)} if note.expires_at else {})
+
+
+def _refusing(attempt: Callable[..., Response | None]) -> Callable[..., Response | None]:
+    """The same, where nobody is left to catch what it refuses: the answer says so."""
+
+    def refusing(*given: Any) -> Response | None:
+        try:
+            return attempt(*given)
+        except HubError as error:
+            return error_response(error)
+
+    return refusing
 
 
 # --- Routes -----------------------------------------------------------------------------------------------------------
@@ -3569,6 +5366,8 @@ class Route(NamedTuple):
     headers: tuple[tuple[str, str], ...] = ()  # headers that stand for a field
     headers_win: bool = False  # over the field itself: a browser that reconnects repeats the address it was given
     raw: bool = False  # the body is the message itself
+    aliases: tuple[tuple[str, str], ...] = ()  # other words for fields, because other routes call the same thing so
+    frame: str = ""  # the type of a WebSocket's frame that asks for the same
     default_actor: str = ""  # who acts where nobody is named
 
     @property
@@ -3577,7 +5376,7 @@ class Route(NamedTuple):
         return self.method != "GET" and self.handler not in (Handlers.heartbeat, Handlers.backup)
 
 
-class About(Handlers):
+class About(Teamwork):
     """The hub about itself."""
 
     def health(self, call: Call) -> Response:
@@ -3636,6 +5435,8 @@ SEND_FIELDS = (
     Field("reply_to", "message_id", doc="the id of the message this answers"),
     Field("ttl", "ttl", doc="seconds after which it is not delivered any more"),
     Field("delay", "delay", doc="seconds to keep it aside before it is delivered"),
+    Field("deliver", "deliver", doc="one: to the least busy active one of a group, and to the next if that fails"),
+    *PLAN_FIELDS,
 )
 ACK_FIELDS = (
     Field("up_to", "seq", doc="everything up to this seq was received"),
@@ -3661,6 +5462,8 @@ _READ_FIELDS = (
     Field("thread", "message_id", doc="only of this thread"),
     Field("sent", "flag", doc="also what this agent sent"),
     Field("with", "agent_id", doc="only what this agent and that one sent each other"),
+    Field("channel", "channel", doc="what was said in a channel one is a member of, by whomever"),
+    Field("history", "history", doc="with channel: full also shows what was said before one joined"),
     _EPOCH,
 )
 _STREAM_FIELDS = (
@@ -3675,7 +5478,60 @@ _SOCKET_FIELDS = (
     _EPOCH,
     Field("ack", "ack_mode", doc="auto (default): on receipt; explicit: when an ack frame says so"),
 )
-_LIST_FIELDS = (Field("status", "status"), Field("capability", "capability"))
+_LIST_FIELDS = (Field("status", "status"), Field("capability", "capability"), Field("channel", "channel"))
+_STATUS_FIELDS = (
+    Field("doing", "doing", doc="a line on what it is doing; empty: nothing; left out: as before"),
+    Field("away", "away", doc="seconds for which it is away and given no work; left out: it is not"),
+)
+_CHANNEL = Field("channel", "channel", True)
+_JOIN_FIELDS = (_AGENT, Field("history", "history", doc="full: it may read what was said before, too"))
+_TASK = Field("task_id", "message_id", True)
+_PROPOSE_FIELDS = (
+    _AGENT,
+    Field("to", "recipient", doc=f"default ALL; {RECIPIENTS}"),
+    *(field for field in SEND_FIELDS if field.name in ("message", "id", "reply_to", "ttl")),
+    *PLAN_FIELDS,
+)
+_ACT_FIELDS = (
+    _AGENT,
+    Field("message", "json", doc="what to tell those concerned: a result, a reason"),
+    Field("id", "new_message_id", doc="an idempotency key"),
+)
+_ACCEPT_FIELDS = (*_ACT_FIELDS, PLAN_FIELDS[0])
+_NEXT_FIELDS = (_AGENT, Field("wait", "wait"), Field("id", "new_message_id", doc="an idempotency key"))
+_TASKS_FIELDS = (
+    _AGENT,
+    Field("state", "task_state"),
+    Field("holder", "agent_id"),
+    Field("proposer", "agent_id"),
+    Field("limit", "limit", doc=f"default {DEFAULT_LIMIT}"),
+)
+_LOCK_ID = Field("lock_id", "message_id")
+_LOCK_FIELDS = (
+    _AGENT,
+    Field("paths", "paths", True, "paths and globs, relative to the project's root"),
+    Field("mode", "lock_mode", doc="exclusive (default), or shared"),
+    Field("ttl", "ttl", doc=f"seconds after its holder's last sign of life, default {LOCK_TTL}"),
+    Field("note", "lock_note", doc="what for; shown to whoever is refused"),
+    Field("wait", "wait", doc="seconds to wait for it, in the order of asking"),
+    Field("again", "flag", doc=f"one asks again under the same id: the place is kept for {PLACE_SECONDS} s"),
+    Field("id", "new_message_id", doc="the lock's id, and an idempotency key; default: made"),
+    Field("auto_renew", "flag", doc="default true; false: signs of life do not renew it"),
+    Field("reentrant", "flag", doc="default true; false: one's own locks stand in the way as well"),
+)
+_LOCKS_FIELDS = (Field("path", "path", doc="only what overlaps"), Field("holder", "agent_id"))
+_RENEW_FIELDS = (_AGENT, _LOCK_ID, Field("ttl", "ttl"))
+_UNLOCK_FIELDS = (_AGENT, _LOCK_ID, Field("paths", "paths"), Field("all", "flag"))
+_KEY = Field("key", "key", True)
+_IF_VERSION = Field("if_version", "version", doc="only if that is its version; 0: only if there is none")
+_NOTE_FIELDS = (
+    _AGENT,
+    Field("value", "json", True, "any JSON value"),
+    _IF_VERSION,
+    Field("ttl", "ttl", doc="seconds after which it is gone"),
+)
+_FROM = (("from", "agent_id"),)
+_TASK_WORDS = (*_FROM, ("task", "message"))
 _SEARCH_FIELDS = (
     _AGENT,
     Field("q", "query", True, 'words, "phrases" and prefix*, all of which must be there'),
@@ -3710,6 +5566,50 @@ ROUTES = (
     Route("GET", "/api/v1/stream", Handlers.stream, "An inbox as it fills", query=_STREAM_FIELDS,
           actor="agent_id", headers=(("last-event-id", "after"),), headers_win=True),
     Route("GET", "/ws/{agent_id}", Handlers.socket, "A WebSocket", query=_SOCKET_FIELDS, actor="agent_id"),
+    Route("POST", "/api/v1/agents/{agent_id}/status", Teamwork.set_status, "Say what an agent is doing",
+          query=(_AGENT,), body=_STATUS_FIELDS, actor="agent_id", frame="status"),
+    Route("GET", "/api/v1/channels", Teamwork.channels, "List the channels", access="any", frame="channels"),
+    Route("GET", "/api/v1/channels/{channel}", Teamwork.channel, "One channel", query=(_CHANNEL,), access="any"),
+    Route("POST", "/api/v1/channels/{channel}/join", Teamwork.join, "Join a channel", query=(_CHANNEL,),
+          body=_JOIN_FIELDS, actor="agent_id", frame="join"),
+    Route("POST", "/api/v1/channels/{channel}/leave", Teamwork.part, "Leave a channel", query=(_CHANNEL,),
+          body=(_AGENT,), actor="agent_id", frame="leave"),
+    Route("GET", "/api/v1/tasks", Teamwork.tasks, "The board of tasks", query=_TASKS_FIELDS, actor="agent_id",
+          default_actor=OPERATOR, frame="tasks"),
+    Route("POST", "/api/v1/tasks", Teamwork.propose, "Propose a task", body=_PROPOSE_FIELDS, actor="agent_id",
+          headers=(("idempotency-key", "id"),), aliases=_TASK_WORDS, frame="task_propose"),
+    Route("POST", "/api/v1/tasks/next", Teamwork.next_task, "Accept the best open task", body=_NEXT_FIELDS,
+          actor="agent_id", headers=(("idempotency-key", "id"),), aliases=_FROM, frame="task_next"),
+    Route("GET", "/api/v1/tasks/{task_id}", Teamwork.task, "One task", query=(_AGENT, _TASK), actor="agent_id",
+          default_actor=OPERATOR),
+    *(
+        Route("POST", f"/api/v1/tasks/{{task_id}}/{verb}", handler, words, query=(_TASK,), body=fields,
+              actor="agent_id", headers=(("idempotency-key", "id"),), frame=f"task_{verb}",
+              aliases=(*_FROM, ("result", "message"), ("reason", "message"), ("reply_to", "task_id")))
+        for verb, handler, words, fields in (
+            ("accept", Teamwork.accept, "Accept a task", _ACCEPT_FIELDS),
+            ("complete", Teamwork.complete, "Complete a task, with its result", _ACT_FIELDS),
+            ("release", Teamwork.release, "Give a task back", _ACT_FIELDS),
+            ("cancel", Teamwork.cancel, "Cancel a task one proposed", _ACT_FIELDS),
+        )
+    ),
+    Route("GET", "/api/v1/locks", Teamwork.locks, "Who has locked what", query=_LOCKS_FIELDS, access="any",
+          frame="locks"),
+    Route("POST", "/api/v1/locks", Teamwork.lock, "Lock paths", body=_LOCK_FIELDS, actor="agent_id",
+          headers=(("idempotency-key", "id"),), frame="lock"),
+    Route("POST", "/api/v1/locks/renew", Teamwork.renew_lock, "Renew one's locks", body=_RENEW_FIELDS,
+          actor="agent_id", charged=False, frame="renew"),
+    Route("POST", "/api/v1/locks/release", Teamwork.unlock, "Release locks", body=_UNLOCK_FIELDS, actor="agent_id",
+          charged=False, frame="unlock"),
+    Route("GET", "/api/v1/notes", Teamwork.notes, "The notes on the board", query=(Field("prefix", "key"),),
+          access="any", frame="notes"),
+    Route("GET", "/api/v1/notes/{key}", Teamwork.get_note, "A note", query=(_KEY,), access="any", frame="note_get"),
+    Route("PUT", "/api/v1/notes/{key}", Teamwork.set_note, "Write a note", query=(_KEY,), body=_NOTE_FIELDS,
+          actor="agent_id", frame="note_set"),
+    Route("DELETE", "/api/v1/notes/{key}", Teamwork.drop_note, "Remove a note", query=(_AGENT, _KEY, _IF_VERSION),
+          actor="agent_id", frame="note_delete"),
+    Route("GET", "/api/v1/events", Teamwork.watch, "What happens, as it happens",
+          query=(_AGENT, Field("format", "format")), actor="agent_id", default_actor=OPERATOR),
     Route("POST", "/api/v1/backup", Handlers.backup, "A copy of the store", access="key"),
     Route("GET", "/health", About.health, "Whether the hub is well", access="open", charged=False),
     Route("GET", "/metrics", About.show_metrics, "Figures for Prometheus", access="key", charged=False),
@@ -3729,6 +5629,13 @@ METRICS: tuple[tuple[str, str, str, Callable[[About, int], Any] | None], ...] = 
     ("oldest_unread_seconds", "gauge", "How long the oldest message not acknowledged has waited.",
      lambda api, at: api.oldest_unread(at)),
     ("open_requests", "gauge", "Requests nobody has answered.", lambda api, at: len(api.hub.requests.open)),
+    ("channels", "gauge", "Channels with members.", lambda api, at: len(api.hub.channels)),
+    ("tasks", "gauge", "Tasks on the board, by state.", lambda api, at: api.hub.count_tasks()),
+    ("locks", "gauge", "Locks held.", lambda api, at: len(api.hub.locks.held)),
+    ("lock_waits", "gauge", "Requests waiting for a lock.", lambda api, at: len(api.hub.lock_places(at))),
+    ("notes", "gauge", "Notes on the board.", lambda api, at: sum(not note.gone for note in api.hub.notes.values())),
+    ("waiting_jobs", "gauge", "Messages for one of a group that nobody has yet.",
+     lambda api, at: sum(not job.holder for job in api.hub.jobs.values())),
     ("delayed_messages", "gauge", "Messages kept aside until they are due.", lambda api, at: len(api.hub.delayed)),
     ("seq", "gauge", "The newest seq given.", lambda api, at: api.hub.seq),
     ("store_failing", "gauge", "1 while the store takes no changes.", lambda api, at: int(bool(api.trouble))),
@@ -3804,9 +5711,9 @@ def _operation(route: Route) -> dict:
     }
     operation = {"operationId": route.handler.__name__, "summary": route.summary, "parameters": params}
     operation["responses"] = {"200": {"description": "Done"}, "default": failed}
-    if route.method == "POST" and route.raw:
+    if route.raw:
         operation["requestBody"] = {"required": True, "content": {"text/plain": {}, "application/json": {}}}
-    elif route.method == "POST" and route.body:
+    elif route.body:
         properties = {f.name: {**KINDS[f.kind].schema, "description": f.doc} for f in route.body}
         schema = {"type": "object", "properties": properties, "required": [f.name for f in route.body if f.required]}
         if not schema["required"]:
@@ -4045,12 +5952,15 @@ class Access(About):
 class Frame(NamedTuple):
     """What a WebSocket frame is answered with: JSON text, an object, or a function giving one; nothing is sent as "".
 
-    `ref` goes into the error frame that is sent instead where the commit fails; `settled` is as in `Response`.
+    `ref` goes into the error frame that is sent instead where the commit fails; `settled` is as in `Response`. Where
+    there is no answer yet, `wait` gives it, for a frame of that `kind`.
     """
 
     body: Any
     ref: dict
     settled: bool = False
+    wait: Wait | None = None
+    kind: str = ""
 
 
 def error_frame(error: HubError, ref: dict) -> Frame:
@@ -4155,12 +6065,19 @@ class API(Access):
         if route.headers_win:
             given = given | stated
         params = read_fields(route.query, self._from_text(route.query, stated | given)) if route.query else {}
-        if route.method == "POST" and not route.raw:
+        if route.method in ("POST", "PUT") and not route.raw:
             posted = self._json_body(head, body)
             for name, value in stated.items():
                 posted[name] = value if posted.get(name) is None else posted[name]
-            params.update(read_fields(route.body, posted))
+            params.update(read_fields(route.body, self._by_their_names(route, posted)))
         return params
+
+    def _by_their_names(self, route: Route, given: dict[str, Any]) -> dict[str, Any]:
+        """Fields that came under another word, as the route calls them."""
+        for word, name in route.aliases:
+            if word in given and given.get(name) is None:
+                given = {**given, name: given[word]}
+        return given
 
     def _from_text(self, fields: tuple[Field, ...], given: dict[str, str]) -> dict[str, Any]:
         """Parameters of a query: the numeric ones as numbers, where they are."""
@@ -4193,11 +6110,14 @@ class API(Access):
                 raise InvalidRequest("a frame must be a JSON object")
             ref = {"ref": frame["ref"]} if "ref" in frame else {}
             kind = "" if "to" in frame else str(frame.get("type"))
-            handler = FRAMES.get(kind, API._message_frame)
+            handler, route = FRAMES.get(kind, API._message_frame), ROUTES_BY_FRAME.get(kind)
             self.hub.expect(agent_id)
             self.hub.apply(Touch(at, agent_id))
-            if self.trouble and handler is not API._heartbeat_frame:
+            if self.trouble and handler is not API._heartbeat_frame and not (route and not route.writes):
                 self.probe()
+            if route:
+                handler = API._message_frame  # which has paid, too
+                return self._route_frame(route, agent_id, frame, ref, address, at)
             return handler(self, agent_id, frame, ref, at)
         except HubError as error:
             if handler is not API._message_frame:  # which has paid
@@ -4227,6 +6147,31 @@ class API(Access):
         head = dump({"type": "sent", **ref})[:-1]
         return Frame(lambda: f"{head},{body()[1:]}", ref)
 
+    def _route_frame(self, route: Route, agent_id: str, frame: dict, ref: dict, address: str, at: int) -> Frame:
+        """A frame that asks for what a route does, in the route's words."""
+        if route.charged:
+            self.hub.pace.charge(("agent", agent_id), at)
+        given = self._by_their_names(route, {**frame, "from": frame.get("from", agent_id)})
+        if {given["from"], given.get("agent_id", agent_id)} != {agent_id}:
+            raise Forbidden(f"this connection is that of `{agent_id}`: leave `agent_id` out, or open another one")
+        params = read_fields(tuple(dict.fromkeys((*route.query, *route.body))), {**given, "agent_id": agent_id})
+        call = Call(NO_HEAD, b"", params, agent_id, at, address, None, False, "websocket")
+        answer = route.handler(self, call)
+        if isinstance(answer, Wait):
+            return Frame("", ref, wait=answer, kind=route.frame)
+        return self.framed(answer, ref, route.frame)
+
+    def framed(self, answer: Response, ref: dict, kind: str) -> Frame:
+        """A route's answer as a frame of that type."""
+        if answer.status >= 400:
+            return Frame({"type": "error", **ref, "error": answer.body["error"]}, ref)
+
+        def make() -> str:
+            body = answer.body() if callable(answer.body) else answer.body
+            return f"{dump({'type': kind, **ref})[:-1]},{(body if isinstance(body, str) else dump(body))[1:]}"
+
+        return Frame(make, ref, answer.settled)
+
     def _ack_frame(self, agent_id: str, frame: dict, ref: dict, at: int) -> Frame:
         self._ack(agent_id, read_fields(ACK_FIELDS, frame), at, "websocket")
         return Frame("", ref)
@@ -4236,6 +6181,8 @@ class API(Access):
 
 
 FRAMES = {"heartbeat": API._heartbeat_frame, "ack": API._ack_frame}
+ROUTES_BY_FRAME = {route.frame: route for route in ROUTES if route.frame}
+NO_HEAD = Head("GET", "", "", "", {}, "", "", 0, True)  # of what came as a frame
 
 
 # --- Readers ----------------------------------------------------------------------------------------------------------
@@ -4269,6 +6216,11 @@ def _line_chunk(message: Message, envelope: str) -> bytes:
 
 def _socket_frame(message: Message, envelope: str) -> bytes:
     return websocket_frame(envelope.encode())
+
+
+def presence(event: Presence) -> str:
+    """The frame that tells of an agent's coming, going or doing (JSON text)."""
+    return dump({"type": "presence"} | {key: value for key, value in event._asdict().items() if value})
 
 
 class Reader:
@@ -4460,17 +6412,25 @@ class Poll:
 
     def __init__(self, server: Any, wait: Wait, answer: Callable[[Response], None]) -> None:
         self.server, self.agent_id, self._wait, self._answer = server, wait.agent_id, wait, answer
-        self.claims = wait.claims
+        self.claims, self.place = wait.claims, wait.place
         self._timer = server.loop.call_later(wait.seconds, self.end)
         server.add_reader(self)
+        if self.place:
+            server.in_line.polls[self.place] = self
 
     def push(self, message: Message | None, frames: dict, *back_to: int) -> bool:
         """Ask again whether there is an answer now. What goes out with it has been noted as pushed when it was made."""
+        if self.place:  # which is for a lock: no mail will help
+            return False
+        self.ask(*back_to)
+        return False
+
+    def ask(self, *back_to: int) -> None:
+        """Answer, if there is an answer now."""
         answer = self._wait.attempt(False, self.server.clock(), *back_to)
         if answer:
             self.close()
             self._answer(answer)
-        return False
 
     def fall_behind(self, seq: int) -> None:
         """Something older came into the inbox."""
@@ -4481,13 +6441,193 @@ class Poll:
 
     def end(self) -> None:
         """Answer with what there is: time is over, the agent left, or the hub stops."""
+        answer = self._wait.attempt(True, self.server.clock())
         self.close()
-        self._answer(self._wait.attempt(True, self.server.clock()))  # type: ignore[arg-type]
+        self._answer(answer)  # type: ignore[arg-type]
 
     def close(self) -> None:
         """The client went, or has its answer."""
         self._timer.cancel()
         self.server.remove_reader(self)
+        if self.server.in_line.polls.get(self.place) is self:
+            del self.server.in_line.polls[self.place]
+            self._wait.give_up()
+            self.server.in_line.move_up()
+
+
+class InLine:
+    """Who waits for locks. The hub knows the order; whoever is first is asked first when something has become free."""
+
+    def __init__(self, server: Any) -> None:
+        self._server, self.polls = server, {}  # type: Any, dict[str, Poll]
+        self._moving = False
+
+    def move_up(self) -> None:
+        """A lock is free, or the queue shorter: those who wait are asked, in order, when this turn is over."""
+        if self.polls and not self._moving:
+            self._moving = True
+            self._server.loop.call_soon(self._ask)
+
+    def _ask(self) -> None:
+        self._moving = False
+        for want in self._server.hub.lock_places(self._server.clock()):
+            if want.id in self.polls:
+                self.polls[want.id].ask()
+        self._server.schedule()
+
+
+# --- Watching ---------------------------------------------------------------------------------------------------------
+
+COUNT_SECONDS = 1  # how often watchers are told how many there are of everything, where that has changed
+
+
+def _task_event(hub: Hub, event: TaskChanged | TaskProposed) -> dict:
+    task = event.task
+    kinds = {"accepted": "task_accept", "completed": "task_complete", "cancelled": "task_cancel"}
+    kind = kinds.get(task.state, "task_release" if task.released_by or task.reason else "task_open")
+    if isinstance(event, TaskProposed):
+        kind = "task_proposal"
+    shown = {"event": kind, "task_id": task.id, "state": task.state, "proposer": task.proposer}
+    shown |= {"to": json.loads(task.to)}
+    shown |= {"holder": task.holder} if task.holder else {}
+    shown |= {"reason": task.reason} if task.reason else {}
+    return shown | ({"waits_for": task.waits_for} if task.waits_for else {})
+
+
+def _lock_event(hub: Hub, event: Locked) -> dict:
+    lock = event.lock
+    kind = "lock" if lock.taken_at == lock.renewed_at else "renew"
+    return {"event": kind, "agent_id": lock.agent_id, "lock_id": lock.lock_id, "paths": lock.paths, "mode": lock.mode}
+
+
+def _note_event(hub: Hub, event: Noted) -> dict:
+    note = event.note
+    return {"event": "note", "agent_id": note.agent_id, "key": note.key, "version": note.version} | (
+        {"gone": True} if note.gone else {}
+    )
+
+
+# How each event is told to whoever watches; of messages only the counts are.
+ACTIVITY: dict[type, Callable[[Any, Any], dict]] = {
+    Registered: lambda hub, e: {"event": e.how, "agent_id": e.agent.agent_id, "name": e.agent.name},
+    Left: lambda hub, e: {"event": "leave", "agent_id": e.agent_id},
+    Presence: lambda hub, e: {"event": e.status, "agent_id": e.agent_id, "name": e.name},
+    Doing: lambda hub, e: {"event": "status", "agent_id": e.agent_id, "doing": e.doing}
+    | ({"away_until": timestamp(e.away_until)} if e.away_until else {}),
+    Joined: lambda hub, e: {"event": "join", "channel": e.channel, "agent_id": e.agent_id},
+    Parted: lambda hub, e: {"event": "part", "channel": e.channel, "agent_id": e.agent_id},
+    TaskProposed: _task_event,
+    TaskChanged: _task_event,
+    Locked: _lock_event,
+    Unlocked: lambda hub, e: {"event": "unlock", "agent_id": e.agent_id, "lock_id": e.lock_id, "paths": e.paths,
+                              "reason": e.reason},
+    Noted: _note_event,
+}  # fmt: skip
+
+
+class Watcher:
+    """A stream of what happens. It is told what its agent may know; what a peer that takes nothing misses is counted,
+    and told when it takes again."""
+
+    def __init__(self, server: Any, watch: Watch, transport: Any) -> None:
+        self.server, self.agent_id, self.transport = server, watch.agent_id, transport
+        self.sse = watch.format == "sse"
+        self.paused = self.closed = False
+        self.missed, self.out, self.queued = 0, [], 0
+        server.watchers.add(self)
+
+    def tell(self, event: Any, shown: dict) -> None:
+        """Write what happened, if it may be known."""
+        task = event.task if isinstance(event, (TaskProposed, TaskChanged)) else None
+        if task and self.server.hub.may_see(self.agent_id, task):
+            shown = shown | {"title": title_of(json.loads(task.payload))}
+        self.say(shown)
+
+    def say(self, shown: dict) -> None:
+        """Write a line, unless the peer is full."""
+        if self.paused or self.queued > self.server.limits.max_unsent:
+            self.missed += 1
+            return
+        text = dump({"timestamp": timestamp(self.server.clock()), **shown})
+        self.write(_chunk(f"event: {shown['event']}\ndata: {text}\n\n" if self.sse else f"{text}\n"))
+
+    def write(self, data: bytes) -> None:
+        """Put bytes on the peer's line with the end of this turn."""
+        self.out.append(data)
+        self.queued += len(data)
+        self.server.dirty[self] = None
+        self.server.flush_soon()
+
+    def flush(self) -> None:
+        """Write what this turn brought, in one go."""
+        data, self.out, self.queued = b"".join(self.out), [], 0
+        self.server.dirty.pop(self, None)
+        if data and not self.closed and not self.transport.is_closing():
+            self.transport.write(data)
+
+    def pause(self) -> None:
+        """The peer takes no more for now."""
+        self.paused = True
+
+    def resume(self) -> None:
+        """The peer takes again: what it missed is told as a number."""
+        self.paused = False
+        if self.missed:
+            missed, self.missed = self.missed, 0
+            self.say({"event": "missed", "count": missed})
+
+    def too_slow(self, now: float) -> bool:
+        """It is owed nothing."""
+        return False
+
+    def end(self) -> None:
+        """The hub stops."""
+        self.transport.close()
+
+    def close(self) -> None:
+        """Take no part any more."""
+        self.closed = True
+        self.server.watchers.all.pop(self, None)
+
+
+class Watchers:
+    """Everybody who watches. Where nobody does, nothing is done."""
+
+    def __init__(self, server: Any) -> None:
+        self._server, self.all = server, {}  # type: Any, dict[Watcher, None]
+        self._counts: dict[str, Any] = {}
+
+    def add(self, watcher: Watcher) -> None:
+        """Tell somebody what happens from now on, beginning with how things are."""
+        if not self.all:
+            self._server.loop.call_later(COUNT_SECONDS, self._count)
+        self.all[watcher] = None
+        self._counts = counts_of(self._server.hub, self._server.clock())
+        watcher.say(self._counts)
+
+    def tell(self, event: Any) -> None:
+        """Let them know of an event that was committed."""
+        if self.all and type(event) in ACTIVITY:
+            shown = ACTIVITY[type(event)](self._server.hub, event)
+            for watcher in list(self.all):
+                watcher.tell(event, shown)
+
+    def _count(self) -> None:
+        if self.all and not self._server.closing:
+            self._server.loop.call_later(COUNT_SECONDS, self._count)
+            before, self._counts = self._counts, counts_of(self._server.hub, self._server.clock())
+            for watcher in list(self.all) if before != self._counts else ():
+                watcher.say(self._counts)
+
+
+def counts_of(hub: Hub, at: int) -> dict:
+    """How many there are of everything."""
+    tasks = hub.count_tasks()
+    return {
+        "event": "counts", "agents": len(hub.agents), "active": len(hub.active), "messages": hub.seq,
+        "unread": sum(map(hub.unread, hub.inboxes)), "open_tasks": tasks["open"], "accepted_tasks": tasks["accepted"],
+        "locks": len(hub.locks.held),
+    }  # fmt: skip
 
 
 # --- Connections ------------------------------------------------------------------------------------------------------
@@ -4515,7 +6655,7 @@ class HttpConnection:
         self.reader = RequestReader(server.limits)
         self.slots: collections.deque[list[bytes]] = collections.deque()
         self.blocked = self.paused = self.last = self.ended = self.handed_over = False
-        self.stream: Reader | None = None
+        self.stream: Reader | Watcher | None = None
         self.poll: Poll | None = None
         self.file: Any = None
         self._sending = self._pumping = False
@@ -4668,7 +6808,7 @@ class HttpConnection:
 
         self.poll = Poll(self.server, wait, leave)
 
-    def _answer_stream(self, asked: Exchange, stream: Stream) -> None:
+    def _answer_stream(self, asked: Exchange, stream: Stream | Watch) -> None:
         if not self._alone("open a stream"):
             return
         kind = "text/event-stream" if stream.format == "sse" else "application/x-ndjson"
@@ -4677,9 +6817,12 @@ class HttpConnection:
         if asked.request.head.method == "HEAD":
             self.last, self.blocked = True, False
             return
+        self._comment = _chunk(":\n\n" if stream.format == "sse" else "\n")
+        if isinstance(stream, Watch):
+            self.stream = Watcher(self.server, stream, self.transport)
+            return
         encode = _event_chunk if stream.format == "sse" else _line_chunk
         self.stream = Reader(self.server, stream.agent_id, stream.after, encode, self.transport)
-        self._comment = _chunk(":\n\n" if stream.format == "sse" else "\n")
         self.stream.write(self._comment)
         if not stream.recovered:
             text = dump(self.server.api.welcome(stream))
@@ -4793,6 +6936,7 @@ class HttpConnection:
         Response: _answer_response,
         Wait: _answer_wait,
         Stream: _answer_stream,
+        Watch: _answer_stream,
         Later: _answer_later,
         Download: _answer_download,
         Upgrade: _answer_upgrade,
@@ -4879,6 +7023,7 @@ class HubSocket:
         self._full = self._taking = self._held = False
         self._waiting = bytearray()
         self._over = False  # a close frame has gone or come: what is behind it is not for us
+        self._polls: dict[Any, None] = {}  # frames whose answer is not there yet
         server.door.count_in(self)
 
     def open(self) -> None:
@@ -4971,11 +7116,28 @@ class HubSocket:
         except UnicodeDecodeError:
             return self._fail(1007, "not UTF-8")
         answer = server.api.frame(self.upgrade.agent_id, data, self.upgrade.address, server.clock())
+        if answer.wait:
+            self._wait_for(answer, answer.wait)
+        else:
+            self._reply_when_durable(answer)
+        server.hold_if_gathering(self.transport)
+
+    def _reply_when_durable(self, answer: Frame) -> None:
         if answer.settled:
             self._reply(answer, None)
         else:
-            server.when_durable(functools.partial(self._reply, answer))
-        server.hold_if_gathering(self.transport)
+            self.hub_server.when_durable(functools.partial(self._reply, answer))
+            self.hub_server.schedule()
+
+    def _wait_for(self, asked: Frame, wait: Wait) -> None:
+        """Answer a frame when there is an answer; others are looked at meanwhile."""
+
+        def done(answer: Response) -> None:
+            self._polls.pop(poll, None)
+            self._reply_when_durable(self.hub_server.api.framed(answer, asked.ref, asked.kind))
+
+        poll = Poll(self.hub_server, wait, done)
+        self._polls[poll] = None
 
     def _reply(self, answer: Frame, error: HubError | None) -> None:
         answer = error_frame(error, answer.ref) if error else answer
@@ -5010,6 +7172,8 @@ class HubSocket:
         """The line is gone."""
         self._waiting.clear()  # nobody waits for answers
         self.hub_server.door.count_out(self)
+        for poll in list(self._polls):
+            poll.close()
         if self.stream:
             self.stream.close()
         super().connection_lost(exc)
@@ -5425,6 +7589,7 @@ class Server:
         self.readers: dict[str, dict[Any, None]] = {}
         self.door = Door(self)
         self.connections = self.door.connections
+        self.watchers, self.in_line = Watchers(self), InLine(self)
         self.dirty: dict[Any, None] = {}
         self.held: list[Any] = []
         memory = store.path == ":memory:"  # its one connection is the loop's
@@ -5455,6 +7620,7 @@ class Server:
         """Let everybody know who should of an event that was committed."""
         if type(event) in self.TELL:
             self.TELL[type(event)](self, event)
+        self.watchers.tell(event)
 
     def end_turn(self) -> None:
         """A batch is done: what it brought is written, and lines that were held are read again."""
@@ -5515,7 +7681,7 @@ class Server:
         crowd, where everybody's coming is told to everybody, only the latest changes are; the list has them all."""
         most = max(1, PRESENCE_FRAMES // max(1, len(self.readers)))
         news, self._presence = dict(list(self._presence.items())[-most:]), {}
-        frames = {name: websocket_frame(dump({"type": "presence", **e._asdict()}).encode()) for name, e in news.items()}
+        frames = {name: websocket_frame(presence(event).encode()) for name, event in news.items()}
         everything = b"".join(frames.values())
         for name, readers in self.readers.items():
             data = everything if name not in frames else b"".join(f for who, f in frames.items() if who != name)
@@ -5538,7 +7704,12 @@ class Server:
     def _tell_registered(self, event: Registered) -> None:
         self.api.audit.note(event.how, address=event.address, agent_id=event.agent.agent_id)
 
+    def _tell_locks(self, event: Locked | Unlocked) -> None:
+        self.in_line.move_up()
+
     TELL = {
+        Locked: _tell_locks,
+        Unlocked: _tell_locks,
         Registered: _tell_registered,
         Sent: _tell_sent,
         Adopted: _tell_adopted,
@@ -5611,7 +7782,10 @@ class Server:
             self.hub.apply(Sweep(self.clock()))
         if not self._bringing:
             self._bring_due()
+        if self.clock() >= self.hub.next_at:
+            self.hub.apply(Elapse(self.clock()))
         self._claims_over()
+        self.in_line.move_up()
         self.batches.index()
 
     def _bring_due(self) -> None:
@@ -5764,18 +7938,19 @@ class _Calls:
         self._lost = self._left = False
         return answer
 
-    def agents(self, status: str | None = None, capability: str | None = None) -> Any:
+    def agents(self, status: str | None = None, capability: str | None = None, channel: str | None = None) -> Any:
         """The agents, each as a dict."""
-        return self._run(
-            self._pick("agents", "GET", "/api/v1/agents", query={"status": status, "capability": capability})
-        )
+        query = {"status": status, "capability": capability, "channel": channel}
+        return self._run(self._pick("agents", "GET", "/api/v1/agents", query=query))
 
     def agent(self, agent_id: str) -> Any:
         """One agent, as a dict."""
         return self._run(self._pick(None, "GET", f"/api/v1/agents/{quote(agent_id)}"))
 
-    def leave(self) -> Any:
-        """Leave the hub; `listen` ends. What is unread stays there until it expires."""
+    def leave(self, channel: str | None = None) -> Any:
+        """Leave a channel; or the hub: `listen` ends, and what is unread stays there until it expires."""
+        if channel is not None:
+            return self._run(self._channel(channel, "leave", {}))
         return self._run(self._leave())
 
     def _leave(self) -> Generator:
@@ -5790,10 +7965,13 @@ class _Calls:
     def send_message(
         self, to: str | list[str], message: Any, type: str | None = None, id: str | None = None,
         reply_to: str | None = None, ttl: float | None = None, delay: float | None = None,
+        one: bool = False, lease: float | None = None,
     ) -> Any:  # fmt: skip
         """Send any JSON value and return the receipt. Safe to repeat: a message without an id gets one here. After
-        `ttl` seconds nobody gets it any more, before `delay` seconds nobody gets it yet."""
+        `ttl` seconds nobody gets it any more, before `delay` seconds nobody gets it yet. With `one` it is for one of
+        the group in `to`: if that one does not acknowledge it within `lease` seconds, the next gets it."""
         more = {"id": id or new_message_id(), "reply_to": reply_to, "ttl": ttl, "delay": delay}
+        more |= {"deliver": "one" if one else None, "lease": lease}
         return self._run(self._post(to, message, type, **more))
 
     def _post(self, to: str | list[str], message: Any, type: str | None, **more: Any) -> Generator:
@@ -5872,11 +8050,13 @@ class _Calls:
 
     def history(
         self, other: str | None = None, thread: str | None = None, type: str | None = None,
-        limit: int = DEFAULT_LIMIT, after: int | None = None,
+        limit: int = DEFAULT_LIMIT, after: int | None = None, channel: str | None = None, full: bool = False,
     ) -> Any:  # fmt: skip
         """The newest `limit` envelopes that this agent sent or got, read or not, oldest first: of all, or with one
-        other agent, or of a thread. With `after`, the first ones above that seq."""
-        query = {"agent_id": self._me(), "with": other, "thread": thread, "type": type, "sent": "true"}
+        other agent, or of a thread; or what was said in a channel it is a member of, with `full` before that, too.
+        With `after`, the first ones above that seq."""
+        query = {"agent_id": self._me(), "with": other, "thread": thread, "type": type}
+        query |= {"channel": channel, "history": "full" if full else None} if channel else {"sent": "true"}
         return self._run(self._pages("", query, "after" if after is not None else "before", after, limit))
 
     def search(self, words: str, limit: int = DEFAULT_LIMIT) -> Any:
@@ -5940,7 +8120,7 @@ class _Calls:
         host = f"[{self._host}]" if ":" in self._host else self._host
         lines = [f"{method} {path}{'?' if pairs else ''}{pairs} HTTP/1.1", f"Host: {host}:{self._port}"]
         lines += [f"Authorization: Bearer {token}"] if token else []
-        if method == "POST":
+        if method in ("POST", "PUT"):
             lines += ["Content-Type: application/json", f"Content-Length: {len(text)}"]
         return "\r\n".join([*lines, "\r\n"]).encode() + text
 
@@ -5954,8 +8134,8 @@ class _Calls:
             raise error_from_wire(body, reader.status)
         return body
 
-    def _stream_request(self) -> bytes:
-        return self._request("GET", "/api/v1/stream", None, {"agent_id": self._me(), "format": "json"})
+    def _stream_request(self, what: str = "stream") -> bytes:
+        return self._request("GET", f"/api/v1/{what}", None, {"agent_id": self._me(), "format": "json"})
 
     def _remember(self, envelope: dict) -> None:
         """It was handed out: should the hub repeat it after a reconnect, it is not handed out again."""
@@ -5967,13 +8147,17 @@ class _Calls:
 
     def _steps(self, plan: Generator) -> Generator:
         """A plan as requests (bytes) to exchange and seconds to wait. What the exchange raises is thrown in."""
-        answer = None
+        answer = failed = None
         while True:
             try:
-                call = plan.send(answer)
+                call = plan.throw(failed) if failed else plan.send(answer)
             except StopIteration as end:
                 return end.value
-            answer = yield from self._attempts(self._request(*call))
+            answer = failed = None
+            try:
+                answer = yield from self._attempts(self._request(*call))
+            except HubError as error:
+                failed = error  # for the plan, which may know what to do
 
     def _attempts(self, request: bytes) -> Generator:
         """One call, repeated where that helps. A hub that was never there is reported at once."""
@@ -6053,10 +8237,159 @@ def _pause(tries: int) -> float:
     return min(5.0, 0.1 * 2 ** min(tries, 6)) * (0.5 + os.urandom(1)[0] / 255)
 
 
+# --- Shared -----------------------------------------------------------------------------------------------------------
+
+
+class _Shared(_Calls):
+    """What both clients can do together with others: channels, tasks, locks, notes. As in `_Calls`, each method is a
+    route; a task is meant by its id, or by an envelope that proposed it."""
+
+    # channels and status
+
+    def channels(self) -> Any:
+        """The channels, each as a dict with its `members`."""
+        return self._run(self._pick("channels", "GET", "/api/v1/channels"))
+
+    def channel(self, channel: str) -> Any:
+        """One channel, as a dict."""
+        return self._run(self._pick(None, "GET", f"/api/v1/channels/{quote(channel)}"))
+
+    def join(self, channel: str, full: bool = False) -> Any:
+        """Become a member of a channel: what is sent there comes to this agent's inbox. With `full`, `history` shows
+        what was said there before, too."""
+        return self._run(self._channel(channel, "join", {"history": "full" if full else None}))
+
+    def _channel(self, channel: str, what: str, more: dict) -> Generator:
+        body = _given({"agent_id": self._me(), **more})
+        return (yield "POST", f"/api/v1/channels/{quote(channel)}/{what}", body, {}, None)
+
+    def set_status(self, doing: str | None = None, away: float | None = None) -> Any:
+        """Tell others what one is doing, and for how many seconds one is away and gets no work."""
+        path = f"/api/v1/agents/{quote(self._me())}/status"
+        return self._run(self._pick(None, "POST", path, _given({"doing": doing, "away": away})))
+
+    # tasks
+
+    def propose(
+        self, to: str | list[str], message: Any, lease: float | None = None, deadline: float | None = None,
+        depends_on: Iterable[str] | None = None, priority: int | None = None, id: str | None = None,
+    ) -> Any:  # fmt: skip
+        """Propose a task: one of those in `to` may have it, for as long as it is not silent for `lease` seconds. It
+        opens when those in `depends_on` are completed, and is cancelled after `deadline` seconds. Its `task_id` is in
+        the receipt."""
+        body = {"agent_id": self._me(), "to": to, "lease": lease, "deadline": deadline, "priority": priority}
+        body |= {"depends_on": list(depends_on) if depends_on else None, "id": id or new_message_id()}
+        return self._run(self._pick(None, "POST", "/api/v1/tasks", _given(body) | {"message": message}))
+
+    def accept(self, task: dict | str, message: Any = None, lease: float | None = None) -> Any:
+        """Take a task. Raises TaskTaken where another was quicker."""
+        return self._run(self._act(task, "accept", message, lease))
+
+    def complete(self, task: dict | str, result: Any = None) -> Any:
+        """Say that a task is done; the result goes to its proposer."""
+        return self._run(self._act(task, "complete", result))
+
+    def release(self, task: dict | str, reason: Any = None) -> Any:
+        """Give a task back: it is proposed again."""
+        return self._run(self._act(task, "release", reason))
+
+    def cancel(self, task: dict | str, reason: Any = None) -> Any:
+        """Cancel a task that this agent proposed."""
+        return self._run(self._act(task, "cancel", reason))
+
+    def _act(self, task: dict | str, what: str, message: Any, lease: float | None = None) -> Generator:
+        id = task if isinstance(task, str) else task.get("task_id") or task["id"]
+        body = {"agent_id": self._me(), "message": message, "id": new_message_id(), "lease": lease}
+        return (yield "POST", f"/api/v1/tasks/{quote(id)}/{what}", _given(body), {}, None)
+
+    def next_task(self, wait: float = 0) -> Any:
+        """Take the best open task there is for this agent, and return it; None where none is within `wait` seconds."""
+        return self._run(self._next_task(wait))
+
+    def _next_task(self, wait: float) -> Generator:
+        end, id = time.monotonic() + wait, new_message_id()
+        while True:
+            left = max(0.0, end - time.monotonic())
+            body = {"agent_id": self._me(), "id": id, "wait": min(MAX_WAIT, round(left, 3))}
+            answer = yield "POST", "/api/v1/tasks/next", body, {}, None
+            if answer["task"] or left <= MAX_WAIT:
+                return answer["task"]
+
+    def tasks(
+        self, state: str | None = None, holder: str | None = None, proposer: str | None = None, limit: int | None = None
+    ) -> Any:
+        """The tasks that this agent may know of, each as a dict: those under way first."""
+        query = {"agent_id": self.agent_id, "state": state, "holder": holder, "proposer": proposer, "limit": limit}
+        return self._run(self._pick("tasks", "GET", "/api/v1/tasks", query=query))
+
+    def task(self, task_id: str) -> Any:
+        """One task, as a dict."""
+        return self._run(self._pick(None, "GET", f"/api/v1/tasks/{quote(task_id)}", query={"agent_id": self.agent_id}))
+
+    # locks
+
+    def lock(
+        self, paths: str | list[str], ttl: float | None = None, mode: str | None = None, wait: float = 0,
+        note: str | None = None, id: str | None = None, auto_renew: bool = True, reentrant: bool = True,
+    ) -> Any:  # fmt: skip
+        """Lock paths and globs, all or none; within `wait` seconds, in the order of asking. Returns the lock, with its
+        `lock_id` and `token`. It ends by `unlock`, `ttl` seconds after this agent's last sign of life (without
+        `auto_renew`: after it was taken or renewed), or when the agent leaves. Raises LockHeld."""
+        more = {"paths": paths, "ttl": ttl, "mode": mode, "note": note, "id": id or new_message_id()}
+        more |= {"auto_renew": None if auto_renew else False, "reentrant": None if reentrant else False}
+        return self._run(self._lock(wait, _given(more)))
+
+    def _lock(self, wait: float, more: dict) -> Generator:
+        end = time.monotonic() + wait
+        while True:
+            left = max(0.0, end - time.monotonic())
+            body = {"agent_id": self._me(), "wait": min(MAX_WAIT, round(left, 3)), "again": left > MAX_WAIT} | more
+            try:
+                return (yield "POST", "/api/v1/locks", body, {}, None)
+            except LockHeld:
+                if left <= MAX_WAIT:
+                    raise
+
+    def renew_lock(self, lock_id: str | None = None, ttl: float | None = None) -> Any:
+        """Have a lock, or all that this agent has, last from now on. Raises NotFound where it has ended."""
+        body = _given({"agent_id": self._me(), "lock_id": lock_id, "ttl": ttl})
+        return self._run(self._pick(None, "POST", "/api/v1/locks/renew", body))
+
+    def unlock(self, lock_id: str | None = None, paths: str | list[str] | None = None) -> Any:
+        """Release a lock, or some paths, or all that this agent has locked. Returns what was released."""
+        body = {"agent_id": self._me(), "lock_id": lock_id, "paths": paths, "all": None if lock_id or paths else True}
+        return self._run(self._pick("released", "POST", "/api/v1/locks/release", _given(body)))
+
+    def locks(self, path: str | None = None, holder: str | None = None) -> Any:
+        """Who has locked what; or only what overlaps with a path or glob, or what one agent has."""
+        return self._run(self._pick("locks", "GET", "/api/v1/locks", query={"path": path, "holder": holder}))
+
+    # notes
+
+    def set_note(self, key: str, value: Any, if_version: int | None = None, ttl: float | None = None) -> Any:
+        """Write a note (any JSON value of up to 64 KiB); only if it has that version, where one is given (0: there is
+        none). Raises VersionConflict."""
+        body = _given({"agent_id": self._me(), "if_version": if_version, "ttl": ttl}) | {"value": value}
+        return self._run(self._pick(None, "PUT", f"/api/v1/notes/{quote(key)}", body))
+
+    def get_note(self, key: str) -> Any:
+        """A note, as a dict with its `value` and `version`. Raises NotFound."""
+        return self._run(self._pick(None, "GET", f"/api/v1/notes/{quote(key)}"))
+
+    def notes(self, prefix: str | None = None) -> Any:
+        """The notes whose keys begin so, each as a dict without its value."""
+        return self._run(self._pick("notes", "GET", "/api/v1/notes", query={"prefix": prefix}))
+
+    def delete_note(self, key: str, if_version: int | None = None) -> Any:
+        """Remove a note. Raises NotFound, or VersionConflict."""
+        query = {"agent_id": self._me(), "if_version": if_version}
+        return self._run(self._pick(None, "DELETE", f"/api/v1/notes/{quote(key)}", query=query))
+
+
 # --- Client -----------------------------------------------------------------------------------------------------------
 
 
-class Client(_Calls):
+class Client(_Shared):
     """A blocking client on the standard library: `Client(agent_id="beta").send_message("alpha", "hi")`.
 
     It waits where the hub says it is too fast (`on_wait(seconds, reason)` hears of it), and repeats a call whose line
@@ -6213,12 +8546,26 @@ class Client(_Calls):
                     time.sleep(self._mend(error, tries))
                 tries += 1
 
-    def _stream(self) -> Iterator[dict]:
-        """One connection's worth of envelopes."""
+    def watch(self) -> Iterator[dict]:
+        """What happens in the hub, as it happens, beginning with how many there are of everything; for ever, and with
+        gaps where the line breaks: a line of it is a dict with an `event`."""
+        tries = 0
+        while not self._closed:
+            try:
+                for event in self._stream("events"):
+                    tries = 0
+                    yield event
+            except (OSError, EOFError, HubError) as error:
+                if not self._closed:
+                    time.sleep(self._mend(error, tries))
+                tries += 1
+
+    def _stream(self, what: str = "stream") -> Iterator[dict]:
+        """One connection's worth of envelopes, or of what happens."""
         with self._connect() as line:
             self._streaming = line
             line.settimeout(3 * COMMENT_SECONDS)
-            line.sendall(self._stream_request())
+            line.sendall(self._stream_request(what))
             reader = ResponseReader()
             while data := line.recv(RECEIVE):
                 texts = reader.lines(data)
@@ -6231,7 +8578,7 @@ class Client(_Calls):
 # --- AgentClient ------------------------------------------------------------------------------------------------------
 
 
-class AgentClient(_Calls):
+class AgentClient(_Shared):
     """An asyncio client: `register`, `send_message`, `listen(handler)`, and the rest of the routes as coroutines.
 
     Heartbeats by itself from `register` on. `listen` uses a WebSocket where websockets is installed, else the event
@@ -6413,13 +8760,28 @@ class AgentClient(_Calls):
             raise EOFError(str(error)) from error
         raise EOFError("the hub closed the line")
 
-    async def _read_stream(self) -> Any:
-        """Envelopes of one event stream."""
+    async def watch(self) -> Any:
+        """What happens in the hub, as it happens: `async for event in agent.watch()`; as with `Client.watch`."""
+        import asyncio
+
+        tries = 0
+        while not self._closed:
+            try:
+                async for event in self._read_stream("events"):
+                    tries = 0
+                    yield event
+            except (OSError, EOFError, HubError) as error:
+                if not self._closed:
+                    await asyncio.sleep(self._mend(error, tries))
+                tries += 1
+
+    async def _read_stream(self, what: str = "stream") -> Any:
+        """Envelopes of one event stream, or what happens."""
         import asyncio
 
         incoming, outgoing = await self._connect()
         try:
-            outgoing.write(self._stream_request())
+            outgoing.write(self._stream_request(what))
             reader = ResponseReader()
             while data := await asyncio.wait_for(incoming.read(RECEIVE), 3 * COMMENT_SECONDS):
                 texts = reader.lines(data)
@@ -6600,6 +8962,8 @@ def message_text(envelope: dict) -> str:
 def _show_message(args: Any, envelope: dict) -> None:
     text = message_text(envelope)
     asks = f" {envelope['id']}" if envelope["type"] == "request" else ""  # what `reply` needs
+    if envelope["type"].startswith("task_"):  # and what `task accept` does
+        asks = f" {envelope.get('reply_to') or envelope['id']}"
     kind = "" if envelope["type"] in ("message", "broadcast") else f" ({envelope['type']}{asks})"
     to = envelope["to"] if isinstance(envelope["to"], str) else ", ".join(envelope["to"])
     _show(args, envelope, f"{envelope['timestamp'][11:19]} {envelope['from']} to {to}{kind}: {indented(text)}")
@@ -6643,7 +9007,9 @@ def _to(args: Any) -> Any:
 def _send_command(args: Any) -> int:
     message, id = _message(args), args.id or new_message_id()
     receipt = Identity(args).act(
-        lambda client: client.send_message(_to(args), message, args.type, id, args.reply_to, args.ttl, args.delay)
+        lambda client: client.send_message(
+            _to(args), message, args.type, id, args.reply_to, args.ttl, args.delay, args.one, args.lease
+        )
     )
     if "recipients" not in receipt:  # a heartbeat, which goes to nobody
         _show(args, receipt, f"alive at {receipt['last_heartbeat']}")
@@ -6713,21 +9079,36 @@ def _listen_command(args: Any) -> int:
 
 
 def _agents_command(args: Any) -> int:
-    found = Identity(args).client.agents(args.status, args.capability)
+    found = Identity(args).client.agents(args.status, args.capability, args.channel)
     for agent in found:
         able = f" [{', '.join(agent['capabilities'])}]" if agent["capabilities"] else ""
         name = f" ({agent['name']})" if agent["name"] != agent["agent_id"] else ""
         line = "connected" if agent["connected"] else f"last seen {agent['last_heartbeat'][:19]}Z"
         age = f" (oldest {ago(agent['unread_age'])})" if "unread_age" in agent else ""
-        _show(args, agent, f"{agent['agent_id']}{name} {agent['status']}, {line}, {agent['unread']} unread{age}{able}")
+        text = f"{agent['agent_id']}{name} {agent['status']}, {line}, {agent['unread']} unread{age}{able}"
+        _show(args, agent, f"{text}{engaged_text(agent)}")
     if not found:
         _say("nobody is registered")
     return 0
 
 
+def engaged_text(agent: dict) -> str:
+    """What an agent is doing, and what it holds."""
+    said = [f'"{agent["doing"]}"'] if "doing" in agent else []
+    said += [f"away until {agent['away_until'][:19]}Z"] if "away_until" in agent else []
+    said += [f"task {id}" for id in agent.get("tasks", ())]
+    said += [f"locked {', '.join(agent['locks'])}"] if "locks" in agent else []
+    return "".join(f"; {words}" for words in said)
+
+
 def _history_command(args: Any) -> int:
+    if args.history and not args.channel:
+        raise Misuse("--history is for a channel: name it, e.g. agenthub history '#build' --history full")
+    full = args.history == "full"
     envelopes = Identity(args).act(
-        lambda client: client.history(args.other, args.thread, args.type, args.limit, args.after)
+        lambda client: client.history(
+            args.other, args.thread, args.type, args.limit, args.after, args.channel, full
+        )
     )
     for envelope in envelopes:
         _show_message(args, envelope)
@@ -6776,16 +9157,23 @@ def _backup_command(args: Any) -> int:
 
 def _status_command(args: Any) -> int:
     identity = Identity(args)
+    if args.set is not None or args.away is not None:
+        answer = identity.act(lambda client: client.set_status(args.set, args.away))
+        _show(args, answer, f"{answer['agent_id']}{engaged_text(answer) or ' is doing nothing in particular'}")
+        return 0
     health, known = identity.client.health(), identity.client.agent_id or None
     unread = identity.act(lambda client: client.heartbeat())["unread"] if known else 0
     requests = identity.client.requests() if known else []
-    state = {"url": identity.client.url, **health, "agent_id": known, "unread": unread, "requests": requests}
+    mine = identity.client.agent(known) if known else {}
+    engaged = {key: mine[key] for key in ("doing", "away_until", "tasks", "locks") if key in mine}
+    state = {"url": identity.client.url, **health, "agent_id": known, "unread": unread, **engaged, "requests": requests}
     who = f"you are {known}, {unread} unread" if known else "you are not registered yet: any command does that"
     here = f"{health.get('agents', '?')} agents, {health.get('connections', '?')} connected"
     lines = [f"{identity.client.url} is {health['status']}, agenthub {health['version']}, {here}; {who}"]
+    lines[0] += engaged_text(engaged)
     for request in requests:
-        mine = request["from"] == known
-        what = f"{', '.join(request['waiting_for'])} owes you" if mine else f"{request['from']} waits for"
+        owed = request["from"] == known
+        what = f"{', '.join(request['waiting_for'])} owes you" if owed else f"{request['from']} waits for"
         lines.append(f"  {what} an answer to {request['id']} of {request['timestamp'][11:19]}: {_short(request)}")
     _show(args, state, "\n".join(lines))
     return 0
@@ -6794,6 +9182,271 @@ def _status_command(args: Any) -> int:
 def _short(envelope: dict) -> str:
     text = " ".join(message_text(envelope).split())
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+# --- Together ---------------------------------------------------------------------------------------------------------
+
+
+def duration(text: str) -> float:
+    """A duration: 90, 90s, 30m, 2h or 1d. Raises ValueError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text.strip())
+    if not found:
+        raise ValueError
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400}[found[2]]
+
+
+# channels
+
+
+def _join_command(args: Any) -> int:
+    answer = Identity(args).act(lambda client: client.join(args.channel, args.history == "full"))
+    how = "joined" if answer["joined"] else "already in"
+    _show(args, answer, f"{how} {answer['channel']} with {_names(answer['members'])}")
+    return 0
+
+
+def _leave_command(args: Any) -> int:
+    if bool(args.channel) == args.hub:
+        raise Misuse("name the channel to leave, or say --hub to leave the hub itself")
+    answer = Identity(args).act(lambda client: client.leave(args.channel))
+    text = f"{answer['agent_id']} has left the hub" if args.hub else f"left {answer['channel']}"
+    _show(args, answer, text if answer.get("left", True) else f"you were not in {answer['channel']}")
+    return 0
+
+
+def _channels_command(args: Any) -> int:
+    client = Identity(args).client
+    found = [client.channel(args.channel)] if args.channel else client.channels()
+    for channel in found:
+        said = f"last message {channel['last_activity'][:19]}Z" if channel["last_activity"] else "nothing said yet"
+        _show(args, channel, f"{channel['channel']} {said}: {_names(channel['members'])}")
+    if not found:
+        _say("there is no channel: `agenthub join '#name'` makes one")
+    return 0
+
+
+def _names(some: list[str]) -> str:
+    return ", ".join(some) or "nobody"
+
+
+# tasks
+
+
+def _task_line(task: dict) -> str:
+    text = f"{task['task_id']} {task['state']}"
+    text += f" by {task['holder']}" if "holder" in task else ""
+    text += f" until {task['lease_until'][11:19]} unless heard of" if "lease_until" in task else ""
+    text += f", waits for {', '.join(task['waits_for'])}" if "waits_for" in task else ""
+    text += f", due {task['deadline_at'][:19]}Z" if "deadline_at" in task and "result" not in task else ""
+    text += f" ({task['reason']})" if "reason" in task else ""
+    to = task["to"] if isinstance(task["to"], str) else ", ".join(task["to"])
+    return f"{text}; {task['proposer']} to {to}: {indented(title_of(task['message'])) if 'message' in task else '...'}"
+
+
+def _show_task(args: Any, answer: dict) -> int:
+    """What a task is after something was done to it, and what its sender should know."""
+    if "recipients" in answer:
+        _warn(answer)
+    task = answer.get("task") or answer
+    text = _task_line(task)
+    if "result" in task:
+        text += f"\n    result: {indented(message_text({'message': task['result']}))}"
+    _show(args, answer, text)
+    return 0
+
+
+def _propose_command(args: Any) -> int:
+    message, id, plan = _message(args), args.id or new_message_id(), (args.lease, args.deadline, args.depends_on)
+    return _show_task(
+        args, Identity(args).act(lambda client: client.propose(_to(args), message, *plan, args.priority, id))
+    )
+
+
+def _act_command(args: Any) -> int:
+    """`task accept`, `complete`, `release` and `cancel`."""
+    message = _message(args) if args.text is not None else None
+    act = lambda client: getattr(client, args.verb)(args.id, message)  # noqa: E731
+    return _show_task(args, Identity(args).act(act))
+
+
+def _next_task_command(args: Any) -> int:
+    task = Identity(args).act(lambda client: client.next_task(args.wait or 0))
+    if task:
+        return _show_task(args, task)
+    if args.wait:
+        raise TimedOut(f"no task that you can do was open within {args.wait:g} s")
+    raise NotFound("no task that you can do is open: wait for one with --wait, or look at `task list`")
+
+
+def _tasks_command(args: Any) -> int:
+    identity = Identity(args)
+    holder = identity.client.agent_id or OPERATOR if args.mine else args.holder
+    found = identity.client.tasks(args.state, holder, args.proposer, args.limit)
+    for task in found:
+        _show(args, task, _task_line(task))
+    if not found:
+        _say("no such task: `agenthub task propose ALL \"…\"` makes one")
+    return 0
+
+
+def _show_task_command(args: Any) -> int:
+    return _show_task(args, Identity(args).client.task(args.id))
+
+
+# locks
+
+
+def _lock_line(lock: dict) -> str:
+    note = f' "{lock["note"]}"' if "note" in lock else ""
+    paths, left = ", ".join(lock["paths"]), ago(lock["remaining"])
+    return f"{lock['lock_id']} {lock['agent_id']} {lock['mode']} {paths}, {left} left, token {lock['token']}{note}"
+
+
+def _lock_command(args: Any) -> int:
+    identity, ttl = Identity(args), args.ttl or (COMMAND_LOCK_TTL if args.command else None)
+    options = (ttl, "shared" if args.shared else "exclusive", args.wait or 0, args.note, None)
+    lock = identity.act(lambda client: client.lock(args.paths, *options, not args.command, not args.command))
+    if args.command:
+        return Guarded(identity, lock).run(args.command)
+    _show(args, lock, f"locked {_lock_line(lock)}")
+    return 0
+
+
+class Guarded:
+    """A command that runs under a lock, which is renewed for as long as it runs and freed when it has ended, however
+    that comes about. Should the command line be killed, the lock ends by its ttl."""
+
+    def __init__(self, identity: Identity, lock: dict) -> None:
+        self.identity, self.lock, self.lost = identity, lock, False
+
+    def run(self, command: list[str]) -> int:
+        """Run it and return its exit status; 128 and the number where a signal ended it, 127 where there is none."""
+        import signal
+        import subprocess
+
+        child = None
+
+        def pass_on(number: int, frame: Any) -> None:
+            if child and number != signal.SIGINT:  # which the terminal has told it, too
+                child.send_signal(number)
+
+        ends = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        ends = [number for number in ends if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, pass_on) for number in ends}
+        more = {"AGENTHUB_LOCK_ID": self.lock["lock_id"], "AGENTHUB_LOCK_TOKEN": str(self.lock["token"])}
+        try:
+            child = subprocess.Popen(command, env=os.environ | more)
+            code = self._wait(child)
+            return code if code >= 0 else 128 - code
+        except OSError as error:
+            _say(f"can't run {command[0]}: {error.strerror or error}")
+            return 127
+        finally:
+            self._free()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _wait(self, child: Any) -> int:
+        import subprocess
+
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return child.wait(self.lock["ttl"] / 3)
+            self._renew()
+
+    def _renew(self) -> None:
+        try:
+            self.identity.client.renew_lock(self.lock["lock_id"])
+        except HubError as error:
+            if not self.lost:
+                _say(f"the lock could not be renewed, others may take it: {error.message}")
+            self.lost = True
+
+    def _free(self) -> None:
+        try:
+            self.identity.client.unlock(self.lock["lock_id"])
+        except HubError as error:
+            _say(f"the lock could not be released and ends in {self.lock['ttl']:g} s: {error.message}")
+
+
+def _unlock_command(args: Any) -> int:
+    if bool(args.what) == args.all:
+        raise Misuse("name a lock's id or the paths to release, or say --all")
+    identity = Identity(args)
+
+    def release(client: Client) -> list[dict]:
+        ids = {lock["lock_id"] for lock in client.locks()}
+        paths = [word for word in args.what if word not in ids]
+        freed = [lock for word in args.what if word in ids for lock in client.unlock(word)]
+        return [*freed, *(client.unlock(paths=paths) if paths else []), *(client.unlock() if args.all else [])]
+
+    freed = identity.act(release)
+    for lock in freed:
+        _show(args, lock, f"released {', '.join(lock['paths'])}")
+    if not freed:
+        _say("you hold no such lock: see `agenthub locks`")
+    return 0
+
+
+def _locks_command(args: Any) -> int:
+    found = Identity(args).client.locks(args.path, args.holder)
+    for lock in found:
+        _show(args, lock, _lock_line(lock))
+    if not found:
+        _say("nothing is locked" + (f" that overlaps with {args.path}" if args.path else ""))
+    return 0
+
+
+# notes
+
+
+def _set_note_command(args: Any) -> int:
+    value = _message(args)
+    note = Identity(args).act(lambda client: client.set_note(args.key, value, args.if_version, args.ttl))
+    _show(args, note, f"{note['key']} is at version {note['version']}, {note['size']} bytes")
+    return 0
+
+
+def _get_note_command(args: Any) -> int:
+    note = Identity(args).client.get_note(args.key)
+    _show(args, note, message_text({"message": note["value"]}))
+    return 0
+
+
+def _notes_command(args: Any) -> int:
+    found = Identity(args).client.notes(args.prefix)
+    for note in found:
+        until = f", until {note['expires_at'][:19]}Z" if "expires_at" in note else ""
+        line = f"{note['key']} version {note['version']}, {note['size']} bytes, by {note['agent_id']}"
+        _show(args, note, f"{line} {note['updated_at'][:19]}Z{until}")
+    if not found:
+        _say("there is no such note: `agenthub note set KEY VALUE` makes one")
+    return 0
+
+
+def _delete_note_command(args: Any) -> int:
+    note = Identity(args).act(lambda client: client.delete_note(args.key, args.if_version))
+    _show(args, note, f"{note['key']} is gone")
+    return 0
+
+
+# what happens
+
+
+def _watch_command(args: Any) -> int:
+    identity = Identity(args)
+    identity.client.agent_id = identity.client.agent_id or OPERATOR
+    for event in identity.client.watch():
+        _show(args, event, f"{event['timestamp'][11:19]} {_event_text(event)}")
+    return 0
+
+
+def _event_text(event: dict) -> str:
+    """What happened, in a line: its kind, who did it, and the rest as it comes."""
+    left = {key: value for key, value in event.items() if key not in ("timestamp", "event", "name", "agent_id")}
+    words = [f"{key} {', '.join(value) if isinstance(value, list) else value}" for key, value in left.items()]
+    who = f" {event['agent_id']}" if "agent_id" in event else ""
+    return indented(f"{event['event']}{who}{': ' if words else ''}{', '.join(words)}")
 
 
 # --- Doctor -----------------------------------------------------------------------------------------------------------
@@ -7420,7 +10073,11 @@ def whole_number(text: str) -> int:
 
 
 _TYPE_ARG = _arg("--type", help="the message's type, e.g. request")
-_TO_ARG = _arg("to", help="an agent_id, a name, ALL, @capability, or several with commas")
+_TO_ARG = _arg("to", help="an agent_id, a name, ALL, #channel, @capability, or several with commas")
+_CHANNEL_ARG = _arg("channel", help="the channel's name; quote its sign: '#build'")
+_TASK_ARG = _arg("id", help="the task's id, as recv and `task list` show it")
+_KEY_ARG = _arg("key", help="the note's key")
+_IF_VERSION_ARG = _arg("--if-version", type=int, metavar="N", help="only if that is its version; 0: there is none")
 _TEXT_ARG = _arg("text", help="the message; - reads stdin")
 _JSON_ARG = _arg("--json-message", action="store_true", help="the text is JSON")
 _LIMIT_ARG = _arg(
@@ -7443,6 +10100,8 @@ _COMMANDS: dict[str, tuple] = {
         _arg("--reply-to", metavar="ID", help="the message this answers"),
         _TTL_ARG,
         _arg("--delay", type=float, metavar="S", help="seconds before it is delivered"),
+        _arg("--one", action="store_true", help="to one of a group only: the least busy, then the next"),
+        _arg("--lease", type=duration, metavar="S", help=f"with --one: seconds to acknowledge in, default {JOB_LEASE}"),
     ), 'agenthub send alpha "hi"'),
     "ask": (_ask_command, "send a request and print its answer", (
         _TO_ARG,
@@ -7470,8 +10129,11 @@ _COMMANDS: dict[str, tuple] = {
     "agents": (_agents_command, "who is here", (
         _arg("--status", choices=("active", "offline")),
         _arg("--capability"),
+        _arg("--channel", help="only its members"),
     ), "agenthub agents --status active"),
-    "history": (_history_command, "print what you sent and got, read or not", (
+    "history": (_history_command, "print what you sent and got, read or not, or what was said in a channel", (
+        _arg("channel", nargs="?", help="a channel you are in"),
+        _arg("--history", choices=("joined", "full"), help="full: what was said before you joined, too"),
         _LIMIT_ARG,
         _arg("--after", type=int, metavar="SEQ", help="the first ones after this seq"),
         _arg("--with", dest="other", metavar="AGENT", help="only what you and this agent sent each other"),
@@ -7485,7 +10147,87 @@ _COMMANDS: dict[str, tuple] = {
     "trace": (_trace_command, "what became of a message", (
         _arg("id", help="the message's id, as send prints it"),
     ), "agenthub trace 01a2…-4fe2"),
-    "status": (_status_command, "the hub, who you are there, and which requests are open", (), "agenthub status"),
+    "status": (_status_command, "the hub, who you are there, and which requests are open", (
+        _arg("--set", metavar="TEXT", help="tell others what you are doing; an empty text: nothing"),
+        _arg("--away", type=duration, metavar="TIME", help="be away that long (90, 30m, 2h): you get no work then"),
+    ), 'agenthub status --set "refactoring auth" --away 30m'),
+    "join": (_join_command, "become a member of a channel", (
+        _CHANNEL_ARG,
+        _arg("--history", choices=("joined", "full"), help="full: you may read what was said before, too"),
+    ), "agenthub join '#build'"),
+    "leave": (_leave_command, "leave a channel, or the hub", (
+        _arg("channel", nargs="?", help="the channel's name"),
+        _arg("--hub", action="store_true", help="leave the hub: its locks, tasks and channels, too"),
+    ), "agenthub leave '#build'"),
+    "channels": (_channels_command, "which channels there are, and who is in them", (
+        _arg("channel", nargs="?", help="only this one"),
+    ), "agenthub channels"),
+    "task propose": (_propose_command, "propose a task", (
+        _TO_ARG,
+        _TEXT_ARG,
+        _JSON_ARG,
+        _arg("--lease", type=duration, metavar="S", help=f"seconds its holder may be silent, default {TASK_LEASE}"),
+        _arg("--deadline", type=duration, metavar="S", help="seconds after which it is cancelled"),
+        _arg("--depends-on", action="append", metavar="ID", help="a task to be completed first; may be repeated"),
+        _arg("--priority", type=int, metavar="N", help="higher goes first, default 0"),
+        _arg("--id", help="an id of your choice, which others can depend on"),
+    ), 'agenthub task propose ALL "review PR 7"'),
+    "task list": (_tasks_command, "the board of tasks", (
+        _arg("--state", choices=("blocked", "open", "accepted", "completed", "cancelled")),
+        _arg("--mine", action="store_true", help="only those that you hold"),
+        _arg("--holder", metavar="AGENT"),
+        _arg("--proposer", metavar="AGENT"),
+        _LIMIT_ARG,
+    ), "agenthub task list --state open"),
+    "task show": (_show_task_command, "one task, with its result", (_TASK_ARG,), "agenthub task show 01a2…-4fe2"),
+    "task next": (_next_task_command, "take the best open task that you can do", (
+        _arg("--wait", type=duration, metavar="S", help="wait up to S seconds for one"),
+    ), "agenthub task next --wait 60"),
+    **{
+        f"task {verb}": (_act_command, words, (
+            _TASK_ARG,
+            _arg("text", nargs="?", help=text),
+            _JSON_ARG,
+        ), f"agenthub task {verb} 01a2…-4fe2{example}")
+        for verb, words, text, example in (
+            ("accept", "take a task", "a word to its proposer", ""),
+            ("complete", "say that a task is done", "its result; - reads stdin", ' "merged as 4f2a"'),
+            ("release", "give a task back", "why", ' "no GPU here"'),
+            ("cancel", "cancel a task you proposed", "why", ""),
+        )
+    },
+    "lock": (_lock_command, "lock paths, or run a command under a lock: lock PATH… -- COMMAND…", (
+        _arg("paths", nargs="+", help="paths and globs, relative to the project's root"),
+        _arg("--wait", type=duration, metavar="S", help="wait up to S seconds for it, in the order of asking"),
+        _arg("--ttl", type=duration, metavar="S", help=f"seconds after your last sign of life, default {LOCK_TTL}; with"
+             f" a command it is renewed while that runs, default {COMMAND_LOCK_TTL}"),
+        _arg("--shared", action="store_true", help="together with others that share it"),
+        _arg("--note", help="what for; shown to whoever is refused"),
+    ), "agenthub lock src/api --wait 60 -- make generate"),
+    "unlock": (_unlock_command, "release locks", (
+        _arg("what", nargs="*", help="a lock's id, or paths as they were locked"),
+        _arg("--all", action="store_true", help="all that you have"),
+    ), "agenthub unlock src/api"),
+    "locks": (_locks_command, "who has locked what", (
+        _arg("path", nargs="?", help="only what overlaps with this path or glob"),
+        _arg("--holder", metavar="AGENT"),
+    ), "agenthub locks src/api/x.py"),
+    "note set": (_set_note_command, "write a note on the board", (
+        _KEY_ARG,
+        _arg("text", metavar="value", help="its text; - reads stdin"),
+        _JSON_ARG,
+        _IF_VERSION_ARG,
+        _arg("--ttl", type=duration, metavar="S", help="seconds after which it is gone"),
+    ), 'agenthub note set handover/auth "done up to the tests"'),
+    "note get": (_get_note_command, "print a note", (_KEY_ARG,), "agenthub note get handover/auth"),
+    "note list": (_notes_command, "the notes on the board", (
+        _arg("prefix", nargs="?", help="only those whose keys begin so"),
+    ), "agenthub note list handover/"),
+    "note delete": (_delete_note_command, "remove a note", (
+        _KEY_ARG,
+        _IF_VERSION_ARG,
+    ), "agenthub note delete handover/auth"),
+    "watch": (_watch_command, "print what happens in the hub, a line each", (), "agenthub watch"),
     "doctor": (_doctor_command, "find out why something does not work", (
         _arg("recipient", nargs="?", help="an agent you can't reach"),
     ), "agenthub doctor alpha"),
@@ -7496,6 +10238,31 @@ _COMMANDS: dict[str, tuple] = {
 COMMANDS = {name: Command(*row) for name, row in _COMMANDS.items()}
 
 
+GROUPS = {"task": "work that one proposes and one takes", "note": "notes on the board, for all"}
+
+
+def _add_arguments(sub: Any, row: Command, of_client: bool) -> None:
+    for names, options in row.arguments() if callable(row.arguments) else row.arguments:
+        sub.add_argument(*names, **options)
+    if of_client:
+        sub.add_argument("--as", dest="identity", metavar="ID", help="who you are; else AGENTHUB_AGENT")
+        sub.add_argument("--url", help=f"the hub; else AGENTHUB_URL, else {DEFAULT_URL}")
+        sub.add_argument("--cacert", metavar="FILE", help="a certificate (PEM) to trust, too; else AGENTHUB_CACERT")
+        sub.add_argument("--json", action="store_true", help="one JSON object a line")
+
+
+def _read(words: list[str]) -> Any:
+    """The arguments; what stands behind `--` is, for `lock`, a command. Raises Misuse, or SystemExit (argparse)."""
+    at = words.index("--") if words[:1] == ["lock"] and "--" in words else len(words)
+    known = {name.partition(" ")[0] for name in COMMANDS}
+    args = _parser(words[0] if words and words[0] in known else None).parse_args(words[:at])
+    if at < len(words):
+        args.command = words[at + 1 :]
+        if not args.command:
+            raise Misuse("name the command to run under the lock: agenthub lock PATH -- COMMAND")
+    return args
+
+
 def _parser(name: str | None) -> Any:
     """The parser for one command, or for all where none is named: building them all costs 5 ms."""
     import argparse
@@ -7503,21 +10270,19 @@ def _parser(name: str | None) -> Any:
     parser = argparse.ArgumentParser("agenthub", description="Agents find each other and talk.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"agenthub {VERSION}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, prog="agenthub")
+    groups: dict[str, Any] = {}
     for each, row in COMMANDS.items():
-        if name in (None, each):
-            sub = commands.add_parser(
-                each, help=row.help, description=row.help, epilog=f"example: {row.example}", allow_abbrev=False
-            )
-            for names, options in row.arguments() if callable(row.arguments) else row.arguments:
-                sub.add_argument(*names, **options)
-            if each != "serve":
-                sub.add_argument("--as", dest="identity", metavar="ID", help="who you are; else AGENTHUB_AGENT")
-                sub.add_argument("--url", help=f"the hub; else AGENTHUB_URL, else {DEFAULT_URL}")
-                sub.add_argument(
-                    "--cacert", metavar="FILE", help="a certificate (PEM) to trust, too; else AGENTHUB_CACERT"
-                )
-                sub.add_argument("--json", action="store_true", help="one JSON object a line")
-            sub.set_defaults(run=row.run)
+        group, _, verb = each.partition(" ")
+        if name not in (None, group):
+            continue
+        if verb and group not in groups:
+            sub = commands.add_parser(group, help=GROUPS[group], description=GROUPS[group], allow_abbrev=False)
+            groups[group] = sub.add_subparsers(metavar="COMMAND", required=True, prog=f"agenthub {group}")
+        sub = (groups[group] if verb else commands).add_parser(
+            verb or each, help=row.help, description=row.help, epilog=f"example: {row.example}", allow_abbrev=False
+        )
+        _add_arguments(sub, row, each != "serve")
+        sub.set_defaults(run=row.run, verb=verb, command=None)
     return parser
 
 
@@ -7528,7 +10293,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit status: 0 done, 1 refused, 2 usage, 3 no hub, 4 timed out, 130 interrupted."""
     words = sys.argv[1:] if argv is None else argv
     try:
-        args = _parser(words[0] if words and words[0] in COMMANDS else None).parse_args(words)
+        args = _read(words)
         return args.run(args)
     except SystemExit as error:  # argparse has said why
         return error.code if isinstance(error.code, int) else 2

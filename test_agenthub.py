@@ -328,6 +328,12 @@ def test_the_envelope_has_the_contracts_fields_in_order_and_the_rest_only_where_
     assert more["expires_at"] == "2023-11-14T22:13:21.000Z"
 
 
+# --- Changes ----------------------------------------------------------------------------------------------------------
+
+
+# --- Patterns ---------------------------------------------------------------------------------------------------------
+
+
 # --- Fields -----------------------------------------------------------------------------------------------------------
 
 BAD_JSON = {
@@ -841,6 +847,18 @@ def test_names_that_nobody_has_are_as_many_as_agents_and_no_more() -> None:
     assert world.is_what_the_store_says() or world.commit() and world.is_what_the_store_says()
 
 
+# --- Jobs -------------------------------------------------------------------------------------------------------------
+
+
+# --- Tasks ------------------------------------------------------------------------------------------------------------
+
+
+# --- Locks ------------------------------------------------------------------------------------------------------------
+
+
+# --- Board ------------------------------------------------------------------------------------------------------------
+
+
 # --- Hub --------------------------------------------------------------------------------------------------------------
 
 
@@ -1165,7 +1183,7 @@ def test_every_event_lasts_or_is_known_not_to() -> None:
     events = {
         kind for kind in vars(ah).values() if isinstance(kind, type) and (kind.__doc__ or "").startswith("Event:")
     }
-    assert events | {ah.Asked} == set(ah.WRITES) | passing and len(events) > 12
+    assert events | {ah.Asked, ah.Job} == set(ah.WRITES) | passing and len(events) > 12
 
 
 def test_a_store_of_the_first_version_is_brought_up_to_date_with_all_that_is_in_it(tmp_path: Path) -> None:
@@ -2609,6 +2627,9 @@ def test_a_list_of_agents_stays_small_however_much_they_say_of_themselves(
     assert pair.call("GET", "/api/v1/agents/beta-2")[1]["metadata"] == {"note": "x" * 60}
 
 
+# --- Teamwork ---------------------------------------------------------------------------------------------------------
+
+
 # --- Routes -----------------------------------------------------------------------------------------------------------
 
 
@@ -2726,7 +2747,7 @@ def of_each_route() -> list[tuple[str, str, dict | None, str]]:
     for route in ah.ROUTES:
         if route.actor:
             path = re.sub(r"\{(\w+)\}", lambda m: {"agent_id": "b", "recipient": "c"}.get(m[1], "known-id"), route.path)
-            values = {"to": "c", "message": 1, "q": "x", "ids": ["known-id"], route.actor: "b"}
+            values = {"to": "c", "message": 1, "q": "x", "ids": ["known-id"], "paths": ["x"], "value": 1, route.actor: "b"}
             body = {f.name: values[f.name] for f in route.body if f.name in values} or None
             query = {f.name: values[f.name] for f in route.query if f.name in values and f"{{{f.name}}}" not in route.path}
             target = path + "".join(f"{'&' if n else '?'}{k}={ah.quote(str(v))}" for n, (k, v) in enumerate(query.items()))
@@ -3508,6 +3529,9 @@ def test_the_browsers_last_event_id_is_newer_than_the_cursor_in_the_address(shar
         while b'"message"' not in text:
             text += line.recv(65536) or pytest.fail("closed")
     assert f'"seq":{seqs[3]},' in text.decode() and f'"seq":{seqs[2]},' not in text.decode()
+
+
+# --- Watching ---------------------------------------------------------------------------------------------------------
 
 
 # --- Connections ------------------------------------------------------------------------------------------------------
@@ -4793,6 +4817,9 @@ def test_keys_and_tokens_may_come_with_a_lines_end_but_not_with_anything_else(mo
             ah.Client("http://h", token=bad)
 
 
+# --- Shared -----------------------------------------------------------------------------------------------------------
+
+
 # --- Client -----------------------------------------------------------------------------------------------------------
 
 
@@ -5304,6 +5331,9 @@ def test_odd_words_on_the_command_line_are_refused_in_one_line_or_do_what_they_s
         assert done.returncode == code and "Traceback" not in done.stderr, (words, done)
 
 
+# --- Together ---------------------------------------------------------------------------------------------------------
+
+
 # --- Doctor -----------------------------------------------------------------------------------------------------------
 
 
@@ -5631,33 +5661,43 @@ def test_listen_prints_a_line_a_message_goes_on_through_a_restart_and_is_interru
 TREE = ast.parse(FILE.read_text(encoding="utf-8"))
 LINES = FILE.read_text(encoding="utf-8").splitlines()
 MAY_USE = {  # what of the file a section's code may name, beside itself
-    "Constants": [], "Errors": [], "Model": ["Constants"], "Fields": ["Constants", "Errors", "Model"],
-    "Pace": ["Constants", "Errors", "Model"], "Inboxes": ["Model"], "Agents": ["Constants", "Errors", "Model"],
-    "Mail": ["Constants", "Errors", "Model", "Pace", "Inboxes", "Agents"], "Hub": ["Constants", "Errors", "Model", "Inboxes", "Mail"],
-    "Schema": ["Model"], "Search": ["Constants", "Errors", "Model"], "Log": ["Constants", "Errors", "Model", "Schema", "Search"],
-    "Store": ["Constants", "Errors", "Model", "Schema", "Search", "Log"],
-    "HTTP": ["Constants", "Errors", "Model"], "Reading": ["Constants", "Errors", "Model", "Fields", "Pace", "Hub", "Search", "HTTP"],
-    "Handlers": ["Constants", "Errors", "Model", "Fields", "HTTP", "Reading"],
-    "Routes": ["Constants", "Errors", "Model", "Fields", "Hub", "HTTP", "Reading", "Handlers"],
-    "Access": ["Constants", "Errors", "Model", "Fields", "Pace", "Hub", "HTTP", "Reading", "Routes"],
-    "API": ["Constants", "Errors", "Model", "Fields", "HTTP", "Reading", "Handlers", "Routes", "Access"],
-    "Readers": ["Constants", "Model", "HTTP", "Reading"],
-    "Connections": ["Constants", "Errors", "Model", "HTTP", "Reading", "Readers"],
-    "Sockets": ["Constants", "Errors", "Model", "Reading", "API", "Readers"],
-    "Batches": ["Constants", "Errors", "Model", "Schema", "HTTP", "Reading"],
-    "Server": ["Constants", "Errors", "Model", "Hub", "Store", "HTTP", "Reading", "Access", "API", "Readers", "Connections", "Sockets", "Batches"],
-    "Calls": ["Constants", "Errors", "Model", "HTTP"], "Client": ["Constants", "Errors", "Model", "HTTP", "Calls"],
-    "AgentClient": ["Constants", "Errors", "Model", "HTTP", "Calls", "Client"],
+    "Constants": [], "Errors": [], "Model": ["Constants"], "Changes": ["Model"], "Patterns": ["Constants"],
+    "Fields": ["Constants", "Errors", "Model", "Patterns"],
+    "Pace": ["Constants", "Errors", "Changes"], "Inboxes": ["Model"], "Agents": ["Constants", "Errors", "Model", "Changes"],
+    "Mail": ["Constants", "Errors", "Model", "Changes", "Fields", "Pace", "Inboxes", "Agents"],
+    "Jobs": ["Constants", "Errors", "Model", "Changes", "Mail"], "Tasks": ["Constants", "Errors", "Model", "Changes", "Jobs"],
+    "Locks": ["Model", "Changes", "Patterns"], "Board": ["Constants", "Errors", "Model", "Changes", "Mail", "Tasks", "Locks"],
+    "Hub": ["Constants", "Errors", "Model", "Changes", "Inboxes", "Board"],
+    "Schema": ["Model", "Changes"], "Search": ["Constants", "Errors", "Model"], "Log": ["Constants", "Errors", "Model", "Schema", "Search"],
+    "Store": ["Constants", "Errors", "Changes", "Schema", "Search", "Log"],
+    "HTTP": ["Constants", "Errors", "Model"],
+    "Reading": ["Constants", "Errors", "Model", "Changes", "Fields", "Pace", "Mail", "Hub", "Search", "HTTP"],
+    "Handlers": ["Constants", "Errors", "Model", "Changes", "Fields", "Mail", "HTTP", "Reading"],
+    "Teamwork": ["Constants", "Errors", "Model", "Changes", "Fields", "HTTP", "Reading", "Handlers"],
+    "Routes": ["Constants", "Errors", "Model", "Fields", "Hub", "HTTP", "Reading", "Handlers", "Teamwork"],
+    "Access": ["Constants", "Errors", "Fields", "Pace", "Hub", "HTTP", "Reading", "Routes"],
+    "API": ["Constants", "Errors", "Model", "Changes", "Fields", "HTTP", "Reading", "Handlers", "Routes", "Access"],
+    "Readers": ["Constants", "Model", "Changes", "HTTP", "Reading"],
+    "Watching": ["Model", "Changes", "Hub", "Reading", "Readers"],
+    "Connections": ["Constants", "Errors", "Model", "HTTP", "Reading", "Readers", "Watching"],
+    "Sockets": ["Constants", "Errors", "Model", "HTTP", "Reading", "API", "Readers"],
+    "Batches": ["Constants", "Errors", "Changes", "Schema", "HTTP", "Reading"],
+    "Server": ["Constants", "Errors", "Model", "Changes", "Hub", "Store", "HTTP", "Reading", "Access", "API", "Readers", "Watching",
+               "Connections", "Sockets", "Batches"],
+    "Calls": ["Constants", "Errors", "Model", "HTTP"], "Shared": ["Constants", "Errors", "HTTP", "Calls"],
+    "Client": ["Constants", "Errors", "HTTP", "Calls", "Shared"],
+    "AgentClient": ["Constants", "Errors", "HTTP", "Calls", "Shared", "Client"],
     "Identity": ["Constants", "Errors", "Model", "Store", "Client"],
     "Commands": ["Constants", "Errors", "Model", "Fields", "Calls", "Identity"],
+    "Together": ["Constants", "Errors", "Model", "Calls", "Client", "Identity", "Commands"],
     "Doctor": ["Constants", "Errors", "AgentClient", "Identity", "Commands"],
     "Setup": ["Constants", "Errors", "Model", "Fields", "Store", "HTTP", "Reading", "Server", "Identity"],
     "Serve": ["Constants", "Errors", "Store", "Reading", "Server", "AgentClient", "Identity", "Setup"],
-    "CLI": ["Constants", "Errors", "Identity", "Commands", "Doctor", "Setup", "Serve"],
+    "CLI": ["Constants", "Errors", "Identity", "Commands", "Together", "Doctor", "Setup", "Serve"],
 }  # fmt: skip
 
 
-IMPURE = ("Constants", "Log", "Store", "Readers", "Connections", "Sockets", "Batches", "Server", "Calls", "Client", "AgentClient", "Identity", "Commands", "Doctor", "Setup", "Serve", "CLI")  # fmt: skip
+IMPURE = ("Constants", "Log", "Store", "Readers", "Watching", "Connections", "Sockets", "Batches", "Server", "Calls", "Shared", "Client", "AgentClient", "Identity", "Commands", "Together", "Doctor", "Setup", "Serve", "CLI")  # fmt: skip
 
 
 def sections() -> dict[str, tuple[int, int]]:
