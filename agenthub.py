@@ -481,10 +481,11 @@ class Job(NamedTuple):
     """A message for one of many that nobody has acknowledged; as an event: it was sent, or handed on.
 
     It lies in the inbox of its `holder`, who has until then (milliseconds since 1970), or where there is none in that
-    of its `group` (`@capability`, `#channel`, ALL), for the first of it that comes. `seq` is that of the message.
+    of its `group` (`@capability`, `#channel`, ALL), for the first of it that comes. `seq` and `id` are the message's.
     """
 
     seq: int
+    id: str
     group: str
     sender: str
     lease: int
@@ -728,8 +729,18 @@ class Parted(NamedTuple):
     agent_id: str
 
 
+class Handed(NamedTuple):
+    """Event: a job lies in another inbox, and has another seq, so that no cursor of that inbox's agent has passed it."""
+
+    was: int
+    seq: int
+    inbox: str
+    agent_id: str
+    group: str
+
+
 class Done(NamedTuple):
-    """Event: the job of this seq was acknowledged, or has run out."""
+    """Event: the job of this seq was acknowledged, has run out, or has another seq now."""
 
     seq: int
 
@@ -2117,10 +2128,10 @@ class Jobs(Mail):
         group = c.to if isinstance(c.to, str) and c.to.upper() != EVERYONE else EVERYONE
         if isinstance(c.to, tuple) or not is_group(group):
             raise InvalidRequest("`deliver` one is for a group: send to @capability, #channel or ALL, or leave it out")
-        job = Job(0, group, c.sender, c.lease)
+        job = Job(0, "", group, c.sender, c.lease)
         worker = "" if c.due_at else self._worker(job, c.at)
         receipt = self._pass_on(c, dump(group), (worker or group,))
-        self._give(job._replace(seq=receipt.message.seq), worker, c.at)
+        self._give(job._replace(seq=receipt.message.seq, id=receipt.message.id), worker, c.at)
         return receipt
 
     def _give(self, job: Job, worker: str, at: int) -> None:
@@ -2131,11 +2142,27 @@ class Jobs(Mail):
         worker = worker or self._worker(job, at)
         was, now = job.holder or job.group, worker or job.group
         if was != now and was in self.inboxes:
-            self._inbox(now).adopt(self.inboxes[was].take(job.seq - 1, job.seq))
-            self.events.append(Adopted(was, now, (job.seq,)))
-            for request in [request for request in self.requests.of(was) if request.seq == job.seq]:
-                self._mind(request._replace(asked=(now,)))
+            self.inboxes[was].take(job.seq - 1, job.seq)
+            self.seq += 1
+            self._inbox(now).unread.append(self.seq)
+            self._drop_job(job.seq)
+            self.events += [Handed(job.seq, self.seq, was, now, job.group), Done(job.seq)]
+            self._renumber(job, now)
+            job = job._replace(seq=self.seq)
         self._give(job, worker, at)
+
+    def _renumber(self, job: Job, now: str) -> None:
+        """The message of a job has the newest seq from now on, wherever it was known by the one before."""
+        for known in (self._fresh, self._settling):
+            if job.id in known:
+                message = known[job.id].message
+                message = message._replace(seq=self.seq, told_seq=message.told_seq or message.seq)
+                known[job.id] = known[job.id]._replace(message=message, inboxes=(now,))
+        request = self.requests.open.get(job.id)
+        if request:
+            self._mind(request._replace(seq=self.seq, asked=(now,)))
+        if job.seq in self._pings:
+            self._pings[self.seq] = self._pings.pop(job.seq)
 
     def _hand_out(self, agent_id: str, at: int) -> None:
         """Give an agent that is free some of what waits for whoever comes."""
@@ -2782,8 +2809,10 @@ class Board(Tasks):
             raise NotFound(f"there is no note `{c.key}`: see `note list`")
         if not here and sum(not note.gone for note in self.notes.values()) >= self.limits.max_notes:
             raise StorageFull("the board has as many notes as it may: remove some, or raise --max-notes")
-        size = len(c.value.encode()) if c.value is not None else 0
-        note = Note(c.key, (was.version if was else 0) + 1, c.agent_id, c.at, c.expires_at, size, c.value is None)
+        version = was.version + 1 if was else 1
+        note = Note(c.key, version, c.agent_id, c.at, gone=True)
+        if c.value is not None:
+            note = note._replace(expires_at=c.expires_at, size=len(c.value.encode()), gone=False)
         self._put_note(note, c.value or "")
         return note
 
@@ -2968,10 +2997,11 @@ class Hub(Board):
             self.lapse(c.agent_id)
         self._seen[c.agent_id] = max(c.at, seen)
         self._unwritten.add(c.agent_id)
-        if c.agent_id not in self.active and c.agent_id in self.agents:
-            self.active.add(c.agent_id)
-            agent = self.agents[c.agent_id]
-            self.events.append(Presence(c.agent_id, agent.name, "active", agent.doing))
+        if c.agent_id in self.agents and (c.agent_id not in self.active or c.at - seen >= ACTIVE_SECONDS * 1000):
+            if c.agent_id not in self.active:  # else it has come back before a sweep saw that it was silent
+                self.active.add(c.agent_id)
+                agent = self.agents[c.agent_id]
+                self.events.append(Presence(c.agent_id, agent.name, "active", agent.doing))
             self._came(c.agent_id, c.at)
 
     def lapse(self, agent_id: str) -> None:
@@ -3067,8 +3097,8 @@ MIGRATIONS = (  # the n-th brings a file from user_version n to n + 1; what has 
     CREATE TABLE members (channel TEXT, agent_id TEXT, since INTEGER NOT NULL,
         PRIMARY KEY (channel, agent_id)) WITHOUT ROWID;
     CREATE TABLE channel_messages (channel TEXT, seq INTEGER, PRIMARY KEY (channel, seq)) WITHOUT ROWID;
-    CREATE TABLE jobs (seq INTEGER PRIMARY KEY, recipients TEXT NOT NULL, sender TEXT NOT NULL, lease INTEGER NOT NULL,
-        holder TEXT NOT NULL, until INTEGER NOT NULL);
+    CREATE TABLE jobs (seq INTEGER PRIMARY KEY, id TEXT NOT NULL, recipients TEXT NOT NULL, sender TEXT NOT NULL,
+        lease INTEGER NOT NULL, holder TEXT NOT NULL, until INTEGER NOT NULL);
     CREATE TABLE tasks (id TEXT PRIMARY KEY, seq INTEGER NOT NULL, proposer TEXT NOT NULL, recipient TEXT NOT NULL,
         payload TEXT NOT NULL, thread TEXT NOT NULL, proposed_at INTEGER NOT NULL, lease INTEGER NOT NULL,
         deadline_at INTEGER NOT NULL, priority INTEGER NOT NULL, depends_on TEXT NOT NULL, waits_for TEXT NOT NULL,
@@ -3197,8 +3227,7 @@ WRITES: dict[type, tuple[tuple[str, Callable[[list], list[tuple]]], ...]] = {
     Answered: (("DELETE FROM requests WHERE id = ?", list),),
     Adopted: (
         (
-            "UPDATE OR REPLACE deliveries SET inbox = ?, pushed_at = NULL, pushed_via = NULL, claimed_at = NULL,"
-            " claimed_until = NULL WHERE inbox = ? AND seq = ?",
+            "UPDATE OR REPLACE deliveries SET inbox = ? WHERE inbox = ? AND seq = ?",
             lambda batch: [(e.agent_id, e.inbox, seq) for e in batch for seq in e.seqs],
         ),
         (
@@ -3237,7 +3266,21 @@ WRITES: dict[type, tuple[tuple[str, Callable[[list], list[tuple]]], ...]] = {
     ),
     Joined: (("INSERT OR REPLACE INTO members VALUES (?,?,?)", list),),
     Parted: (("DELETE FROM members WHERE channel = ? AND agent_id = ?", list),),
-    Job: (("INSERT OR REPLACE INTO jobs VALUES (?,?,?,?,?,?)", list),),
+    Job: (("INSERT OR REPLACE INTO jobs VALUES (?,?,?,?,?,?,?)", list),),
+    Handed: (
+        (
+            "UPDATE messages SET id = ifnull(id, (SELECT value FROM meta WHERE key = 'epoch') || printf('-%013x', seq)),"
+            " told_seq = iif(told_seq, told_seq, seq), seq = ?2, inboxes = json_array(?3) WHERE seq = ?1",
+            lambda batch: [(e.was, e.seq, e.agent_id) for e in batch],
+        ),
+        ("DELETE FROM deliveries WHERE inbox = ? AND seq = ?", lambda batch: [(e.inbox, e.was) for e in batch]),
+        ("INSERT INTO deliveries (inbox, seq) VALUES (?,?)", lambda batch: [(e.agent_id, e.seq) for e in batch]),
+        (
+            "UPDATE channel_messages SET seq = ? WHERE channel = ? AND seq = ?",
+            lambda batch: [(e.seq, e.group, e.was) for e in batch if e.group[0] == "#"],
+        ),
+        (_UNINDEX[0], lambda batch: [(e.was,) for e in batch]),
+    ),
     Done: (("DELETE FROM jobs WHERE seq = ?", list),),
     TaskProposed: (("INSERT INTO tasks VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,'')", _task_rows),),
     TaskChanged: (
@@ -3913,7 +3956,7 @@ class Store(Log):
                 batch = list(run)
                 for statement, rows in WRITES.get(kind, ()):
                     self._writer.executemany(statement, rows(batch))
-                self.search.untidy = self.search.untidy or kind in (Expired, Dropped)
+                self.search.untidy = self.search.untidy or kind in (Expired, Dropped, Handed)
         except self._sqlite.Error as error:
             raise self._refusal(error) from error
         text = sum(len(e.message.payload) for e in events if type(e) in (Sent, Delayed))
@@ -5577,7 +5620,7 @@ ROUTES = (
     Route("GET", "/api/v1/tasks", Teamwork.tasks, "The board of tasks", query=_TASKS_FIELDS, actor="agent_id",
           default_actor=OPERATOR, frame="tasks"),
     Route("POST", "/api/v1/tasks", Teamwork.propose, "Propose a task", body=_PROPOSE_FIELDS, actor="agent_id",
-          headers=(("idempotency-key", "id"),), aliases=_TASK_WORDS, frame="task_propose"),
+          headers=(("idempotency-key", "id"),), aliases=_TASK_WORDS),
     Route("POST", "/api/v1/tasks/next", Teamwork.next_task, "Accept the best open task", body=_NEXT_FIELDS,
           actor="agent_id", headers=(("idempotency-key", "id"),), aliases=_FROM, frame="task_next"),
     Route("GET", "/api/v1/tasks/{task_id}", Teamwork.task, "One task", query=(_AGENT, _TASK), actor="agent_id",
@@ -7671,6 +7714,10 @@ class Server:
         for reader in list(self.readers.get(event.agent_id, ())):
             reader.fall_behind(min(event.seqs, default=sys.maxsize))
 
+    def _tell_handed(self, event: Handed) -> None:
+        for reader in list(self.readers.get(event.agent_id, ())):
+            reader.fall_behind(event.seq)
+
     def _tell_presence(self, event: Presence) -> None:
         if not self._presence:
             self.loop.call_later(PRESENCE_SECONDS + len(self.readers) / 1000, self._spread_presence)
@@ -7713,6 +7760,7 @@ class Server:
         Registered: _tell_registered,
         Sent: _tell_sent,
         Adopted: _tell_adopted,
+        Handed: _tell_handed,
         Presence: _tell_presence,
         Left: _tell_left,
         Expired: _tell_expired,

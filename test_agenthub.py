@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import contextlib
+import fnmatch
 import hashlib
 import io
 import itertools
@@ -25,6 +26,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Iterable
 
 import pytest
 
@@ -126,8 +128,8 @@ def pair(world: World) -> World:
 
 def refused(kind: type[ah.HubError], world: World, do: object) -> ah.HubError:
     """Do something that must be refused with that error, and see that nothing changed and no event was noted."""
+    world.commit()
     before = world.state()
-    world.hub.take_events()
     with pytest.raises(kind) as caught:
         do()
     assert world.state() == before and not world.hub.take_events()
@@ -332,6 +334,84 @@ def test_the_envelope_has_the_contracts_fields_in_order_and_the_rest_only_where_
 
 
 # --- Patterns ---------------------------------------------------------------------------------------------------------
+
+
+WORDS = ("a", "b", "ab", "a.b", "b.b", "aab", "ba", ".b")  # enough for whatever the pieces below can have in common
+UNIVERSE = ["/".join(parts) for depth in (1, 2, 3, 4) for parts in itertools.product(WORDS, repeat=depth)]
+
+
+def covered(path: str, files: Iterable[str]) -> set[str]:
+    """What a normal path or glob stands for, said once more, and differently: `fnmatch` on each part, tried out on every
+    file there is. A name without wildcards at the end, or a slash, stands for all that is inside, too."""
+    parts = path.rstrip("/").split("/")
+    if path.endswith("/") or not re.search(r"[*?[]", parts[-1]):
+        parts.append("**")
+
+    def fits(pattern: list[str], rest: list[str]) -> bool:
+        if not pattern:
+            return not rest
+        if pattern[0] == "**":
+            return any(fits(pattern[1:], rest[n:]) for n in range(len(rest) + 1))
+        return bool(rest) and fnmatch.fnmatchcase(rest[0], pattern[0]) and fits(pattern[1:], rest[1:])
+
+    return {one for one in files if fits(parts, one.split("/"))}
+
+
+def test_two_patterns_overlap_where_a_path_of_both_can_be_found_by_trying_them_all() -> None:
+    """A few thousand random pairs, against every path of up to four parts out of eight words."""
+    chance = random.Random(5)
+    pieces = ["*", "?", "a", "b", "ab", "a*", "*b", "a.b", "*.b", "**", "a?", "[ab]", "*a*", "?b", "a*b", "[!a]*"]
+    patterns = {"/".join(chance.choices(pieces, k=chance.choice([1, 2, 2]))) + chance.choice(["", "", "/"]) for _ in range(120)}
+    covers = {one: covered(one, UNIVERSE) for one in patterns}
+    count = {True: 0, False: 0}
+    for one, other in itertools.combinations(sorted(patterns), 2):
+        meet = bool(covers[one] & covers[other])
+        count[meet] += 1
+        assert ah.overlap(one, other) is ah.overlap(other, one) is meet, (one, other, covers[one] & covers[other])
+    assert min(count.values()) > 300
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "meet"),
+    [
+        ("src/**/*.py", "src/api/", True), ("src/**/*.py", "src/api", True), ("src/api", "src/api/x.py", True), ("src/api", "src/apis", False),
+        ("src/*.py", "src/api/x.py", False), ("src/*", "src/api/x.py", False), ("src/*/", "src/api/x/y", True), ("src/*", "src/api", True),
+        ("*.py", "*.js", False), ("a*c", "*b", False), ("a*b", "*ab", True), ("*a*", "b*b", True), ("x[0-9]", "x[!0-9]", False),
+        ("x[a-f]", "x[e-z]", True), ("x[!a]", "x[!b]", True), ("x[", "x[", True), ("[]a]", "]", True), ("?", "ab", False), ("**", "any/thing", True),
+        (".", "any/thing", True), ("a/**/b", "a/b", True), ("a/**/b", "a/x/y/b", True), ("a/**/b", "a/x", True), ("a/**/b*", "b/**", False), ("/etc", "etc", False),
+        ("/etc/**", "/etc/x", True), ("a**b", "axb", True), ("*.tar.gz", "x*.gz", True), ("src/**/test_*", "src/*/**/*_a", True),
+        (".hidden", "*", True), ("é*", "?a", True), ("a/", "a", True), ("**/x", "**/y", True), ("**/x?", "**/y?", False), ("**/x", "y/**", True),
+    ],
+)  # fmt: skip
+def test_known_pairs_overlap_or_do_not(one: str, other: str, meet: bool) -> None:
+    one, other = ah.normal_path(one), ah.normal_path(other)
+    assert ah.overlap(one, other) is ah.overlap(other, one) is meet
+
+
+def test_a_path_has_one_spelling_and_stays_inside_the_root() -> None:
+    spelled = {"./a//b": "a/b", "a/../b/": "b/", "": ".", "/": "/", "//x": "/x", "a\\b": "a/b", "a/./": "a/", "..a": "..a"}
+    assert {text: ah.normal_path(text) for text in spelled} == spelled
+    for bad in ("..", "../x", "a/../../b", "src/**/../x", "*/.."):
+        with pytest.raises(ValueError, match="inside the project"):
+            ah.normal_path(bad)
+    assert ah.spread("src/{a,b}/{x,y}.py") == ["src/a/x.py", "src/a/y.py", "src/b/x.py", "src/b/y.py"]
+    assert sorted(set(ah.spread("{a,b{1,2}}"))) == ["a", "b1", "b2"] and ah.spread("{a}") == ["{a}"]
+    with pytest.raises(ValueError, match="fewer"):
+        ah.spread("{a,b}" * 7)
+
+
+def test_long_patterns_with_many_wildcards_are_compared_in_little_work() -> None:
+    """Every pair of places once: what would take ages to try out in all its ways is counted here."""
+    calls = 0
+
+    def match(a: object, b: object) -> object:
+        nonlocal calls
+        calls += 1
+        return ah._common(a, b)
+
+    some, others = ("*a" * 120, "*b" * 120 + "c")
+    assert not ah._meet(ah._characters(some + "x"), ah._characters(others), None, match)
+    assert calls < 256 * 256
 
 
 # --- Fields -----------------------------------------------------------------------------------------------------------
@@ -850,13 +930,620 @@ def test_names_that_nobody_has_are_as_many_as_agents_and_no_more() -> None:
 # --- Jobs -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def crew(world: World) -> World:
+    """Three workers and somebody with work."""
+    for name in ("w1", "w2", "w3"):
+        world.register(name, None, None, "build")
+    world.register("boss")
+    world.commit()
+    return world
+
+
+def job(world: World, to: str = "@build", lease: int = 60_000, sender: str = "boss", **more: object) -> ah.Receipt:
+    return world.send(sender, to, f'"{world.hub.seq}"', lease=lease, **more)
+
+
+def holders(world: World) -> list[str]:
+    """Who has each job; and each lies in one inbox, which is that of whoever has it."""
+    for one in world.hub.jobs.values():
+        where = [name for name, inbox in world.hub.inboxes.items() if one.seq in inbox.unread]
+        assert where == [one.holder or one.group], one
+    return [one.holder for _, one in sorted(world.hub.jobs.items())]
+
+
+def test_jobs_go_to_whoever_has_least_to_do_and_in_turn_where_all_have_the_same(crew: World) -> None:
+    assert [job(crew).inboxes for _ in range(6)] == [("w1",), ("w2",), ("w3",)] * 2
+    crew.apply(ah.Ack, "w2", up_to=crew.hub.seq)
+    assert [job(crew).inboxes for _ in range(3)] == [("w2",), ("w2",), ("w1",)]
+    crew.commit()
+    assert crew.is_what_the_store_says()
+
+
+def test_workers_who_acknowledge_at_once_take_turns(crew: World) -> None:
+    got = []
+    for _ in range(6):
+        got += (worker := job(crew).inboxes)
+        crew.apply(ah.Ack, worker[0], up_to=crew.hub.seq)
+    assert got == ["w1", "w2", "w3"] * 2 and not crew.hub.jobs and not crew.hub._jobs_of
+
+
+def test_a_job_nobody_is_free_for_waits_for_the_first_that_comes(crew: World) -> None:
+    crew.clock.advance(ah.ACTIVE_SECONDS)
+    for _ in range(3):
+        assert job(crew).inboxes == ("@build",)
+    crew.apply(ah.Touch, "w2")
+    assert holders(crew) == ["w2"] * 3 and crew.hub.unread("@build") == 0
+    crew.commit()
+    assert crew.is_what_the_store_says()
+    assert job(crew, "@paint").inboxes == ("@paint",) and job(crew, "#new").inboxes == ("#new",)
+    crew.register("w9", None, None, "paint")
+    crew.apply(ah.Join, "w2", "#new")
+    assert holders(crew)[-2:] == ["w9", "w2"]
+    crew.apply(ah.Sweep)
+    assert "@build" not in crew.hub.inboxes, "an empty inbox of a group is nobody's"
+
+
+def test_who_comes_gets_a_few_of_many_that_wait_and_the_next_when_it_has_done_one(crew: World) -> None:
+    crew.clock.advance(ah.ACTIVE_SECONDS)
+    for _ in range(ah.JOBS_AHEAD + 5):
+        job(crew)
+    crew.apply(ah.Touch, "w1")
+    assert holders(crew).count("w1") == ah.JOBS_AHEAD
+    crew.apply(ah.Ack, "w1", seqs=(next(iter(sorted(crew.hub.jobs))),))
+    assert holders(crew).count("w1") == ah.JOBS_AHEAD
+    crew.apply(ah.Touch, "w3")
+    assert holders(crew).count("w3") == 4 and not crew.hub.unread("@build")
+
+
+def test_a_job_that_is_not_acknowledged_in_time_is_the_next_ones_and_a_late_receipt_counts_for_nothing(crew: World) -> None:
+    receipt = job(crew, lease=5000)
+    seq = receipt.message.seq
+    crew.apply(ah.Push, "w1", (seq,), "websocket")
+    crew.clock.advance(4.9)
+    crew.apply(ah.Elapse)
+    assert holders(crew) == ["w1"] and crew.hub.next_at == crew.hub.jobs[seq].until and crew.hub.was_pushed("w1", seq)
+    crew.clock.advance(0.1)
+    crew.apply(ah.Elapse)
+    assert holders(crew) == ["w2"]
+    again = crew.hub.inboxes["w2"].unread[0]
+    assert again == crew.hub.seq > seq, "no cursor of w2 has passed it"
+    assert crew.apply(ah.Ack, "w1", seqs=(seq,)) == 0 and crew.apply(ah.Ack, "w2", seqs=(again,)) == 1
+    assert not crew.hub.jobs
+    events = crew.commit()
+    assert ah.Handed(seq, again, "w1", "w2", "@build") in events and ah.Done(again) in events and crew.is_what_the_store_says()
+    found = crew.store.find(receipt.message.id)
+    assert (found.message.seq, found.message.told_seq, found.inboxes) == (again, seq, ("w2",)) and not crew.store.find("", seq)
+    line = crew.store.deliveries(again)
+    assert list(line) == ["w2"] and not line["w2"]["pushed"] and line["w2"]["acknowledged"]
+
+
+def test_a_job_stays_with_the_only_one_there_is_and_waits_for_others_when_that_one_is_gone(crew: World) -> None:
+    for name in ("w2", "w3"):
+        crew.apply(ah.Leave, name)
+    job(crew, lease=1000)
+    crew.clock.advance(1)
+    crew.apply(ah.Elapse)
+    assert holders(crew) == ["w1"], "it is still here, and nobody else is"
+    crew.clock.advance(ah.ACTIVE_SECONDS)
+    crew.apply(ah.Elapse)
+    assert holders(crew) == [""] and crew.hub.unread("@build") == 1
+    crew.apply(ah.Touch, "w1")
+    assert holders(crew) == ["w1"]
+    crew.apply(ah.Leave, "w1")
+    assert holders(crew) == [""] and crew.hub.unread("w1") == 0
+    crew.register("w4", None, None, "build")
+    assert holders(crew) == ["w4"]
+    crew.commit()
+    assert crew.is_what_the_store_says()
+
+
+def test_who_is_away_gets_no_jobs_until_it_is_back(crew: World) -> None:
+    for name in ("w1", "w2", "w3"):
+        crew.apply(ah.SetStatus, name, "", crew.clock() + 30_000)
+    assert job(crew).inboxes == ("@build",)
+    crew.clock.advance(30)
+    crew.apply(ah.Elapse)
+    assert holders(crew) == ["w1"] and not crew.hub.agents["w1"].away_until
+
+
+def test_a_delayed_job_is_given_out_when_it_is_due_and_one_that_ran_out_is_nobodys(crew: World) -> None:
+    first = job(crew, due_at=crew.clock() + 1000)
+    assert first.inboxes == ("@build",) and not crew.hub.inboxes.get("@build")
+    job(crew, expires_at=crew.clock() + 1500)
+    crew.commit()
+    crew.clock.advance(1)
+    crew.apply(ah.Touch, "w2")
+    crew.apply(ah.Release, tuple(crew.store.due(crew.clock())))
+    crew.commit()
+    assert holders(crew) == ["w1", "w2"] and crew.is_what_the_store_says()
+    crew.clock.advance(1)
+    crew.apply(ah.Expire, tuple(crew.store.expired(crew.clock())))
+    assert holders(crew) == ["w2"]
+    crew.commit()
+    assert crew.is_what_the_store_says()
+
+
+def test_a_request_to_one_of_many_may_be_answered_by_whoever_has_it_by_then(crew: World) -> None:
+    asked = crew.send("boss", "@build", '"?"', "request", lease=1000)
+    assert crew.hub.requests.of("w1")[0].asked == ("w1",)
+    crew.clock.advance(1)
+    crew.apply(ah.Elapse)
+    crew.send("w1", "boss", '"late"', "response", reply_to=asked.message.id)
+    assert crew.hub.requests.open, "it was handed on meanwhile"
+    crew.send("w2", "boss", '"here"', "response", reply_to=asked.message.id)
+    assert not crew.hub.requests.open
+
+
+def test_only_a_group_can_be_asked_for_one_of_it(crew: World) -> None:
+    for to in ("w1", "nobody", ("@build", "w1")):
+        assert "group" in refused(ah.InvalidRequest, crew, lambda to=to: job(crew, to)).message
+    assert job(crew, "all", sender="w1").inboxes == ("boss",) and job(crew, "ALL", sender="w1").inboxes == ("w2",)
+    assert job(crew, sender="w2").inboxes == ("w1",), "nobody gets its own"
+
+
 # --- Tasks ------------------------------------------------------------------------------------------------------------
+
+
+def propose(world: World, to: object = "ALL", id: str | None = None, sender: str = "boss", payload: str = '"do it"', **plan: object) -> str:
+    digest = b"d" * 16 if id else b""
+    return world.send(sender, to, payload, "task_proposal", id=id, digest=digest, plan=ah.Plan(**plan)).message.id
+
+
+def act(world: World, kind: str, agent: str, task: str = "", to: object = "", payload: str = "null", **plan: object) -> ah.Receipt:
+    return world.send(agent, to, payload, f"task_{kind}", reply_to=task, plan=ah.Plan(**plan))
+
+
+def board(world: World) -> dict[str, str]:
+    return {id: f"{task.state} {task.holder}".strip() for id, task in world.hub.tasks.items()}
+
+
+def inbox(world: World, name: str) -> list[tuple[str, str, str]]:
+    """What lies unread there, as (type, sender, payload)."""
+    world.commit()
+    found, _ = world.store.messages(list(world.hub.inboxes[name].unread) if name in world.hub.inboxes else [], world.clock())
+    return [(m.type, m.sender, m.payload) for m in found]
+
+
+def test_a_task_has_one_winner_and_its_result_goes_to_whoever_proposed_it(crew: World) -> None:
+    task = propose(crew)
+    assert board(crew) == {task: "open"} and inbox(crew, "w1") == [("task_proposal", "boss", '"do it"')]
+    act(crew, "accept", "w2", task)
+    error = refused(ah.TaskTaken, crew, lambda: act(crew, "accept", "w1", task))
+    assert (error.details["holder"], error.details["state"]) == ("w2", "accepted") and "w2" in error.message
+    act(crew, "accept", "w2", task)  # asked twice, it is still its own
+    for agent, kind in (("w1", "complete"), ("w1", "release"), ("boss", "complete")):
+        refused(ah.TaskTaken, crew, lambda agent=agent, kind=kind: act(crew, kind, agent, task))
+    act(crew, "complete", "w2", task, payload='"4f2a"')
+    assert inbox(crew, "boss")[-1] == ("task_complete", "w2", '"4f2a"')
+    for kind in ("accept", "complete", "release", "cancel"):
+        assert "completed by w2" in refused(ah.TaskTaken, crew, lambda kind=kind: act(crew, kind, "w2", task)).message
+    crew.commit()
+    assert crew.is_what_the_store_says() and crew.store.task_texts([task]) == {task: ('"do it"', '"4f2a"')}
+    assert not crew.hub.tasks[task].payload, "what has ended is kept on disk only"
+
+
+def test_the_seeds_conversation_works_with_plain_messages(crew: World) -> None:
+    """Propose to ALL; who sends the first task_accept to the proposer has it, with no word on which task, where there is
+    but one."""
+    post = lambda who, to, message, **more: crew.call("POST", "/api/v1/messages", {"from": who, "to": to, "message": message, **more})  # noqa: E731
+    status, sent = post("boss", "ALL", {"type": "task_proposal", "task": "code_review", "files": ["src/main.py"]})
+    assert status == 200 and len(sent["recipients"]) == 3
+    assert post("w1", "boss", {"type": "task_accept"})[0] == 200
+    status, late = post("w2", "boss", {"type": "task_accept", "task_id": sent["message_id"]})
+    assert status == 409 and late["error"]["code"] == "task_taken" and late["error"]["holder"] == "w1"
+    assert post("w2", "boss", {"type": "task_accept"})[1]["error"]["code"] == "task_taken"
+    read = crew.call("GET", "/api/v1/messages?agent_id=boss")[1]["messages"]
+    assert [(m["type"], m["from"], m["reply_to"]) for m in read] == [("task_accept", "w1", sent["message_id"])]
+    post("boss", "@build", {"type": "task_proposal", "task": "a", "lease": 5, "priority": 3})
+    post("boss", "@build", "b", type="task_proposal")
+    status, vague = post("w2", "boss", "me!", type="task_accept")
+    assert status == 400 and "which task" in vague["error"]["message"]
+    tasks = crew.call("GET", "/api/v1/tasks")[1]["tasks"]
+    assert [(t["state"], t["lease"], t["priority"]) for t in tasks] == [("accepted", 900, 0), ("open", 5, 3), ("open", 900, 0)]
+    assert post("boss", "ALL", {"type": "task_proposal", "lease": "long"})[1]["error"]["message"].startswith("`lease` must be")
+    assert post("w1", "w2", {"type": "task_complete", "task_id": sent["message_id"], "ok": True})[0] == 200
+    assert [m[0] for m in inbox(crew, "boss")][-1] == "task_complete", "whoever it was sent to, the proposer has it"
+
+
+def test_only_those_it_was_proposed_to_may_take_a_task_also_those_who_came_later(crew: World) -> None:
+    crew.apply(ah.Join, "w3", "#ops")
+    tasks = {to: propose(crew, to) for to in ("w1", "#ops", "@build", "ALL")}
+    many = propose(crew, ("w1", "#ops"))
+    may = lambda who: [to for to, id in tasks.items() if crew.hub.able(who, crew.hub.tasks[id])]  # noqa: E731
+    assert (may("w1"), may("w3")) == (["w1", "@build", "ALL"], ["#ops", "@build", "ALL"])
+    assert "not among them" in refused(ah.Forbidden, crew, lambda: act(crew, "accept", "w2", many)).message
+    crew.register("new", None, None, "build")
+    assert may("new") == ["@build", "ALL"]
+    act(crew, "accept", "new", tasks["@build"])
+    assert crew.hub.may_see("w1", crew.hub.tasks[many]) and not crew.hub.may_see("w2", crew.hub.tasks[many])
+    act(crew, "accept", "boss", tasks["ALL"])
+    assert board(crew)[tasks["ALL"]] == "accepted boss", "its proposer may do it itself"
+
+
+def test_a_task_goes_back_on_the_board_when_its_holder_falls_silent_leaves_or_gives_it_back(crew: World) -> None:
+    task = propose(crew, lease=10_000)
+    act(crew, "accept", "w1", task)
+    for _ in range(3):
+        crew.clock.advance(9)
+        crew.apply(ah.Touch, "w1")
+        crew.apply(ah.Elapse)
+    assert board(crew)[task] == "accepted w1", "any sign of life renews the lease"
+    crew.apply(ah.Connect, "w1")
+    crew.clock.advance(100)
+    crew.apply(ah.Elapse)
+    crew.apply(ah.Disconnect, "w1")
+    crew.clock.advance(9.999)
+    crew.apply(ah.Elapse)
+    assert board(crew)[task] == "accepted w1" and crew.hub.next_at == crew.clock() + 1
+    before = len(inbox(crew, "w2"))
+    crew.clock.advance(0.001)
+    crew.apply(ah.Elapse)
+    assert board(crew)[task] == "open" and "silent" in crew.hub.tasks[task].reason
+    again = inbox(crew, "w2")[before:]
+    assert again == [("task_proposal", "boss", '"do it"')] and inbox(crew, "boss")[-1][:2] == ("task_release", "w1")
+    proposal = crew.store.messages([crew.hub.inboxes["w2"].unread[-1]], crew.clock())[0][0]
+    assert proposal.reply_to == task
+    act(crew, "accept", "w2", proposal.id) if proposal.id in crew.hub.tasks else crew.send(
+        "w2", "boss", "1", "task_accept", reply_to=proposal.id, thread=proposal.thread
+    )
+    crew.apply(ah.Leave, "w2")
+    assert board(crew)[task] == "open" and "left" in crew.hub.tasks[task].reason
+    act(crew, "accept", "w3", task)
+    act(crew, "release", "w3", task, payload='"no GPU"')
+    assert board(crew)[task] == "open" and inbox(crew, "boss")[-1] == ("task_release", "w3", '"no GPU"')
+    assert crew.hub.best_task("w3") is None and crew.hub.best_task("w1").id == task, "not again to whoever gave it back"
+    crew.commit()
+    assert crew.is_what_the_store_says()
+
+
+def test_a_restart_gives_holders_their_time_again_because_nobody_could_hear_them(tmp_path: Path) -> None:
+    world = World(str(tmp_path / "hub.db"))
+    world.register("boss"), world.register("w1")
+    task = propose(world, lease=10_000)
+    act(world, "accept", "w1", task)
+    world.apply(ah.TakeLock, "w1", "l", ("src",), "exclusive", 10_000)
+    world.commit()
+    world.clock.advance(3600)
+    hub = ah.Hub(world.limits, world.store.load(), world.clock())
+    hub.apply(ah.Elapse(world.clock()))
+    assert hub.tasks[task].state == "accepted" and hub.live(world.clock())(hub.locks.held["l"])
+    world.clock.advance(10)
+    hub.apply(ah.Elapse(world.clock()))
+    assert hub.tasks[task].state == "open" and not hub.locks.held
+    world.store.close()
+
+
+def test_a_task_opens_when_those_it_waits_for_are_completed_in_whatever_order_they_were_proposed(crew: World) -> None:
+    propose(crew, id="deploy", depends_on=("test", "build"))
+    build = propose(crew, id="build")
+    propose(crew, "@build", id="test", depends_on=("build",))
+    assert board(crew) == {"deploy": "blocked", "build": "open", "test": "blocked"} and len(inbox(crew, "w1")) == 1
+    assert "waits for" in refused(ah.Forbidden, crew, lambda: act(crew, "accept", "w1", "test")).message
+    for name in ("build", "test", "deploy"):
+        assert board(crew)[name] == "open"
+        act(crew, "accept", "w1", name)
+        act(crew, "complete", "w1", name)
+    assert [kind for kind, *_ in inbox(crew, "w2")] == ["task_proposal"] * 3
+    assert propose(crew, id="after", depends_on=(build,)) and board(crew)["after"] == "open"
+    crew.commit()
+    assert crew.is_what_the_store_says() and not crew.hub._waiting_for.get("build")
+
+
+def test_circles_and_what_can_never_be_completed_are_refused(crew: World) -> None:
+    propose(crew, id="a", depends_on=("b",))
+    propose(crew, id="b", depends_on=("c",))
+    for id, on in (("c", "a"), ("c", "b"), ("c", "c"), ("x", "x")):
+        error = refused(ah.InvalidRequest, crew, lambda id=id, on=on: propose(crew, id=id, depends_on=(on,)))
+        assert "circle" in error.message, (id, on)
+    refused(ah.NotFound, crew, lambda: propose(crew, depends_on=(ah.made_id(crew.hub.epoch, 99),)))
+    refused(ah.IdReused, crew, lambda: propose(crew, id="a"))
+    act(crew, "cancel", "boss", "b")
+    assert board(crew) == {"a": "cancelled", "b": "cancelled"} and crew.hub.tasks["a"].reason.startswith("it waited for b")
+    refused(ah.InvalidRequest, crew, lambda: propose(crew, depends_on=("b",)))
+    for more in ({"due_at": crew.clock() + 1}, {"lease": 1}):
+        refused(ah.InvalidRequest, crew, lambda more=more: crew.send("boss", "ALL", "1", "task_proposal", **more))
+
+
+def test_who_proposed_a_task_may_cancel_it_and_whoever_holds_it_is_told(crew: World) -> None:
+    task = propose(crew)
+    refused(ah.Forbidden, crew, lambda: act(crew, "cancel", "w1", task))
+    refused(ah.Forbidden, crew, lambda: act(crew, "complete", "w1", task))
+    act(crew, "accept", "w1", task)
+    act(crew, "cancel", "boss", task, payload='"not needed"')
+    assert inbox(crew, "w1")[-1] == ("task_cancel", "boss", '"not needed"') and inbox(crew, "w2")[-1][0] == "task_proposal"
+    act(crew, "cancel", "boss", propose(crew, "@build"))
+    assert [inbox(crew, name)[-1][0] for name in ("w1", "w2", "w3")] == ["task_cancel"] * 3
+    held = propose(crew)
+    act(crew, "accept", "w1", held)
+    act(crew, "release", "operator", held)
+    assert inbox(crew, "w1")[-2][:2] == ("task_release", "operator") and inbox(crew, "boss")[-1][:2] == ("task_release", "operator")
+    act(crew, "cancel", "operator", held)
+    assert inbox(crew, "boss")[-1][:2] == ("task_cancel", "operator")
+
+
+def test_a_task_that_is_not_done_by_its_deadline_is_cancelled_and_all_concerned_hear_of_it(crew: World) -> None:
+    held, free = propose(crew, deadline_at=crew.clock() + 5000), propose(crew, deadline_at=crew.clock() + 9000)
+    waits = propose(crew, depends_on=(free,))
+    act(crew, "accept", "w1", held)
+    assert crew.hub.next_at <= crew.clock() + 5000
+    crew.clock.advance(5)
+    crew.apply(ah.Elapse)
+    assert board(crew)[held] == "cancelled w1" and board(crew)[free] == "open"
+    assert inbox(crew, "w1")[-1][:2] == ("task_cancel", "boss") and inbox(crew, "boss")[-1][:2] == ("task_cancel", "w1")
+    crew.clock.advance(4)
+    crew.apply(ah.Elapse)
+    assert board(crew)[waits] == "cancelled" and crew.hub.next_at == float("inf")
+    crew.commit()
+    assert crew.is_what_the_store_says()
+
+
+def test_the_next_task_is_the_most_urgent_then_what_few_can_do_then_the_oldest(crew: World) -> None:
+    first, second = propose(crew, "ALL"), propose(crew, "ALL")
+    team, mine, urgent = propose(crew, "@build"), propose(crew, "w1"), propose(crew, "ALL", priority=5)
+    propose(crew, "w2", priority=9), propose(crew, "ALL", priority=-1, id="last")
+    take = lambda: crew.apply(ah.TakeTask, "w1", None, b"", None, "http")  # noqa: E731
+    assert [take().message.reply_to for _ in range(6)] == [urgent, mine, team, first, second, "last"] and take() is None
+    assert all(crew.hub.tasks[id].holder == "w1" for id in crew.hub.tasks_of("w1")) and len(crew.hub.tasks_of("w1")) == 6
+
+
+def test_a_board_is_bounded_and_forgets_what_ended_long_ago(crew: World) -> None:
+    small = World(max_tasks=2)
+    small.register("boss")
+    propose(small), propose(small)
+    assert "--max-tasks" in refused(ah.StorageFull, small, lambda: propose(small)).message
+    task = propose(crew, id="old")
+    act(crew, "cancel", "boss", task)
+    crew.clock.advance(ah.LIMITS["retention"].default + 1)
+    crew.apply(ah.Sweep)
+    assert board(crew) == {} and ah.TaskForgotten("old") in crew.commit() and crew.is_what_the_store_says()
+    assert "no task" in refused(ah.NotFound, crew, lambda: act(crew, "accept", "boss", "old")).message
+
+
+def test_only_so_many_ended_tasks_are_remembered(crew: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ah, "MAX_ENDED_TASKS", 2)
+    for n in range(4):
+        act(crew, "cancel", "boss", propose(crew, id=f"t{n}"))
+    assert list(board(crew)) == ["t2", "t3"] and crew.commit() and crew.is_what_the_store_says()
+    monkeypatch.setattr(ah, "MAX_TASK_BYTES", 100)
+    refused(ah.StorageFull, crew, lambda: propose(crew, payload=f'"{"x" * 100}"'))
+
+
+def test_many_tasks_may_be_done_with_the_same_words_and_no_loop_is_suspected(crew: World) -> None:
+    for n in range(ah.IDENTICAL_REPEATS + 2):
+        task = propose(crew, payload=str(n))
+        act(crew, "accept", "w1", task, payload='"ok"'), act(crew, "complete", "w1", task, payload='"done"')
+
+
+def test_a_task_with_a_full_inbox_behind_it_can_not_be_accepted_in_silence(crew: World) -> None:
+    world = World(max_inbox=1)
+    world.register("boss"), world.register("w1"), world.register("w2")
+    task = propose(world, "w1")
+    world.send("w2", "boss")
+    refused(ah.InboxFull, world, lambda: act(world, "accept", "w1", task))
 
 
 # --- Locks ------------------------------------------------------------------------------------------------------------
 
 
+def lock(world: World, agent: str, *paths: str, id: str = "", ttl: float = 600, wait: float = 0, **more: object) -> ah.Lock | None:
+    """Take a lock; None where it has to be waited for."""
+    until_ms = world.clock() + int(wait * 1000) if wait else 0
+    id = id or f"{agent}-{world.hub.locks.fence}-{len(world.hub.locks.held)}"
+    mode = more.pop("mode", "exclusive")
+    return world.apply(ah.TakeLock, agent, id, tuple(map(ah.normal_path, paths)), mode, int(ttl * 1000), "", until_ms, **more)
+
+
+def held(world: World) -> dict[str, str]:
+    return {path: one.agent_id for one in world.hub.locks.held.values() for path in one.paths}
+
+
+def test_overlapping_paths_are_one_agents_and_the_refusal_says_whose_and_for_how_long(crew: World) -> None:
+    first = lock(crew, "w1", "src/api", "docs/*.md")
+    crew.clock.advance(1)
+    error = refused(ah.LockHeld, crew, lambda: lock(crew, "w2", "lib", "src/**/*.py"))
+    assert error.details | {"expires_at": ""} == {
+        "holder": "w1", "pattern": "src/api", "path": "src/**/*.py", "mode": "exclusive", "retry_after": 599, "expires_at": "",
+    }  # fmt: skip
+    assert "w1" in error.message and "599 s" in error.message and error.details["expires_at"] == ah.timestamp(crew.clock() + 599_000)
+    assert lock(crew, "w2", "lib", "src/*.py").token == first.token + 1
+    assert lock(crew, "w1", "src/api/x.py"), "its own do not stand in its way"
+    refused(ah.LockHeld, crew, lambda: lock(crew, "w1", "src/api/x.py", reentrant=False))
+    crew.commit()
+    assert crew.is_what_the_store_says()
+
+
+def test_shared_locks_go_together_and_keep_exclusive_ones_out(crew: World) -> None:
+    lock(crew, "w1", "src", mode="shared"), lock(crew, "w2", "src/api", mode="shared")
+    assert refused(ah.LockHeld, crew, lambda: lock(crew, "w3", "src/api/x")).details["mode"] == "shared"
+    refused(ah.LockHeld, crew, lambda: lock(crew, "w1", "src"))
+    crew.apply(ah.ReleaseLocks, "w2")
+    assert lock(crew, "w1", "src").mode == "exclusive", "nobody else shares it any more"
+    refused(ah.LockHeld, crew, lambda: lock(crew, "w2", "src", mode="shared"))
+
+
+def test_asking_again_renews_and_a_number_is_never_given_twice(crew: World) -> None:
+    one = lock(crew, "w1", "a", id="mine", ttl=10)
+    crew.clock.advance(5)
+    again = lock(crew, "w1", "a", id="mine", ttl=10)
+    assert again.token == one.token and crew.hub.lock_ends(again, crew.clock()) == crew.clock() + 10_000
+    assert lock(crew, "w1", "a", ttl=10).lock_id == "mine"
+    refused(ah.IdReused, crew, lambda: lock(crew, "w1", "b", id="mine"))
+    refused(ah.IdReused, crew, lambda: lock(crew, "w2", "a", id="mine"))
+    crew.apply(ah.ReleaseLocks, "w1")
+    assert lock(crew, "w2", "a").token == one.token + 1
+    crew.apply(ah.ReleaseLocks, "w2")
+    crew.commit()
+    again = ah.Hub(crew.limits, crew.store.load(), crew.clock())
+    assert again.locks.fence == 2 and not again.locks.held, "no lock is left, and the number is"
+
+
+def test_signs_of_life_renew_a_lock_up_to_its_ttl_unless_it_is_not_to_be(crew: World) -> None:
+    lock(crew, "w1", "alive", ttl=10), lock(crew, "w1", "fixed", ttl=10, follows=False)
+    crew.clock.advance(9)
+    crew.apply(ah.Touch, "w1")
+    crew.apply(ah.Elapse)
+    assert held(crew) == {"alive": "w1", "fixed": "w1"} and crew.hub.next_at == crew.clock() + 1000
+    crew.clock.advance(1)
+    assert lock(crew, "w2", "fixed"), "what has ended is free at once, whether somebody looked or not"
+    refused(ah.LockHeld, crew, lambda: lock(crew, "w2", "alive"))
+    crew.clock.advance(9)
+    crew.apply(ah.Elapse)
+    assert held(crew) == {"fixed": "w2"}
+    assert ah.Unlocked("w1-0-0", "w1", ("alive",), "expired") in crew.commit() and crew.is_what_the_store_says()
+    with pytest.raises(ah.NotFound, match="ran out"):
+        crew.apply(ah.RenewLocks, "w1")
+    crew.clock.advance(300)
+    assert crew.apply(ah.RenewLocks, "w2", "", 5000)[0].ttl == 5000
+
+
+def test_who_waits_is_served_in_order_and_who_comes_later_does_not_slip_in_between(crew: World) -> None:
+    lock(crew, "w1", "a")
+    assert lock(crew, "w2", "a", "b", id="w2", wait=60) is None
+    assert lock(crew, "w3", "b", id="w3", wait=60) is None, "b is free, but w2 was here before"
+    assert "was here before" in refused(ah.LockHeld, crew, lambda: lock(crew, "boss", "b")).message
+    assert lock(crew, "boss", "c")
+    crew.apply(ah.ReleaseLocks, "w1")
+    assert lock(crew, "w3", "b", id="w3", wait=60) is None
+    assert lock(crew, "w2", "a", "b", id="w2", wait=60).paths == ("a", "b")
+    crew.apply(ah.ReleaseLocks, "w2")
+    assert lock(crew, "w3", "b", id="w3", wait=60) and not crew.hub.locks.waiting
+    assert lock(crew, "boss", "b", id="x", wait=60) is None
+    crew.apply(ah.LeaveQueue, "w1", "x")
+    assert "x" in crew.hub.locks.waiting, "a place is its owner's"
+    crew.apply(ah.LeaveQueue, "boss", "x")
+    assert not crew.hub.locks.waiting
+
+
+def test_shared_waiters_go_in_together_and_a_place_that_was_given_up_holds_nobody_up(crew: World) -> None:
+    lock(crew, "boss", "a")
+    for name in ("w1", "w2"):
+        assert lock(crew, name, "a", id=name, mode="shared", wait=60) is None
+    assert lock(crew, "w3", "a", id="w3", wait=5) is None
+    crew.clock.advance(6)
+    assert [want.id for want in crew.hub.lock_places(crew.clock())] == ["w1", "w2"]
+    crew.apply(ah.ReleaseLocks, "boss")
+    assert all(lock(crew, name, "a", id=name, mode="shared", wait=60) for name in ("w2", "w1"))
+
+
+def test_whoever_would_wait_in_a_circle_is_refused_and_told_so(crew: World) -> None:
+    for name in ("w1", "w2", "w3"):
+        lock(crew, name, name)
+    assert lock(crew, "w1", "w2", id="1", wait=60) is None and lock(crew, "w2", "w3", id="2", wait=60) is None
+    error = refused(ah.LockHeld, crew, lambda: lock(crew, "w3", "w1", id="3", wait=60))
+    assert "never end" in error.message and "w1 waits for you" in error.message
+    crew.apply(ah.ReleaseLocks, "w3")
+    assert lock(crew, "w2", "w3", id="2", wait=60)
+    assert lock(crew, "w3", "w1", id="3", wait=60) is None, "now it holds nothing that anybody waits for"
+    lock(crew, "boss", "x")
+    assert lock(crew, "w1", "x", id="4", wait=60) is None
+    assert "never end" in refused(ah.LockHeld, crew, lambda: lock(crew, "boss", "w1", id="5", wait=60)).message
+
+
+def test_who_holds_what_others_wait_for_may_take_more_of_it(crew: World) -> None:
+    lock(crew, "w1", "src")
+    assert lock(crew, "w2", "src/a", id="w2", wait=60) is None
+    assert lock(crew, "w1", "src/a/x.py")
+
+
+def test_paths_are_released_one_by_one_or_all_and_by_nobody_else(crew: World) -> None:
+    one = lock(crew, "w1", "a", "b", "c")
+    refused(ah.Forbidden, crew, lambda: crew.apply(ah.ReleaseLocks, "w2", one.lock_id))
+    refused(ah.Forbidden, crew, lambda: crew.apply(ah.RenewLocks, "w2", one.lock_id))
+    assert crew.apply(ah.ReleaseLocks, "w1", "", ("b", "z"))[0].paths == ("b",) and held(crew) == {"a": "w1", "c": "w1"}
+    assert lock(crew, "w2", "b")
+    assert crew.apply(ah.ReleaseLocks, "w2", "", ("a",)) == [] and crew.apply(ah.ReleaseLocks, "w1", "none") == []
+    assert crew.apply(ah.ReleaseLocks, "operator", one.lock_id)[0].paths == ("a", "c") and held(crew) == {"b": "w2"}
+    crew.commit()
+    assert crew.is_what_the_store_says() and crew.hub.locks.paths == 1
+
+
+def test_an_agent_that_leaves_holds_nothing_and_waits_for_nothing(crew: World) -> None:
+    lock(crew, "w1", "a"), lock(crew, "w2", "b")
+    lock(crew, "w1", "b", id="w1", wait=60)
+    crew.apply(ah.Leave, "w1")
+    assert held(crew) == {"b": "w2"} and not crew.hub.locks.waiting
+    crew.commit()
+    assert crew.is_what_the_store_says()
+
+
+def test_locks_and_places_are_bounded() -> None:
+    world = World(max_locks=3)
+    world.register("a"), world.register("b")
+    lock(world, "a", "1", "2")
+    refused(ah.StorageFull, world, lambda: lock(world, "b", "3", "4"))
+    assert lock(world, "b", "1", id="w", wait=9) is None
+    refused(ah.StorageFull, world, lambda: lock(world, "b", "3"))
+    many = World()
+    many.register("a"), many.register("b")
+    lock(many, "a", "x")
+    for n in range(ah.MAX_LOCK_WAITS):
+        lock(many, "b", "x", id=str(n), wait=9)
+    refused(ah.RateLimited, many, lambda: lock(many, "b", "x", id="more", wait=9))
+
+
 # --- Board ------------------------------------------------------------------------------------------------------------
+
+
+def test_channels_reach_their_members_and_end_with_the_last_of_them(crew: World) -> None:
+    assert crew.apply(ah.Join, "w1", "#ops") and not crew.apply(ah.Join, "w1", "#ops") and crew.apply(ah.Join, "w2", "#ops")
+    assert crew.send("w1", "#ops").inboxes == ("w2",) and crew.send("boss", "#ops").inboxes == ("w1", "w2")
+    assert crew.send("w1", ("#ops", "w2", "w3")).inboxes == ("w2", "w3"), "each gets one copy"
+    crew.commit()
+    assert crew.is_what_the_store_says() and crew.hub.channels_of("w1") == ["#ops"]
+    assert crew.apply(ah.Part, "w1", "#ops") and not crew.apply(ah.Part, "w1", "#ops") and not crew.apply(ah.Part, "w1", "#no")
+    crew.apply(ah.Leave, "w2")
+    assert crew.hub.channels == {} and crew.send("boss", "#ops").inboxes == ()
+    crew.commit()
+    assert crew.is_what_the_store_says()
+    small = World(max_channels=1)
+    small.register("a"), small.register("b")
+    small.apply(ah.Join, "a", "#one"), small.apply(ah.Join, "b", "#one")
+    refused(ah.StorageFull, small, lambda: small.apply(ah.Join, "a", "#two"))
+    refused(ah.UnknownAgent, small, lambda: small.apply(ah.Join, "z", "#one"))
+
+
+def test_what_an_agent_is_doing_lasts_and_ends_with_its_session(crew: World) -> None:
+    crew.apply(ah.SetStatus, "w1", "refactoring auth", crew.clock() + 5000)
+    assert [e.doing for e in crew.hub.events if type(e) is ah.Presence] == ["refactoring auth"]
+    crew.commit()
+    assert crew.is_what_the_store_says() and not crew.hub.free("w1", crew.clock())
+    crew.register("w1")
+    assert crew.hub.agents["w1"].doing == "refactoring auth"
+    crew.clock.advance(ah.ACTIVE_SECONDS)
+    assert crew.register("w1", "another session").doing == ""
+    crew.commit()
+    assert crew.is_what_the_store_says()
+    refused(ah.Forbidden, crew, lambda: crew.apply(ah.SetStatus, "operator", "x", 0))
+
+
+def test_a_note_has_versions_that_never_repeat_and_changes_only_as_expected(crew: World) -> None:
+    write = lambda value, version=None, who="w1", ends=0: crew.apply(ah.SetNote, who, "k", value, version, ends)  # noqa: E731
+    assert write("1", 0).version == 1 and write("2", 1, "w2").version == 2 and write("3").version == 3
+    for expected in (0, 2, 9):
+        error = refused(ah.VersionConflict, crew, lambda expected=expected: write("x", expected))
+        assert error.details == {"version": 3, "agent_id": "w1"}
+    write(None, 3)
+    refused(ah.NotFound, crew, lambda: write(None))
+    assert refused(ah.VersionConflict, crew, lambda: write("x", 3)).details == {"version": 0}
+    assert write("5", 0).version == 5, "whoever read version 1 to 3 can't take the new one for it"
+    write("6", ends=crew.clock() + 1000)
+    crew.commit()
+    assert crew.is_what_the_store_says() and crew.store.note("k")[1] == "6"
+    crew.clock.advance(1)
+    assert crew.hub.note("k", crew.clock()) is None
+    crew.apply(ah.Elapse)
+    crew.commit()
+    assert crew.is_what_the_store_says() and crew.store.note("k")[1] == "" and write("7", 0).version == 7
+    write(None)
+    crew.clock.advance(ah.LIMITS["retention"].default + 1)
+    crew.apply(ah.Sweep)
+    crew.commit()
+    assert crew.hub.notes == {} and crew.is_what_the_store_says()
+    small = World(max_notes=1)
+    small.register("a")
+    small.apply(ah.SetNote, "a", "1", "1"), small.apply(ah.SetNote, "a", "1", None), small.apply(ah.SetNote, "a", "2", "1")
+    refused(ah.StorageFull, small, lambda: small.apply(ah.SetNote, "a", "3", "1"))
 
 
 # --- Hub --------------------------------------------------------------------------------------------------------------
@@ -911,6 +1598,14 @@ def test_the_number_of_agents_is_bounded() -> None:
     refused(ah.StorageFull, world, lambda: world.register("c"))
 
 
+NEXT_STATES = {
+    "": {"open", "blocked"}, "blocked": {"blocked", "open", "cancelled"}, "open": {"accepted", "cancelled"},
+    "accepted": {"accepted", "open", "completed", "cancelled"}, "completed": set(), "cancelled": set(),
+}  # fmt: skip
+LOCKABLE = ("src", "src/*.py", "src/**/*.py", "src/api/", "lib/x", "lib/*", "**/x", "docs")
+LOCKED_FILES = ("src/a.py", "src/api/b.py", "src/api/c/x", "lib/x/y", "lib/x/z.py", "lib/z", "x", "docs/x", "docs/d")
+
+
 class Model:
     """What the contract promises, as plainly as it can be said: who must still get what, and who waits for an answer.
     A method is what a command of that name should do; what the hub sends of its own accord is seen in its events."""
@@ -922,6 +1617,12 @@ class Model:
         self.agents: set[str] = set()
         self.aside: dict[int, tuple[str, ...]] = {}
         self.open: dict[str, tuple[str, set[str]]] = {}  # each unanswered request: its asker, and who was asked
+        self.asked: dict[str, int] = {}  # and its seq
+        self.members: set[tuple[str, str]] = set()
+        self.jobs: dict[int, str] = {}  # where each lies
+        self.tasks: dict[str, tuple[str, str]] = {}  # the state of each, and its holder
+        self.token, self.tokens = 0, {}
+        self.versions: dict[str, int] = {}
 
     def gone(self, inbox: str, seqs: set[int]) -> None:
         self.unread[inbox] = [seq for seq in self.unread.get(inbox, []) if seq not in seqs]
@@ -940,22 +1641,50 @@ class Model:
                     self.unread.setdefault(inbox, []).append(event.message.seq)
                 if event.message.type == "request" and event.inboxes:
                     self.open[event.message.id] = event.message.sender, set(event.inboxes)
+                    self.asked[event.message.id] = event.message.seq
                 asker, asked = self.open.get(event.message.reply_to, ("", set()))
                 if event.message.type == "response" and asker in event.inboxes and event.message.sender in asked:
                     del self.open[event.message.reply_to]
             elif type(event) is ah.Adopted:
                 both = set(event.seqs) & set(self.unread.get(event.agent_id, []))
                 self.gone(event.agent_id, both)
-                self.unread[event.agent_id] = sorted([*self.unread[event.agent_id], *event.seqs])
+                self.unread[event.agent_id] = sorted([*self.unread.get(event.agent_id, []), *event.seqs])
                 self.unread.pop(event.inbox)
                 for _, asked in self.open.values():
                     if event.inbox in asked:
                         asked.remove(event.inbox)
                         asked.add(event.agent_id)
+            elif type(event) is ah.Handed:
+                assert event.seq > max((seq for unread in self.unread.values() for seq in unread), default=0)
+                self.gone(event.inbox, {event.was})
+                self.unread.setdefault(event.agent_id, []).append(event.seq)
+                for id in [id for id, seq in self.asked.items() if seq == event.was and id in self.open]:
+                    self.asked[id], self.open[id] = event.seq, (self.open[id][0], {event.agent_id})
             elif type(event) is ah.Delayed:
                 self.aside[event.message.seq] = event.inboxes
             elif type(event) is ah.Released:
                 del self.aside[event.seq]
+            elif type(event) is ah.Job:
+                self.jobs[event.seq] = event.holder or event.group
+            elif type(event) is ah.Done:
+                del self.jobs[event.seq]
+            elif type(event) in (ah.TaskProposed, ah.TaskChanged):
+                task = event.task
+                was, holder = self.tasks.get(task.id, ("", ""))
+                assert task.state in NEXT_STATES[was], f"a task that was {was} can't be {task.state}"
+                assert was != "accepted" or task.state != "accepted" or task.holder == holder, "two winners"
+                self.tasks[task.id] = task.state, task.holder
+            elif type(event) is ah.TaskForgotten:
+                del self.tasks[event.id]
+            elif type(event) is ah.Locked:
+                lock = event.lock
+                assert lock.token == self.tokens.get(lock.lock_id) or lock.token > self.token, "an old number"
+                self.tokens[lock.lock_id], self.token = lock.token, max(self.token, lock.token)
+            elif type(event) is ah.Unlocked:
+                del self.tokens[event.lock_id]
+            elif type(event) is ah.Noted:
+                assert event.note.version > self.versions.get(event.note.key, 0) or event.note.gone
+                self.versions[event.note.key] = event.note.version
 
 
 class Player:
@@ -967,7 +1696,10 @@ class Player:
         self.clock = FakeClock()
         self.open()
         self.deeds = [self.register, self.send, self.send, self.send, self.ack_up_to, self.ack_some, self.leave, self.sweep,
-                      self.push, self.claim, self.delay, self.release, self.ask, self.answer, self.expire, self.drop]  # fmt: skip
+                      self.push, self.claim, self.delay, self.release, self.ask, self.answer, self.expire, self.drop,
+                      self.join, self.part, self.job, self.job, self.work, self.propose, self.propose, self.accept, self.accept,
+                      self.accept, self.complete, self.give_back, self.cancel, self.take, self.lock, self.lock, self.lock,
+                      self.unlock, self.renew, self.note, self.status, self.elapse, self.elapse]  # fmt: skip
 
     def open(self) -> None:
         self.world = World(str(self.path), max_inbox=0, loop_guard=0)
@@ -996,7 +1728,8 @@ class Player:
             self.world.commit()
 
     def register(self) -> None:
-        self.world.register(self.name, None, self.chance.choice([None, self.name, f"Name {self.name}"]))
+        able = self.chance.choice([(), ("cap",)])
+        self.world.register(self.name, None, self.chance.choice([None, self.name, f"Name {self.name}"]), *able)
         self.model.agents.add(self.name)
 
     def send(self) -> None:
@@ -1012,8 +1745,9 @@ class Player:
     def ack_up_to(self) -> None:
         up_to = self.chance.choice(self.model.unread.get(self.name) or [0])
         if up_to and self.name in self.model.agents:
-            self.world.apply(ah.Ack, self.name, up_to=up_to)
-            self.model.gone(self.name, {seq for seq in self.model.unread[self.name] if seq <= up_to})
+            gone = {seq for seq in self.model.unread[self.name] if seq <= up_to}
+            assert self.world.apply(ah.Ack, self.name, up_to=up_to) == len(gone)
+            self.model.gone(self.name, gone)
 
     def ack_some(self) -> None:
         some = self.some(self.name)
@@ -1024,6 +1758,7 @@ class Player:
     def leave(self) -> None:
         self.world.apply(ah.Leave, self.name)
         self.model.agents.discard(self.name)
+        self.model.members = {pair for pair in self.model.members if pair[1] != self.name}
         self.model.open = {id: who for id, who in self.model.open.items() if who[0] != self.name}
 
     def sweep(self) -> None:
@@ -1074,6 +1809,100 @@ class Player:
             for inbox in inboxes:
                 self.model.gone(inbox, {seq})
 
+    def join(self) -> None:
+        self.world.apply(ah.Join, self.name, "#c")
+        self.model.members.add(("#c", self.name))
+
+    def part(self) -> None:
+        self.world.apply(ah.Part, self.name, "#c")
+        self.model.members.discard(("#c", self.name))
+
+    def job(self) -> None:
+        delay = self.chance.choice([0, 0, 0, self.clock() + 5000])
+        ends = self.chance.choice([0, 0, self.clock() + 30_000])
+        receipt = self.world.send(
+            self.name, self.chance.choice(["ALL", "#c", "@cap"]), f"{self.clock.ms}", lease=5000, due_at=delay, expires_at=ends
+        )
+        assert len(receipt.inboxes) == 1 and receipt.inboxes[0] != self.name
+
+    def work(self) -> None:
+        """Whoever has most to do is done with it."""
+        mine = tuple(sorted(seq for seq, where in self.model.jobs.items() if where == self.name and seq in self.model.unread[where]))
+        if mine and self.name in self.model.agents:
+            assert self.world.apply(ah.Ack, self.name, seqs=mine) == len(mine)
+            self.model.gone(self.name, set(mine))
+
+    def task(self, *states: str) -> str:
+        some = [id for id, (state, _) in self.model.tasks.items() if state in states or not states]
+        return self.chance.choice(some or ["none"])
+
+    def propose(self) -> None:
+        known = self.chance.sample(sorted(self.model.tasks), min(2, len(self.model.tasks)))
+        id = f"t{self.clock.ms}-{self.chance.random()}" if self.chance.random() < 0.5 else None
+        plan = ah.Plan(lease=self.chance.choice([5000, 50_000]), depends_on=tuple(known) if self.chance.random() < 0.4 else (),
+                       deadline_at=self.chance.choice([0, 0, self.clock() + 60_000]), priority=self.chance.randrange(3))  # fmt: skip
+        self.world.send(self.name, self.chance.choice(["ALL", "#c", "@cap", self.other]), '"t"', "task_proposal", id=id,
+                        digest=b"d" * 16 if id else b"", plan=plan)  # fmt: skip
+
+    def act(self, kind: str, *states: str) -> None:
+        id = self.task(*states)
+        state, holder = self.model.tasks.get(id, ("", ""))
+        who = holder if kind in ("task_complete", "task_release") and self.chance.random() < 0.7 and holder else self.name
+        try:
+            self.world.send(who, "", f'"{self.clock.ms}"', kind, reply_to=id)
+        except ah.TaskTaken:
+            assert state in ("completed", "cancelled") or state == "accepted" and holder != who
+            raise
+        assert kind != "task_accept" or state == "open" or holder == who, "a second winner"
+        assert kind not in ("task_complete", "task_release") or holder == who
+        assert self.model.tasks[id][0] == {"task_accept": "accepted", "task_complete": "completed", "task_release": "open",
+                                           "task_cancel": "cancelled"}[kind]  # fmt: skip
+
+    def accept(self) -> None:
+        self.act("task_accept", *self.chance.choice([["open"], ["open"], []]))
+
+    def complete(self) -> None:
+        self.act("task_complete", *self.chance.choice([["accepted"], []]))
+
+    def give_back(self) -> None:
+        self.act("task_release", "accepted")
+
+    def cancel(self) -> None:
+        if self.chance.random() < 0.3:
+            self.act("task_cancel")
+
+    def take(self) -> None:
+        receipt = self.world.apply(ah.TakeTask, self.name, None, b"", None, "http")
+        assert not receipt or self.model.tasks[receipt.message.reply_to] == ("accepted", self.name)
+
+    def lock(self) -> None:
+        paths = tuple(self.chance.sample(LOCKABLE, self.chance.choice([1, 1, 2])))
+        waits = self.chance.choice([0, 0, self.clock() + 9000])
+        want = self.chance.choice([want for want in self.world.hub.locks.waiting.values() if want.agent_id == self.name] or [None])
+        if want and self.chance.random() < 0.7:  # whoever waits asks again
+            self.world.hub.apply(want._replace(at=self.clock()))
+        else:
+            mode = self.chance.choice(["exclusive", "exclusive", "shared"])
+            self.world.apply(ah.TakeLock, self.name, f"{self.clock.ms}", paths, mode, self.chance.choice([4000, 40_000]), "", waits,
+                             self.chance.random() < 0.5)  # fmt: skip
+
+    def unlock(self) -> None:
+        self.world.apply(ah.ReleaseLocks, self.name, "", self.chance.choice([(), ("src", "lib/x")]))
+
+    def renew(self) -> None:
+        self.world.apply(ah.RenewLocks, self.name)
+
+    def note(self) -> None:
+        key, version = self.chance.choice("kl"), self.chance.choice([None, 0, self.model.versions.get("k")])
+        self.world.apply(ah.SetNote, self.name, key, self.chance.choice(["1", "2", None]), version, self.chance.choice([0, self.clock() + 9000]))
+
+    def status(self) -> None:
+        self.world.apply(ah.SetStatus, self.name, self.chance.choice(["", "busy"]), self.chance.choice([0, self.clock() + 9000]))
+
+    def elapse(self) -> None:
+        self.world.apply(ah.Elapse)
+        assert self.world.hub.next_at > self.clock() and all(map(self.world.hub.live(self.clock()), self.world.hub.locks.held.values()))
+
     def restart(self) -> None:
         self.world.commit()
         before = self.world.state()
@@ -1095,8 +1924,24 @@ class Player:
             ("claims", {(n, seq): until for n, i in inboxes for seq, until in i.claims.items()}, model.claims),
             ("aside", hub.delayed, model.aside),
             ("open", {r.id: (r.asker, set(r.asked)) for r in hub.requests.open.values()}, model.open),
+            ("members", {(c, name) for c, names in hub.channels.items() for name in names}, model.members),
+            ("jobs", {seq: job.holder or job.group for seq, job in hub.jobs.items()}, model.jobs),
+            ("tasks", {id: (task.state, task.holder) for id, task in hub.tasks.items()}, model.tasks),
         ]:
             assert has == should, (what, when)
+        for seq, where in model.jobs.items():  # each in one inbox, and in no other
+            assert seq in model.aside or [name for name, unread in model.unread.items() if seq in unread] == [where], when
+        self.nobody_shares_what_is_exclusive(when)
+
+    def nobody_shares_what_is_exclusive(self, when: str) -> None:
+        live = self.world.hub.live(self.clock())
+        users: dict[str, list[ah.Lock]] = {}
+        for lock in filter(live, self.world.hub.locks.held.values()):
+            for file in {file for path in lock.paths for file in covered(path, LOCKED_FILES)}:
+                users.setdefault(file, []).append(lock)
+        for file, locks in users.items():
+            alone = [lock for lock in locks if lock.mode == "exclusive"]
+            assert not alone or len({lock.agent_id for lock in locks}) == 1, (file, locks, when)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -2630,6 +3475,189 @@ def test_a_list_of_agents_stays_small_however_much_they_say_of_themselves(
 # --- Teamwork ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_channel_is_read_back_from_ones_joining_or_in_full_by_its_members_only(crew: World) -> None:
+    call = crew.call
+    join = lambda who, **more: call("POST", "/api/v1/channels/ops/join", {"agent_id": who, **more})  # noqa: E731
+    read = lambda who, more="": call("GET", f"/api/v1/messages?agent_id={who}&channel=%23ops{more}")  # noqa: E731
+    assert join("w1") == (200, {"success": True, "channel": "#ops", "members": ["w1"], "joined": True})
+    for n in range(3):
+        crew.send("w1", ("#ops", "boss") if n == 1 else "#ops", str(n))
+    assert not join("w1")[1]["joined"] and join("w2")[1]["members"] == ["w1", "w2"]
+    crew.send("boss", "#ops", "3")
+    crew.commit()
+    said = lambda answer: [m["message"] for m in answer[1]["messages"]]  # noqa: E731
+    assert said(read("w1")) == [0, 1, 2, 3] and said(read("w2")) == [3] and said(read("w2", "&history=full")) == [0, 1, 2, 3]
+    assert said(read("w1", "&limit=2")) == [2, 3] and said(read("w1", "&limit=2&after=0")) == [0, 1]
+    assert said(read("w1", f"&limit=2&before={read('w1', '&limit=2')[1]['previous']}")) == [0, 1]
+    assert read("w3")[0] == 403 and "join it first" in read("w3")[1]["error"]["message"]
+    assert read("w1", "&unread=true")[0] == 400 and call("GET", "/api/v1/messages?agent_id=w1&channel=UP")[0] == 400
+    join("w2", history="full")
+    assert said(read("w2")) == [0, 1, 2, 3], "joining again, in full, opens what was before"
+    listed = call("GET", "/api/v1/channels")[1]
+    assert listed["total"] == 1 and listed["channels"][0] == {
+        "channel": "#ops", "members": ["w1", "w2"], "last_activity": ah.timestamp(crew.clock()),
+    }  # fmt: skip
+    assert call("GET", "/api/v1/channels/%23ops")[1] == listed["channels"][0] and call("GET", "/api/v1/channels/none")[0] == 404
+    assert [a["agent_id"] for a in call("GET", "/api/v1/agents?channel=ops")[1]["agents"]] == ["w1", "w2"]
+    assert call("POST", "/api/v1/channels/%23ops/leave", {"agent_id": "w1"})[1] | {"members": 0} == {
+        "success": True, "channel": "#ops", "members": 0, "left": True,
+    }  # fmt: skip
+    crew.apply(ah.Drop, tuple(crew.store.aged(crew.clock() + 1)))
+    crew.commit()
+    assert not crew.store._reader.execute("SELECT * FROM channel_messages").fetchall()
+
+
+def test_what_an_agent_is_about_is_in_the_list_of_agents(crew: World) -> None:
+    crew.call("POST", "/api/v1/agents/w1/status", {"doing": "auth", "away": 90})
+    task = propose(crew)
+    crew.call("POST", f"/api/v1/tasks/{task}/accept", {"agent_id": "w1"})
+    crew.call("POST", "/api/v1/locks", {"agent_id": "w1", "paths": ["a", "b/"]})
+    shown = {a["agent_id"]: a for a in crew.call("GET", "/api/v1/agents")[1]["agents"]}["w1"]
+    assert (shown["doing"], shown["tasks"], shown["locks"]) == ("auth", [task], ["a", "b/"])
+    assert shown["away_until"] == ah.timestamp(crew.clock() + 90_000)
+    again = crew.call("POST", "/api/v1/agents/w1/status", {})[1]
+    assert again["doing"] == "auth" and "away_until" not in again
+    assert crew.call("POST", "/api/v1/agents/w1/status", {"doing": "x\ny"})[0] == 400
+    assert crew.call("POST", "/api/v1/agents/operator/status", {"doing": "x"})[0] == 403
+
+
+def test_the_task_routes_are_the_messages_and_say_what_the_task_is_then(crew: World) -> None:
+    call = crew.call
+    status, made = call("POST", "/api/v1/tasks", {"from": "boss", "to": "@build", "task": "review", "lease": 5, "deadline": 60})
+    task = made["task_id"]
+    assert status == 200 and made["message_id"] == task and made["state"] == "open" and len(made["recipients"]) == 3
+    assert made["task"] == {
+        "task_id": task, "state": "open", "proposer": "boss", "to": "@build", "message": "review", "priority": 0, "lease": 5,
+        "proposed_at": ah.timestamp(crew.clock()), "changed_at": ah.timestamp(crew.clock()), "thread": task,
+        "deadline_at": ah.timestamp(crew.clock() + 60_000),
+    }  # fmt: skip
+    assert inbox(crew, "w1") == [("task_proposal", "boss", '"review"')]
+    status, taken = call("POST", f"/api/v1/tasks/{task}/accept", {"agent_id": "w1", "id": "once"})
+    assert (status, taken["state"], taken["task"]["holder"]) == (200, "accepted", "w1")
+    assert taken["task"]["lease_until"] == ah.timestamp(crew.clock() + 5000)
+    assert call("POST", f"/api/v1/tasks/{task}/accept", {"agent_id": "w1", "id": "once"})[1]["duplicate"]
+    status, late = call("POST", f"/api/v1/tasks/{task}/accept", {"agent_id": "w2"})
+    assert status == 409 and late["error"]["holder"] == "w1" and late["error"]["expires_at"]
+    status, done = call("POST", f"/api/v1/tasks/{task}/complete", {"from": "w1", "result": {"merged": True}})
+    assert (status, done["state"], done["task"]["result"], done["task"]["message"]) == (200, "completed", {"merged": True}, "review")
+    read = call("GET", "/api/v1/messages?agent_id=boss")[1]["messages"]
+    assert [(m["type"], m["message"], m["reply_to"], m["thread"]) for m in read] == [
+        ("task_accept", {"task_id": task}, task, task), ("task_complete", {"merged": True}, task, task),
+    ]  # fmt: skip
+    assert call("GET", f"/api/v1/tasks/{task}")[1] == done["task"] and call("GET", "/api/v1/tasks/none")[0] == 404
+    later = call("POST", "/api/v1/tasks", {"from": "boss", "task": "x", "depends_on": ["soon"]})[1]
+    assert later["state"] == "blocked" and later["recipients"] == [] and "nobody has proposed soon yet" in later["warning"]
+    assert call("POST", "/api/v1/tasks", {"from": "w1"})[0] == 400
+    alone = World()
+    alone.register("a")
+    assert "on the board" in alone.call("POST", "/api/v1/tasks", {"from": "a", "message": "x"})[1]["warning"]
+    for bad in ({"lease": 0}, {"deadline": "soon"}, {"depends_on": "x"}, {"priority": 1.5}, {"to": 7}, {"delay": 5, "lease": True}):
+        status, error = call("POST", "/api/v1/tasks", {"from": "boss", "task": "x", **bad})
+        assert status == 400 and f"`{list(bad)[-1]}`" in error["error"]["message"], bad
+    assert call("POST", "/api/v1/messages", {"from": "boss", "to": "w1", "message": 1, "lease": 5})[0] == 400
+
+
+def test_the_next_task_is_waited_for_and_taken_once_however_often_it_is_asked_for(crew: World) -> None:
+    assert crew.call("POST", "/api/v1/tasks/next", {"agent_id": "w1"})[1] == {"success": True, "task": None}
+    wait = crew.raw("POST", "/api/v1/tasks/next", b'{"agent_id":"w1","wait":5,"id":"n1"}', Content_Type="application/json")
+    assert isinstance(wait, ah.Wait) and wait.attempt(False, crew.clock()) is None
+    task = propose(crew)
+    taken = json.loads(wait.attempt(False, crew.clock()).body())
+    assert taken["task_id"] == task and taken["task"]["holder"] == "w1" and taken["message_id"] == "n1"
+    propose(crew)
+    crew.commit()
+    again = crew.call("POST", "/api/v1/tasks/next", {"agent_id": "w1", "id": "n1"})[1]
+    assert again["duplicate"] and again["task_id"] == task, "a retry does not take another"
+    crew.apply(ah.Leave, "w1")
+    assert wait.attempt(True, crew.clock()).status == 404, "whoever waited is told, whatever happens"
+
+
+def test_a_board_shows_each_only_what_it_has_to_do_with() -> None:
+    world = World(key="k")
+    key = {"Authorization": "Bearer k"}
+    tokens = {
+        who: {"Authorization": f"Bearer {world.call('POST', '/api/v1/agents/register', {'agent_id': who}, **key)[1]['token']}"}
+        for who in "abc"
+    }
+    secret = world.call("POST", "/api/v1/tasks", {"to": "b", "message": "secret"}, **tokens["a"])[1]["task_id"]
+    world.call("POST", "/api/v1/tasks", {"to": "ALL", "message": "known"}, **tokens["a"])
+    sees = {who: [t["message"] for t in world.call("GET", "/api/v1/tasks", **tokens[who])[1]["tasks"]] for who in "abc"}
+    assert sees == {"a": ["secret", "known"], "b": ["secret", "known"], "c": ["known"]}
+    assert len(world.call("GET", "/api/v1/tasks", **key)[1]["tasks"]) == 2
+    assert world.call("GET", f"/api/v1/tasks/{secret}", **tokens["c"])[0] == 403
+    assert world.call("POST", f"/api/v1/tasks/{secret}/accept", {}, **tokens["c"])[0] == 403
+    assert world.call("POST", f"/api/v1/tasks/{secret}/accept", {"agent_id": "b"}, **tokens["c"])[0] == 403
+    assert world.call("GET", "/api/v1/tasks")[0] == 401 and world.call("GET", "/api/v1/locks")[0] == 401
+    for path in ("/api/v1/locks", "/api/v1/notes", "/api/v1/channels"):
+        assert world.call("GET", path, **tokens["c"])[0] == 200
+
+
+def test_the_board_is_in_order_and_can_be_narrowed(crew: World) -> None:
+    for n, (to, plan) in enumerate([("ALL", {}), ("w1", {"priority": 2}), ("ALL", {"depends_on": ("x",)}), ("ALL", {})]):
+        propose(crew, to, id=f"t{n}", **plan)
+    act(crew, "accept", "w2", "t3"), act(crew, "accept", "w1", "t0"), act(crew, "cancel", "boss", "t0")
+    ids = lambda more="": [t["task_id"] for t in crew.call("GET", f"/api/v1/tasks?{more}")[1]["tasks"]]  # noqa: E731
+    assert ids() == ["t3", "t1", "t2", "t0"] and ids("limit=1") == ["t3"] and ids("agent_id=w3") == ["t3", "t2", "t0"]
+    assert ids("state=open") == ["t1"] and ids("holder=w2") == ["t3"] and ids("proposer=w1") == []
+    assert crew.call("GET", "/api/v1/tasks?state=done")[0] == 400
+
+
+def test_locks_over_http_say_who_has_what(crew: World) -> None:
+    status, lock = crew.call("POST", "/api/v1/locks", {"agent_id": "w1", "paths": "src/{a,b}", "note": "moving", "ttl": 60})
+    assert status == 200 and lock["paths"] == ["src/a", "src/b"] and lock["remaining"] == 60 and lock["token"] == 1
+    status, held = crew.call("POST", "/api/v1/locks", {"agent_id": "w2", "paths": ["x", "**/a"]})
+    assert status == 409 and held["error"]["code"] == "lock_held" and '"moving"' in held["error"]["message"]
+    assert (held["error"]["holder"], held["error"]["retry_after"]) == ("w1", 60)
+    found = crew.call("GET", "/api/v1/locks?path=src/a/x.py")[1]
+    assert [one["lock_id"] for one in found["locks"]] == [lock["lock_id"]] and found["waiting"] == []
+    assert crew.call("GET", "/api/v1/locks?path=lib")[1]["total"] == crew.call("GET", "/api/v1/locks?holder=w2")[1]["total"] == 0
+    assert crew.call("POST", "/api/v1/locks/renew", {"agent_id": "w1", "ttl": 5})[1]["lock_id"] == lock["lock_id"]
+    for body in ({}, {"all": True, "paths": ["x"]}, {"paths": []}, {"paths": ["../x"]}, {"paths": ["{a,b}" * 8]}):
+        assert crew.call("POST", "/api/v1/locks/release", {"agent_id": "w1", **body})[0] == 400, body
+    freed = crew.call("POST", "/api/v1/locks/release", {"agent_id": "w1", "all": True})[1]["released"]
+    assert freed == [{"lock_id": lock["lock_id"], "token": 1, "paths": ["src/a", "src/b"]}]
+    assert crew.call("POST", "/api/v1/locks/renew", {"agent_id": "w1"})[0] == 404
+    for bad in ({"paths": 5}, {"paths": ["x" * 300]}, {"paths": [""]}, {"mode": "mine"}, {"ttl": 0}, {"wait": 99}, {"auto_renew": 3}):
+        assert crew.call("POST", "/api/v1/locks", {"agent_id": "w1", "paths": ["x"], **bad})[0] == 400, bad
+
+
+def test_notes_over_http(crew: World) -> None:
+    put = lambda value, **more: crew.call("PUT", "/api/v1/notes/hand%2Fover", {"agent_id": "w1", "value": value, **more})  # noqa: E731
+    status, note = put({"done": ["a"]}, if_version=0, ttl=60)
+    assert status == 200 and (note["key"], note["version"], note["size"]) == ("hand/over", 1, 14)
+    assert crew.call("GET", "/api/v1/notes/hand%2Fover")[1]["value"] == {"done": ["a"]}
+    assert put("x", if_version=5)[1]["error"]["code"] == "version_conflict"
+    assert [n["key"] for n in crew.call("GET", "/api/v1/notes?prefix=hand/")[1]["notes"]] == ["hand/over"]
+    assert crew.call("GET", "/api/v1/notes?prefix=x")[1]["total"] == 0 and crew.call("GET", "/api/v1/notes/x")[0] == 404
+    assert put("x" * ah.MAX_NOTE)[0] == 413 and put("x" * (ah.MAX_NOTE - 2))[0] == 200
+    assert crew.call("DELETE", "/api/v1/notes/hand%2Fover?agent_id=w1&if_version=1")[0] == 409
+    assert crew.call("DELETE", "/api/v1/notes/hand%2Fover?agent_id=w1")[1]["version"] == 3
+    assert crew.call("GET", "/api/v1/notes/hand%2Fover")[0] == 404 and put(None, ttl=-1)[0] == 400
+    assert put(None)[1]["version"] == 4 and crew.call("GET", "/api/v1/notes/hand%2Fover")[1]["value"] is None
+
+
+def test_a_message_for_one_of_many_says_who_has_it_and_until_when(crew: World) -> None:
+    post = lambda **more: crew.call("POST", "/api/v1/messages", {"from": "boss", "to": "@build", "message": "x", **more})  # noqa: E731
+    status, sent = post(deliver="one", lease=5, id="j1")
+    assert status == 200 and [line["agent_id"] for line in sent["recipients"]] == ["w1"] and "warning" not in sent
+    trace = crew.call("GET", "/api/v1/messages/j1")[1]
+    assert (trace["deliver"], trace["lease"], trace["lease_until"]) == ("one", 5, ah.timestamp(crew.clock() + 5000))
+    crew.clock.advance(5)
+    crew.apply(ah.Elapse)
+    crew.commit()
+    assert [line["agent_id"] for line in crew.call("GET", "/api/v1/messages/j1")[1]["trace"]] == ["w2"]
+    again = post(deliver="one", lease=5, id="j1")[1]
+    assert again["duplicate"] and again["seq"] == sent["seq"] and again["recipients"][0]["agent_id"] == "w2"
+    assert post(deliver="one", lease=6, id="j1")[0] == 409
+    assert crew.call("POST", "/api/v1/messages/ack", {"agent_id": "w2", "ids": ["j1"]})[1]["acknowledged"] == 1
+    crew.clock.advance(ah.ACTIVE_SECONDS)
+    waits = post(deliver="one")[1]
+    assert waits["recipients"][0] | {"unread": 0} == {"agent_id": "@build", "state": "queued", "connected": False, "unread": 0}
+    assert "first that comes" in waits["warning"]
+    assert crew.call("GET", f"/api/v1/messages/{waits['message_id']}")[1]["trace"][0]["state"] == "queued"
+    assert post(deliver="some")[0] == 400 and post(deliver="one", to="w1")[0] == 400
+
+
 # --- Routes -----------------------------------------------------------------------------------------------------------
 
 
@@ -3073,6 +4101,37 @@ def test_what_is_asked_without_a_key_counts_and_what_is_open_to_all_does_not_cou
 
 
 # --- API --------------------------------------------------------------------------------------------------------------
+
+
+def test_every_route_for_teamwork_is_a_frame_of_the_same_words(crew: World) -> None:
+    ask = lambda who, **frame: crew.api.frame(who, json.dumps(frame).encode(), "127.0.0.1", crew.clock())  # noqa: E731
+
+    def answered(who: str, **frame: object) -> dict:
+        answer = ask(who, ref=7, **frame)
+        crew.commit()
+        return json.loads(answer.body()) if callable(answer.body) else answer.body
+
+    task = answered("boss", type="task_proposal", message="x", to="ALL")["message_id"]  # which is a message
+    for who, frame in [
+        ("w1", {"type": "status", "doing": "this"}), ("w1", {"type": "join", "channel": "ops"}), ("w1", {"type": "channels"}),
+        ("w1", {"type": "task_accept", "task_id": task}), ("w1", {"type": "task_complete", "reply_to": task, "result": 1}),
+        ("w1", {"type": "task_next"}), ("w1", {"type": "tasks"}), ("w1", {"type": "lock", "paths": ["a"]}), ("w1", {"type": "locks"}),
+        ("w1", {"type": "renew"}), ("w1", {"type": "unlock", "all": True}), ("w1", {"type": "note_set", "key": "k", "value": 1}),
+        ("w1", {"type": "note_get", "key": "k"}), ("w1", {"type": "notes"}), ("w1", {"type": "note_delete", "key": "k"}),
+        ("w1", {"type": "leave", "channel": "ops"}),
+    ]:  # fmt: skip
+        got = answered(who, **frame)
+        assert (got["type"], got["ref"]) == (frame["type"], 7), got
+    left = set(ah.ROUTES_BY_FRAME) - {"task_release", "task_cancel"}
+    assert left == {*"status join channels task_accept task_complete task_next tasks lock locks renew unlock".split(),
+                    *"note_set note_get notes note_delete leave".split()}  # fmt: skip
+    error = answered("w2", type="task_accept", task_id=task)
+    assert error["type"] == "error" and error["ref"] == 7 and error["error"]["code"] == "task_taken"
+    assert answered("w2", type="lock")["error"]["message"].startswith("`paths` is missing")
+    assert answered("w2", type="lock", paths=["a"], agent_id="w1")["error"]["code"] == "forbidden"
+    answered("w1", type="lock", paths=["a"])
+    waits = ask("w2", type="lock", paths=["a"], wait=5)
+    assert waits.wait and not waits.body and crew.api.framed(waits.wait.attempt(True, crew.clock()), {}, "lock").body["type"] == "error"
 
 
 def test_head_options_and_405_tell_what_a_path_takes(pair: World) -> None:
@@ -3532,6 +4591,73 @@ def test_the_browsers_last_event_id_is_newer_than_the_cursor_in_the_address(shar
 
 
 # --- Watching ---------------------------------------------------------------------------------------------------------
+
+
+def lines_of(hub: object, target: str) -> object:
+    """A stream's lines, as they come, from a line of one's own."""
+    line = socket.create_connection(("127.0.0.1", hub.port), timeout=20)
+    line.sendall(f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    reader = ah.ResponseReader()
+
+    def read() -> object:
+        with line:
+            while data := line.recv(65536):
+                yield from (json.loads(text) for text in reader.lines(data) if text)
+
+    return read()
+
+
+def test_whoever_watches_hears_of_all_that_happens_and_of_no_words_that_are_not_for_it(live: object) -> None:
+    hub = live("--rate-limit", "0")
+    a, b = hub.client("a"), hub.client("b")
+    everything, some = (lines_of(hub, f"/api/v1/events?format=json&agent_id={who}") for who in ("operator", "b"))
+    first = next(everything)
+    assert (first["event"], first["agents"], first["messages"]) == ("counts", 2, 0) and next(some)["event"] == "counts"
+    c = hub.client("c")
+    a.join("#ops"), a.set_status("this")
+    task = a.propose("c", "a secret")["task_id"]
+    c.accept(task), c.release(task), c.accept(task), c.complete(task, "ok")
+    b.lock("src", note="x"), b.renew_lock(), b.unlock(), b.set_note("k", 1), a.leave("#ops"), c.leave()
+    seen, heard = [], []
+    for line, to in ((everything, seen), (some, heard)):
+        for event in line:
+            to += [event] if event["event"] != "counts" else []
+            if event["event"] == "leave":
+                break
+    kinds = [event["event"] for event in seen if event["event"] not in ("active", "offline")]
+    assert kinds == [
+        "register", "join", "status", "task_proposal", "task_accept", "task_release", "task_accept", "task_complete",
+        "lock", "renew", "unlock", "note", "part", "leave",
+    ]  # fmt: skip
+    by_kind = {event["event"]: event for event in seen}
+    assert by_kind["task_complete"]["title"] == "a secret" and by_kind["lock"]["paths"] == ["src"] and by_kind["unlock"]["reason"] == "released"
+    assert not any("title" in event for event in heard) and {e["event"] for e in heard} == {e["event"] for e in seen}
+    assert next(event for event in everything if event["event"] == "counts")["messages"] >= 4
+
+
+def test_a_watcher_that_takes_nothing_is_told_how_much_it_missed() -> None:
+    """Against a server and a transport that only count: what a paused peer is owed is a number."""
+    class Nothing:
+        limits, clock, dirty = ah.make_limits(), FakeClock(), {}
+        hub = World().hub
+        closing, loop = True, type("", (), {"call_later": lambda *_: None})
+
+        def flush_soon(self) -> None: ...
+
+    server, wrote = Nothing(), []
+    server.watchers = ah.Watchers(server)
+    transport = type("", (), {"write": lambda _, data: wrote.append(data), "is_closing": lambda _: False})()
+    watcher = ah.Watcher(server, ah.Watch("operator", "sse"), transport)
+    watcher.flush()
+    watcher.pause()
+    for n in range(5):
+        server.watchers.tell(ah.Joined("#c", f"a{n}", 0))
+    watcher.flush()
+    assert len(wrote) == 1 and wrote[0].startswith(b"%x\r\nevent: counts" % (len(wrote[0]) - 6))
+    watcher.resume(), watcher.flush()
+    assert b'"event":"missed","count":5' in wrote[1]
+    watcher.close()
+    assert not server.watchers.all
 
 
 # --- Connections ------------------------------------------------------------------------------------------------------
