@@ -374,6 +374,13 @@ def timestamp(ms: int) -> str:
     return f"{_second(ms // 1000)}.{ms % 1000:03d}Z"
 
 
+@functools.lru_cache(4096)
+def named_in(to: str) -> tuple[str, ...]:
+    """Whom the `to` of an envelope (JSON text) names."""
+    value = json.loads(to)
+    return tuple(value) if isinstance(value, list) else (value,)
+
+
 def made_id(epoch: str, seq: int) -> str:
     """The message id the hub gives: sortable, only this log's, and with the seq in it, so that it needs no index."""
     return f"{epoch}-{seq:013x}"
@@ -730,7 +737,7 @@ class Parted(NamedTuple):
 
 
 class Handed(NamedTuple):
-    """Event: a job lies in another inbox, and has another seq, so that no cursor of that inbox's agent has passed it."""
+    """Event: a job lies in another inbox, and has another seq, which no cursor of its new holder has passed."""
 
     was: int
     seq: int
@@ -845,6 +852,9 @@ class Plan(NamedTuple):
     depends_on: tuple[str, ...] = ()
 
 
+NO_PLAN = Plan()
+
+
 class Send(NamedTuple):
     """Command: a message. `known` is what the log holds under the given id, `thread` what it says of `reply_to`; with
     a `lease` (milliseconds) it is for one of the group in `to`, and `plan` is for the task that it is about."""
@@ -863,7 +873,7 @@ class Send(NamedTuple):
     via: str = ""
     due_at: int = 0
     lease: int = 0
-    plan: Plan = Plan()
+    plan: Plan = NO_PLAN
 
 
 class Ack(NamedTuple):
@@ -2078,11 +2088,12 @@ class Jobs(Mail):
 
     def _load_jobs(self, snapshot: Snapshot) -> None:
         self.jobs = {job.seq: job for job in snapshot.jobs}
-        self._jobs_of: dict[str, dict[int, None]] = {}  # by who holds them; those that wait, by group
+        self._jobs_of: dict[str, dict[int, None]] = {}  # by who holds them
+        self._unheld: dict[str, dict[int, None]] = {}  # those that wait, by group
         self._turns: dict[str, int] = {}  # when each was given one last: of equals, whoever waits longest is next
         self._turn = 0
         for job in snapshot.jobs:
-            self._jobs_of.setdefault(job.holder or job.group, {})[job.seq] = None
+            self._place_of(job)[job.seq] = None
         self.next_at = 0.0  # nothing that `Elapse` does is due before then
 
     def _by(self, at: float) -> None:
@@ -2092,20 +2103,22 @@ class Jobs(Mail):
     def _mind_job(self, job: Job) -> None:
         self._drop_job(job.seq)
         self.jobs[job.seq] = job
-        self._jobs_of.setdefault(job.holder or job.group, {})[job.seq] = None
+        self._place_of(job)[job.seq] = None
         self.events.append(job)
         if job.holder:
             self._turn += 1
             self._turns[job.holder] = self._turn
             self._by(job.until)
 
+    def _place_of(self, job: Job) -> dict[int, None]:
+        return (self._jobs_of if job.holder else self._unheld).setdefault(job.holder or job.group, {})
+
     def _drop_job(self, seq: int) -> Job | None:
         job = self.jobs.pop(seq, None)
         if job:
-            held = self._jobs_of[job.holder or job.group]
-            del held[seq]
-            if not held:
-                del self._jobs_of[job.holder or job.group]
+            del self._place_of(job)[seq]
+            if not self._place_of(job):
+                del (self._jobs_of if job.holder else self._unheld)[job.holder or job.group]
         return job
 
     def load_of(self, agent_id: str) -> int:
@@ -2166,10 +2179,10 @@ class Jobs(Mail):
 
     def _hand_out(self, agent_id: str, at: int) -> None:
         """Give an agent that is free some of what waits for whoever comes."""
-        if not self._jobs_of or not self.free(agent_id, at):
+        if not self._unheld or not self.free(agent_id, at):
             return
-        for group in [g for g in self._jobs_of if is_group(g) and self.belongs(agent_id, g)]:
-            for seq in list(self._jobs_of[group]):
+        for group in [group for group in self._unheld if self.belongs(agent_id, group)]:
+            for seq in list(self._unheld[group]):
                 if self.load_of(agent_id) >= JOBS_AHEAD or self.unread(agent_id) >= self.limits.max_inbox:
                     return
                 if self.jobs[seq].sender != agent_id and seq not in self.delayed:
@@ -2268,8 +2281,7 @@ class Tasks(Jobs):
 
     def able(self, agent_id: str, task: Task) -> bool:
         """Whether a task was proposed to an agent, alone or among others."""
-        to = json.loads(task.to)
-        return any(self.belongs(agent_id, one) for one in (to if isinstance(to, list) else [to]))
+        return any(self.belongs(agent_id, one) for one in named_in(task.to))
 
     def may_see(self, agent_id: str, task: Task) -> bool:
         """Whether an agent is told what a task is about: as with messages, who has to do with it."""
@@ -2362,9 +2374,7 @@ class Tasks(Jobs):
     def _tell_of(self, c: Send, task: Task, to: str, *others: str) -> Receipt:
         """Deliver a message about a task: to whom it is for, where it says nothing of that to `to` (JSON text), and to
         the others that it concerns. Nobody needs to be told what it did itself."""
-        whom = json.loads(to)
-        said = c.to or (tuple(whom) if isinstance(whom, list) else whom)
-        c = c._replace(to=said, reply_to=task.id, thread=c.thread or task.thread)
+        c = c._replace(to=c.to or named_in(to), reply_to=task.id, thread=c.thread or task.thread)
         inboxes, shown = self.resolve(c)
         concerned = [name for name in (*inboxes, *filter(None, others)) if name != c.sender]
         return self._pass_on(c, shown, tuple(dict.fromkeys(concerned)))
@@ -2458,10 +2468,9 @@ class Tasks(Jobs):
     def _open(self, task: Task, at: int) -> None:
         """Propose a task to whomever it is for, in the words it was proposed with."""
         self._put_task(task._replace(state="open", holder="", since=at))
-        to = json.loads(task.to)
         again = Send(
-            at, task.proposer, tuple(to) if isinstance(to, list) else to, task.payload, "task_proposal", None, task.id,
-            task.thread, task.deadline_at, via="hub",
+            at, task.proposer, named_in(task.to), task.payload, "task_proposal", None, task.id, task.thread,
+            task.deadline_at, via="hub",
         )  # fmt: skip
         with contextlib.suppress(AmbiguousRecipient):
             inboxes, to = self.resolve(again)
@@ -3121,8 +3130,7 @@ def _agent_rows(batch: list[Registered]) -> list[tuple]:
 def _channel_rows(batch: list[Sent]) -> list[tuple]:
     found = []
     for message in [e.message for e in batch if "#" in e.message.to]:
-        to = json.loads(message.to)
-        found += [(name, message.seq) for name in (to if isinstance(to, list) else [to]) if name[0] == "#"]
+        found += [(name, message.seq) for name in named_in(message.to) if name[0] == "#"]
     return found
 
 
@@ -3269,7 +3277,8 @@ WRITES: dict[type, tuple[tuple[str, Callable[[list], list[tuple]]], ...]] = {
     Job: (("INSERT OR REPLACE INTO jobs VALUES (?,?,?,?,?,?,?)", list),),
     Handed: (
         (
-            "UPDATE messages SET id = ifnull(id, (SELECT value FROM meta WHERE key = 'epoch') || printf('-%013x', seq)),"
+            "UPDATE messages SET"
+            " id = ifnull(id, (SELECT value FROM meta WHERE key = 'epoch') || printf('-%013x', seq)),"
             " told_seq = iif(told_seq, told_seq, seq), seq = ?2, inboxes = json_array(?3) WHERE seq = ?1",
             lambda batch: [(e.was, e.seq, e.agent_id) for e in batch],
         ),
@@ -4972,7 +4981,7 @@ class Handlers(Reading):
     def _post(self, sender: str, given: dict[str, Any], kind: str, at: int, via: str) -> Receipt:
         """Have the hub take a message. Raises HubError."""
         message, to, id, one = given["message"], given["to"], given.get("id"), given.get("deliver") == "one"
-        payload, reply_to, plan = self._payload(message), given.get("reply_to") or "", Plan()
+        payload, reply_to, plan = self._payload(message), given.get("reply_to") or "", NO_PLAN
         if kind in self.hub.TASK_MESSAGES:
             inner = message if isinstance(message, dict) else {}
             plan = self._plan(given, inner, at)
@@ -4986,13 +4995,16 @@ class Handlers(Reading):
         if kind == "task_proposal":
             plan = plan._replace(deadline_at=plan.deadline_at or expires_at)
             expires_at = expires_at or plan.deadline_at
-        more = [one, *(given.get(name) for name in _PLAN_NAMES)]
-        asked = [to, kind, payload, reply_to, given.get("ttl"), *([delay] if delay else [])] + more * any(more)
+        lease = int((given.get("lease") or JOB_LEASE) * 1000) if one else 0
+        digest, known = b"", None
+        if id:
+            more = [one, *(given.get(name) for name in _PLAN_NAMES)]
+            asked = [to, kind, payload, reply_to, given.get("ttl"), *[delay] * (delay > 0), *more * any(more)]
+            digest, known = self._digest(dump(asked)), self._find_given(id)
         return self.hub.apply(
             Send(
                 at, sender, to, payload, kind, id, reply_to, self._thread(reply_to) if reply_to else "", expires_at,
-                self._digest(dump(asked)) if id else b"", self._find_given(id) if id else None, via, due_at,
-                int((given.get("lease") or JOB_LEASE) * 1000) if one else 0, plan,
+                digest, known, via, due_at, lease, plan,
             )
         )  # fmt: skip
 
@@ -5050,7 +5062,7 @@ class Handlers(Reading):
                 f'{{"agent_id":{shown},"state":"{state}","connected":{_BOOL[name in hub.connections]},'
                 f'"unread":{hub.unread(name)}{close}}}'
             )
-        warning = self._waits(message) if not lines or is_group(receipt.inboxes[0] if receipt.inboxes else "") else ""
+        warning = self._waits(receipt) if not lines or message.lease else ""
         if not lines and not warning:
             warning = f"nobody else is in {json.loads(message.to)} now: the message was kept for no one"
         elif receipt.full:
@@ -5067,8 +5079,9 @@ class Handlers(Reading):
             f'"pushed":{kinds.count("pushed")},"queued":{queued}{extra}}}'
         )
 
-    def _waits(self, message: Message) -> str:
+    def _waits(self, receipt: Receipt) -> str:
         """What becomes of what has reached nobody yet, and will."""
+        message = receipt.message
         task = self.hub.tasks.get(message.id)
         if task and task.state == "blocked":
             unknown = [id for id in task.waits_for if id not in self.hub.tasks]
@@ -5076,7 +5089,8 @@ class Handlers(Reading):
             return f"it is proposed when {', '.join(task.waits_for[:5])} is completed{more}"
         if task and task.state == "open":
             return f"nobody else is in {json.loads(message.to)} now: the task is on the board for whoever comes"
-        return f"nobody of {json.loads(message.to)} is free: the first that comes gets it" if message.lease else ""
+        to = json.loads(message.to)
+        return f"nobody of {to} is free: the first that comes gets it" if receipt.inboxes == (to,) else ""
 
     def ack(self, call: Call) -> Response:
         """POST /api/v1/messages/ack."""
@@ -9142,7 +9156,7 @@ def _agents_command(args: Any) -> int:
 
 def engaged_text(agent: dict) -> str:
     """What an agent is doing, and what it holds."""
-    said = [f'"{agent["doing"]}"'] if "doing" in agent else []
+    said = [f'"{agent["doing"]}"'] if agent.get("doing") else []
     said += [f"away until {agent['away_until'][:19]}Z"] if "away_until" in agent else []
     said += [f"task {id}" for id in agent.get("tasks", ())]
     said += [f"locked {', '.join(agent['locks'])}"] if "locks" in agent else []

@@ -170,14 +170,18 @@ class LiveHub:
         }
         self.errors = open(folder / "errors.txt", "a+")  # noqa: SIM115
         command = [python, "-m", "agenthub", "serve", *(["--port", port] if port else []), "--db", str(self.db), *options]
-        kept = {k: v for k, v in self.env.items() if k != "PYTHONDONTWRITEBYTECODE"}
-        kept |= {"PYTHONPATH": str(FILE.parent), "PYTHONPYCACHEPREFIX": COMPILED.name}  # a start takes half as long
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=kept)
+        env = self.compiled_env()
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=env)
         self.line = self.process.stdout.readline()
         found = re.search(r"at (https?://\S+:(\d+)|unix:\S+),", self.line)
         assert found, (self.line, self.log())
         self.url, self.port = found[1], int(found[2] or 0)
         self.env["AGENTHUB_URL"] = self.url
+
+    def compiled_env(self) -> dict[str, str]:
+        """With which a start takes half as long."""
+        kept = {k: v for k, v in self.env.items() if k != "PYTHONDONTWRITEBYTECODE"}
+        return kept | {"PYTHONPATH": str(FILE.parent), "PYTHONPYCACHEPREFIX": COMPILED.name}
 
     def log(self) -> str:
         self.errors.flush()
@@ -200,8 +204,10 @@ class LiveHub:
     def cli(
         self, *words: str, python: str = sys.executable, stdin: str | None = None, **env: str
     ) -> subprocess.CompletedProcess:
-        command = [python, str(FILE), *words]
-        return subprocess.run(command, capture_output=True, text=True, env=self.env | env, timeout=60, input=stdin)
+        """A command in a process of its own; compiled once for all of them."""
+        command = [python, "-m", "agenthub", *words]
+        env = self.compiled_env() | env
+        return subprocess.run(command, capture_output=True, text=True, env=env, timeout=60, input=stdin)
 
     def here(self, *words: str, **env: str) -> subprocess.CompletedProcess:
         """The same in this process, which is ten times as quick."""
@@ -965,7 +971,7 @@ def test_workers_who_acknowledge_at_once_take_turns(crew: World) -> None:
     for _ in range(6):
         got += (worker := job(crew).inboxes)
         crew.apply(ah.Ack, worker[0], up_to=crew.hub.seq)
-    assert got == ["w1", "w2", "w3"] * 2 and not crew.hub.jobs and not crew.hub._jobs_of
+    assert got == ["w1", "w2", "w3"] * 2 and not crew.hub.jobs and not crew.hub._jobs_of and not crew.hub._unheld
 
 
 def test_a_job_nobody_is_free_for_waits_for_the_first_that_comes(crew: World) -> None:
@@ -990,7 +996,7 @@ def test_who_comes_gets_a_few_of_many_that_wait_and_the_next_when_it_has_done_on
         job(crew)
     crew.apply(ah.Touch, "w1")
     assert holders(crew).count("w1") == ah.JOBS_AHEAD
-    crew.apply(ah.Ack, "w1", seqs=(next(iter(sorted(crew.hub.jobs))),))
+    crew.apply(ah.Ack, "w1", seqs=(crew.hub.inboxes["w1"].unread[0],))
     assert holders(crew).count("w1") == ah.JOBS_AHEAD
     crew.apply(ah.Touch, "w3")
     assert holders(crew).count("w3") == 4 and not crew.hub.unread("@build")
@@ -4255,6 +4261,122 @@ def test_every_frame_that_is_refused_counts_for_its_agent() -> None:
 # --- Readers ----------------------------------------------------------------------------------------------------------
 
 
+def waiting(hub: object, count: int) -> None:
+    """Until that many are in the queue for locks."""
+    with hub.client() as client:
+        until(lambda: len(client._run(client._pick("waiting", "GET", "/api/v1/locks"))) == count)
+
+
+def test_those_who_wait_for_a_lock_get_it_in_the_order_of_asking_whatever_they_ask_by(shared_hub: LiveHub) -> None:
+    pytest.importorskip("websockets")
+    hub, order = shared_hub, []
+    first = hub.client("lock-0")
+    first.lock("queue/x")
+
+    def wait_for_it(name: str) -> None:
+        client = hub.client(name)
+        client.lock(["queue/*", name], wait=30)
+        order.append(name)
+        client.unlock()
+
+    threads = []
+    for number in (1, 2):
+        threads.append(threading.Thread(target=wait_for_it, args=(f"lock-{number}",)))
+        threads[-1].start()
+        waiting(hub, number)
+    hub.client("lock-3")
+    with hub.socket("lock-3") as line:
+        line.send(json.dumps({"type": "lock", "paths": ["queue"], "wait": 30, "ref": "mine"}))
+        waiting(hub, 3)
+        line.send(json.dumps({"type": "heartbeat", "ref": "meanwhile"}))
+        assert next_frame(line, "heartbeat")["ref"] == "meanwhile", "other frames are answered while one waits"
+        assert order == []
+        first.unlock()
+        got = next_frame(line, "lock")
+        assert (got["ref"], got["paths"], order) == ("mine", ["queue"], ["lock-1", "lock-2"])
+        line.send(json.dumps({"type": "unlock", "all": True}))
+        next_frame(line, "unlock")
+    for thread in threads:
+        thread.join(20)
+
+
+def test_who_goes_away_while_it_waits_for_a_lock_leaves_its_place(shared_hub: LiveHub) -> None:
+    pytest.importorskip("websockets")
+    hub = shared_hub
+    holder, next_one = hub.client("place-0"), hub.client("place-3")
+    for name in ("place-1", "place-2"):
+        hub.client(name)
+    holder.lock("place")
+    with socket.create_connection(("127.0.0.1", hub.port), timeout=20) as line, hub.socket("place-2") as other:
+        body = b'{"agent_id":"place-1","paths":["place"],"wait":30}'
+        line.sendall(b"POST /api/v1/locks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
+        line.sendall(b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+        waiting(hub, 1)
+        other.send(json.dumps({"type": "lock", "paths": ["place"], "wait": 30}))
+        waiting(hub, 2)
+    waiting(hub, 0)
+    holder.unlock()
+    assert next_one.lock("place")["token"] and [lock["agent_id"] for lock in hub.client().locks("place")] == ["place-3"]
+    with pytest.raises(ah.LockHeld) as caught:
+        holder.lock("place", wait=0.05)
+    assert caught.value.details["holder"] == "place-3"
+    next_one.unlock()
+
+
+def test_a_lock_that_runs_out_lets_the_next_one_in(shared_hub: LiveHub) -> None:
+    hub = shared_hub
+    silent, waits = hub.client("ttl-1"), hub.client("ttl-2")
+    silent.lock("ttl", ttl=0.3, auto_renew=False)
+    assert waits.lock("ttl", wait=30)["token"] > 1
+    with pytest.raises(ah.NotFound):
+        silent.renew_lock()
+    waits.unlock()
+
+
+def test_a_task_is_waited_for_until_it_is_proposed_and_lost_when_its_holder_is_silent(shared_hub: LiveHub) -> None:
+    hub, taken = shared_hub, []
+    boss, worker = hub.client("boss-9"), hub.client("worker-9", capabilities=["nine"])
+
+    def take() -> None:
+        taken.append(worker.next_task(wait=30))
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    until(lambda: boss.agent("worker-9")["connected"])
+    task = boss.propose("@nine", "dig", lease=0.2)["task_id"]
+    thread.join(20)
+    assert taken[0]["task_id"] == task
+    until(lambda: boss.task(task)["state"] == "open")
+    types = [m["type"] for m in boss.messages(unread=True)]
+    assert types == ["task_accept", "task_release"] and [m["type"] for m in worker.messages()] == ["task_proposal"] * 2
+    assert worker.next_task()["task_id"] == task, "it had not given it back, it was only silent"
+
+
+def test_one_of_a_hundred_racing_agents_wins_each_task(shared_hub: LiveHub) -> None:
+    hub, won, lost = shared_hub, [], []
+    boss = hub.client("race-boss")
+    racers = [hub.client(f"race-{n}") for n in range(10)]
+    tasks = [boss.propose([f"race-{n}" for n in range(10)], f"run {n}")["task_id"] for n in range(10)]
+    start = threading.Barrier(len(racers))
+
+    def race(client: ah.Client) -> None:
+        start.wait()
+        for task in tasks:
+            try:
+                client.accept(task)
+                won.append((task, client.agent_id))
+            except ah.TaskTaken as error:
+                lost.append((task, error.details["holder"]))
+
+    threads = [threading.Thread(target=race, args=(client,)) for client in racers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(task for task, _ in won) == sorted(tasks) and set(lost) <= set(won) and len(lost) == 90
+    assert {t["task_id"]: t["holder"] for t in boss.tasks(proposer="race-boss")} == dict(won)
+
+
 def test_a_websocket_gets_welcome_then_everything_unread_then_what_comes(shared_hub: LiveHub) -> None:
     pytest.importorskip("websockets")
     me, other = shared_hub.client("reader-1"), shared_hub.client("writer-1")
@@ -5946,6 +6068,61 @@ def test_keys_and_tokens_may_come_with_a_lines_end_but_not_with_anything_else(mo
 # --- Shared -----------------------------------------------------------------------------------------------------------
 
 
+def test_the_blocking_client_shares_work_in_the_routes_words(shared_hub: LiveHub) -> None:
+    hub = shared_hub
+    a, b = hub.client("share-a", capabilities=["paint"]), hub.client("share-b")
+    assert a.join("#paint")["joined"] and a.channel("#paint")["members"] == ["share-a"]
+    assert "#paint" in [c["channel"] for c in a.channels()] and [x["agent_id"] for x in a.agents(channel="#paint")] == ["share-a"]
+    b.send_message("#paint", "blue?")
+    assert [m["message"] for m in a.history(channel="#paint")] == ["blue?"] and a.leave("#paint")["left"]
+    assert a.set_status("painting", away=60)["away_until"] and "away_until" not in a.set_status()
+    assert a.set_status(away=60)["doing"] == "painting"
+    first = b.propose("@paint", "the wall")
+    second = b.propose("share-a", "the door", depends_on=[first["task_id"]], priority=2, lease=30, deadline=600)
+    assert second["state"] == "blocked"
+    proposal = a.messages(unread=True, type="task_proposal")[0]
+    assert a.accept(proposal)["task"]["holder"] == "share-a" and a.complete(proposal, {"colour": "blue"})["state"] == "completed"
+    taken = a.next_task()
+    assert taken["task_id"] == second["task_id"] and taken["lease"] == 30 and a.release(taken, "no brush")["state"] == "open"
+    assert a.next_task() is None and a.task(taken["task_id"])["reason"] == "released by share-a"
+    assert b.cancel(taken, "never mind")["state"] == "cancelled" and b.task(first["task_id"])["result"] == {"colour": "blue"}
+    assert [t["task_id"] for t in b.tasks(state="completed", proposer="share-b")] == [first["task_id"]]
+    held = a.lock(["share/*.py", "share/b"], ttl=30, mode="shared", note="reading")
+    with pytest.raises(ah.LockHeld, match="share-a"):
+        b.lock("share/b/c", wait=0.01)
+    assert a.unlock(paths="share/b")[0]["paths"] == ["share/b"] and a.renew_lock(held["lock_id"], ttl=60)["ttl"] == 60
+    assert b.locks(path="share/x.py")[0]["note"] == "reading" and len(a.locks(holder="share-a")) == 1 and len(a.unlock()) == 1
+    assert a.set_note("share/wall", [1], if_version=0)["version"] == 1 and b.get_note("share/wall")["value"] == [1]
+    with pytest.raises(ah.VersionConflict):
+        b.set_note("share/wall", 2, if_version=7)
+    assert [n["key"] for n in b.notes("share/")] == ["share/wall"] and b.delete_note("share/wall", if_version=1)["version"] == 2
+    job = b.send_message("@paint", "spot", one=True, lease=30)
+    assert job["recipients"][0]["agent_id"] == "@paint", "share-a is away"
+
+
+def test_a_wait_for_a_lock_that_takes_several_requests_keeps_its_place(monkeypatch: pytest.MonkeyPatch, shared_hub: LiveHub) -> None:
+    hub = shared_hub
+    monkeypatch.setattr(ah, "MAX_WAIT", 0.1)
+    holder, waiter, later = hub.client("long-1"), hub.client("long-2"), hub.client("long-3")
+    holder.lock("long")
+    got: list[dict] = []
+    thread = threading.Thread(target=lambda: got.append(waiter.lock("long", wait=30)))
+    thread.start()
+    waiting(hub, 1)
+    second = threading.Thread(target=lambda: got.append(later.lock("long", wait=30)))
+    second.start()
+    waiting(hub, 2)
+    order = [w["agent_id"] for w in later._run(later._pick("waiting", "GET", "/api/v1/locks"))]
+    for _ in range(5):
+        assert [w["agent_id"] for w in later._run(later._pick("waiting", "GET", "/api/v1/locks"))] == order == ["long-2", "long-3"]
+    holder.unlock()
+    thread.join(20)
+    waiter.unlock()
+    second.join(20)
+    assert [lock["agent_id"] for lock in got] == ["long-2", "long-3"]
+    later.unlock()
+
+
 # --- Client -----------------------------------------------------------------------------------------------------------
 
 
@@ -6117,6 +6294,33 @@ def test_waiting_for_an_answer_takes_no_other_mail_and_finds_it_in_an_older_thre
 
 
 # --- AgentClient ------------------------------------------------------------------------------------------------------
+
+
+def test_agents_share_work_with_the_asyncio_client(shared_hub: LiveHub) -> None:
+    async def main() -> None:
+        async with ah.AgentClient(shared_hub.url, "duo-a") as a, ah.AgentClient(shared_hub.url, "duo-b") as b:
+            events = a.watch()
+            assert (await anext(events))["event"] == "counts"
+            proposed = await a.propose("duo-b", {"task": "code_review", "files": ["x.py"]})
+            seen = asyncio.ensure_future(b.next_task(wait=5))
+            task = await seen
+            assert task["task_id"] == proposed["task_id"] and task["message"]["files"] == ["x.py"]
+            with pytest.raises(ah.TaskTaken):
+                await a.complete(task)
+            lock = await b.lock(["duo/x.py"], wait=1)
+            waits = asyncio.ensure_future(a.lock("duo", wait=10))
+            await b.complete(task, "done")
+            await b.unlock(lock["lock_id"])
+            assert (await waits)["token"] > lock["token"]
+            await a.set_note("duo", "x")
+            heard = []
+            while "note" not in heard:
+                heard.append((await anext(events))["event"])
+            assert {"task_proposal", "task_accept", "task_complete", "lock", "unlock", "note"} <= set(heard)
+            await events.aclose()
+            await a.leave(), await b.leave()
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("with_websockets", [True, False])
@@ -6458,6 +6662,158 @@ def test_odd_words_on_the_command_line_are_refused_in_one_line_or_do_what_they_s
 
 
 # --- Together ---------------------------------------------------------------------------------------------------------
+
+
+def test_teamwork_from_the_shell(live: object) -> None:
+    hub = live("--rate-limit", "0")
+    run = lambda *words, code=0, **env: _ran(hub.here(*words, **env), code)  # noqa: E731
+    run("register", "alpha", "--capability", "build"), run("register", "beta")
+    assert run("join", "#build", "--as", "alpha") == "joined #build with alpha\n"
+    assert run("join", "build", "--as", "beta") == "joined #build with alpha, beta\n" and run("join", "build", "--as", "beta").startswith("already")
+    run("send", "#build", "green", "--as", "beta")
+    assert run("recv", "--as", "alpha").endswith(" beta to #build: green\n")
+    assert run("history", "#build", "--as", "beta").endswith(" beta to #build: green\n")
+    assert "#build last message 20" in run("channels") and json.loads(run("channels", "build", "--json"))["members"] == ["alpha", "beta"]
+    assert run("leave", "#build", "--as", "beta") == "left #build\n" and run("leave", "#build", "--as", "beta") == "you were not in #build\n"
+    run("leave", code=2), run("leave", "#build", "--hub", code=2), run("history", "--history", "full", code=2)
+    assert "alpha (queued)" in run("send", "@build", "job", "--one", "--lease", "30", "--as", "beta")
+
+    made = json.loads(run("task", "propose", "ALL", "review PR 7", "--id", "pr7", "--lease", "10m", "--priority", "3", "--as", "alpha", "--json"))
+    assert made["state"] == "open" and made["task"]["lease"] == 600
+    run("task", "propose", "beta", "merge PR 7", "--depends-on", "pr7", "--deadline", "2h", "--id", "merge", "--as", "alpha")
+    assert "(task_proposal pr7): review PR 7" in run("recv", "--as", "beta")
+    assert run("task", "next", "--as", "beta").startswith("pr7 accepted by beta until ")
+    done = hub.here("task", "accept", "pr7", "--as", "alpha")
+    assert done.returncode == 1 and "held by beta" in done.stderr
+    assert "result: looks good" in run("task", "complete", "pr7", "looks good", "--as", "beta")
+    assert run("task", "accept", "merge", "--as", "beta").startswith("merge accepted") and "merge accepted" in run("task", "list", "--mine", "--as", "beta")
+    assert "released by beta" in run("task", "release", "merge", "conflicts", "--as", "beta")
+    run("task", "next", "--as", "beta", code=1), run("task", "next", "--wait", "0.01", "--as", "beta", code=4)
+    assert "cancelled by alpha" in run("task", "cancel", "merge", "--as", "alpha") and len(run("task", "list").splitlines()) == 2
+    assert json.loads(run("task", "show", "pr7", "--json"))["result"] == "looks good"
+    run("task", code=2), run("task", "nonsense", code=2), run("task", "show", "none", code=1)
+    assert [m["type"] for m in map(json.loads, run("recv", "--as", "alpha", "--json").splitlines())] == [
+        "message", "task_accept", "task_complete", "task_accept", "task_release",
+    ]  # fmt: skip
+
+    lock = json.loads(run("lock", "src/{a,b}", "--ttl", "5m", "--note", "moving", "--as", "alpha", "--json"))
+    assert lock["paths"] == ["src/a", "src/b"] and lock["ttl"] == 300
+    held = hub.here("lock", "src/**/*.py", "--as", "beta")
+    assert held.returncode == 1 and "alpha" in held.stderr and '"moving"' in held.stderr and "in 300 s" in held.stderr
+    assert lock["lock_id"] in run("locks", "src/a/x") and run("locks", "lib") == ""
+    assert "locked src/a, src/b" in run("agents") and "locked" in run("status", "--as", "alpha")
+    assert run("unlock", "src/a", "--as", "alpha") == "released src/a\n" and run("unlock", lock["lock_id"], "--as", "alpha") == "released src/b\n"
+    assert run("unlock", "src/a", "--as", "alpha") == "" and run("unlock", "--all", "--as", "alpha") == ""
+    run("unlock", code=2), run("lock", code=2), run("lock", "x", "--", code=2), run("lock", "..", code=1), run("lock", "x", "--wait", "soon", code=2)
+
+    assert run("note", "set", "handover", "half done", "--if-version", "0", "--as", "alpha").startswith("handover is at version 1")
+    run("note", "set", "handover", "x", "--if-version", "0", code=1), run("note", "get", "none", code=1)
+    assert run("note", "get", "handover") == "half done\n" and run("note", "list", "hand").startswith("handover version 1, 11 bytes, by alpha")
+    assert json.loads(run("note", "get", "handover", "--json"))["version"] == 1
+    assert run("note", "delete", "handover") == "handover is gone\n" and run("note", "list") == ""
+
+    assert run("status", "--set", "refactoring auth", "--away", "30m", "--as", "beta").startswith('beta; "refactoring auth"; away until ')
+    assert '"refactoring auth"' in run("agents") and run("status", "--set", "", "--as", "beta") == "beta is doing nothing in particular\n"
+    run("status", "--away", "soon", code=2)
+    assert run("leave", "--hub", "--as", "beta") == "beta has left the hub\n"
+
+
+def _ran(done: subprocess.CompletedProcess, code: int) -> str:
+    assert done.returncode == code and "Traceback" not in done.stderr, done
+    return done.stdout
+
+
+def test_a_note_is_read_from_stdin_whole(live: object) -> None:
+    hub = live()
+    text = "line one\n" * 3000
+    assert hub.cli("note", "set", "long", "-", stdin=text).returncode == 0
+    assert hub.client().get_note("long")["value"] == text
+    assert "up to 65536 bytes" in hub.cli("note", "set", "long", "-", stdin=text * 3).stderr
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("1.5s", 1.5), ("30m", 1800), ("2h", 7200), ("1d", 86_400)])
+def test_a_duration_has_a_unit_or_is_in_seconds(text: str, seconds: float) -> None:
+    assert ah.duration(text) == seconds
+    for bad in ("", "m", "-1", "1w", "1h30"):
+        with pytest.raises(ValueError):
+            ah.duration(bad)
+
+
+def test_a_command_runs_under_a_lock_which_is_free_when_it_has_ended_however_it_ended(live: object, tmp_path: Path) -> None:
+    hub = live("--rate-limit", "0")
+    watcher, other = hub.client("watcher"), hub.client("other")
+    script = 'test "$AGENTHUB_LOCK_TOKEN" -gt 0 && cat && exit 3'
+    done = hub.cli("lock", "src/api", "--as", "maker", "--", "sh", "-c", script, stdin="through")
+    assert (done.returncode, done.stdout) == (3, "through") and watcher.locks() == []
+    assert hub.cli("lock", "x", "--", "sh", "-c", "kill -9 $$").returncode == 128 + 9 and watcher.locks() == []
+    done = hub.cli("lock", "x", "--", "no-such-command")
+    assert done.returncode == 127 and "no-such-command" in done.stderr and watcher.locks() == []
+    other.lock("src", note="mine")
+    done = hub.cli("lock", "src/api/**/*.py", "--as", "maker", "--", "touch", str(tmp_path / "ran"))
+    assert done.returncode == 1 and "other" in done.stderr and not (tmp_path / "ran").exists()
+    other.unlock()
+    started = [sys.executable, str(FILE), "lock", "src/api", "--wait", "30", "--as", "maker", "--", "sh", "-c", "echo up; exec sleep 60"]
+    with subprocess.Popen(started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=hub.env) as child:
+        assert child.stdout.readline() == "up\n" and [lock["paths"] for lock in watcher.locks()] == [["src/api"]]
+        done = hub.cli("lock", "src/api", "--as", "maker", "--", "true")
+        assert done.returncode == 1 and "maker" in done.stderr, "two commands of one agent are kept apart, too"
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(20) == 128 + signal.SIGTERM and watcher.locks() == []
+
+
+def test_a_lock_whose_command_line_was_killed_ends_by_itself_though_its_agent_lives_on(live: object) -> None:
+    hub = live("--rate-limit", "0")
+    maker = hub.client("maker")
+    started = [sys.executable, str(FILE), "lock", "src", "--ttl", "0.6", "--as", "maker", "--", "sh", "-c", "echo up; exec sleep 2"]
+    env = hub.env | {"AGENTHUB_TOKEN": maker.token}
+    with subprocess.Popen(started, stdout=subprocess.PIPE, text=True, env=env) as child:
+        assert child.stdout.readline() == "up\n"
+        token = maker.locks()[0]["token"]
+        taken = maker.locks()[0]["taken_at"]
+        until(lambda: maker.locks()[0]["expires_at"][:19] != taken[:19] or maker.locks()[0]["remaining"] > 0.55)
+        assert maker.locks()[0]["token"] == token, "it is renewed while the command runs"
+        child.kill()
+        child.wait(20)
+        until(lambda: maker.heartbeat() and not maker.locks())
+
+
+WORKER = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from agenthub import Client
+client, dies_at = Client(sys.argv[2], sys.argv[3], capabilities=["dig"]), int(sys.argv[4])
+client.register()
+print("up", flush=True)
+for number, message in enumerate(client.listen()):
+    if number == dies_at:
+        os._exit(9)  # before it is acknowledged
+    print("did", message["message"], flush=True)
+"""
+
+
+def test_workers_that_die_leave_their_jobs_to_others_and_each_is_done(live: object) -> None:
+    """Three worker processes on one queue; two die in the middle of their second job, which the third one does."""
+    hub = live("--rate-limit", "0", "--loop-guard", "0")
+    boss, workers, receipts = hub.client("boss"), [], []
+    for name, dies_at in (("w1", "1"), ("w2", "1"), ("w3", "-1")):
+        command = [sys.executable, "-c", WORKER, str(FILE.parent), hub.url, name, dies_at]
+        workers.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=hub.env))
+        assert workers[-1].stdout.readline() == "up\n"
+    until(lambda: sum(agent["connected"] for agent in boss.agents()) == 3)
+
+    def states() -> set[str]:
+        return {line["state"] for receipt in receipts for line in boss.trace(receipt["message_id"])["trace"]}
+
+    for _ in range(3):
+        receipts += [boss.send_message("@dig", len(receipts) + n, one=True, lease=0.5) for n in range(3)]
+        if len(receipts) == 3:
+            until(lambda: states() == {"acknowledged"})
+    assert [receipt["recipients"][0]["agent_id"] for receipt in receipts[:6]] == ["w1", "w2", "w3"] * 2
+    until(lambda: states() == {"acknowledged"})
+    workers[2].terminate()
+    did = [[int(line.split()[1]) for line in worker.communicate(timeout=20)[0].splitlines()] for worker in workers]
+    assert (did[0], did[1], sorted(did[2])) == ([0], [1], [2, 3, 4, 5, 6, 7, 8])
+    assert [worker.returncode for worker in workers[:2]] == [9, 9]
 
 
 # --- Doctor -----------------------------------------------------------------------------------------------------------
@@ -6994,7 +7350,7 @@ def test_the_readmes_shell_commands_work(live: object, tmp_path: Path) -> None:
                 r"(AGENTHUB_\S+ )*python agenthub.py serve|python -m pytest|pip install|uv run", line
             ):
                 continue
-            stays = re.search(r"\blisten\b|stream\?", line)
+            stays = re.search(r"\blisten\b|\bwatch\b|stream\?", line)
             done = subprocess.run(
                 ["timeout", "1" if stays else "30", "bash", "-c", line],
                 cwd=tmp_path,
