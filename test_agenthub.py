@@ -1044,6 +1044,26 @@ def test_a_job_stays_with_the_only_one_there_is_and_waits_for_others_when_that_o
     assert crew.is_what_the_store_says()
 
 
+def test_the_next_one_is_another_even_where_whoever_had_it_has_least_to_do(crew: World) -> None:
+    crew.register("w2", None, None, "build", "two"), crew.register("w3", None, None, "build", "three")
+    for group in ("@two", "@three") * 2:
+        job(crew, group)
+    assert job(crew, lease=1000).inboxes == ("w1",)
+    crew.clock.advance(1)
+    crew.apply(ah.Elapse)
+    assert sorted(holders(crew)) == ["w2"] * 3 + ["w3"] * 2
+
+
+def test_nobody_is_handed_its_own_job_or_one_that_is_not_due_when_it_comes(crew: World) -> None:
+    crew.clock.advance(ah.ACTIVE_SECONDS)
+    job(crew, sender="w1")
+    later = job(crew, due_at=crew.clock() + 60_000)
+    crew.apply(ah.Touch, "w1")
+    assert crew.hub.unread("w1") == 0 and not crew.hub.jobs[later.message.seq].holder
+    crew.apply(ah.Touch, "w2")
+    assert crew.hub.unread("w2") == 1
+
+
 def test_who_is_away_gets_no_jobs_until_it_is_back(crew: World) -> None:
     for name in ("w1", "w2", "w3"):
         crew.apply(ah.SetStatus, name, "", crew.clock() + 30_000)
@@ -1169,7 +1189,10 @@ def test_only_those_it_was_proposed_to_may_take_a_task_also_those_who_came_later
 
 def test_a_task_goes_back_on_the_board_when_its_holder_falls_silent_leaves_or_gives_it_back(crew: World) -> None:
     task = propose(crew, lease=10_000)
+    crew.clock.advance(60)
     act(crew, "accept", "w1", task)
+    crew.apply(ah.Elapse)
+    assert board(crew)[task] == "accepted w1", "to accept it is a sign of life, too"
     for _ in range(3):
         crew.clock.advance(9)
         crew.apply(ah.Touch, "w1")
