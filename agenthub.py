@@ -41,7 +41,8 @@ Read from top to bottom; a section uses only sections above it, and a test holds
     Connections HTTP lines
     Sockets     WebSocket lines
     Batches     turns of the event loop into commits
-    Server      listeners, pushes, timers
+    Door        the clock, and the way in: listeners, lines, websockets
+    Server      pushes and timers
     Calls       what both clients can do, and how a call is made
     Shared      what both can do together with others
     Client      the blocking one
@@ -131,6 +132,7 @@ MAX_LOCK_PATHS = 64  # paths in one lock, written out where they have braces
 MAX_PATH = 256  # characters of one of them
 MAX_LOCK_WAITS = 16  # locks one agent may be waiting for: it has as many hands
 MAX_NOTE = 64 * 1024  # bytes of one note's JSON; what is larger is a file
+MAX_GONE_NOTES = 10_000  # of which the version is remembered, so that none is given twice; of more, the oldest go
 MAX_DOING = 200  # characters that say what an agent is doing: a line
 MAX_CLOSE = 3  # names that nobody has, of one message, for which close ones are looked up: each costs 5 ms in a crowd
 AUDIT_SECONDS = 60  # repeats of a line of the audit trail are counted this long, and told in one
@@ -537,7 +539,7 @@ class Lock(NamedTuple):
     """Paths that an agent has for itself (`exclusive`) or with others (`shared`); `token` is a number that only grows.
 
     It ends `ttl` milliseconds after it was taken or renewed, and where `follows` is set, after its holder's last sign
-    of life.
+    of life. Where it is not `reentrant`, it stands in the way of its own agent's others that are not, either.
     """
 
     lock_id: str
@@ -550,6 +552,7 @@ class Lock(NamedTuple):
     taken_at: int
     renewed_at: int
     follows: bool = True
+    reentrant: bool = True
 
 
 class Note(NamedTuple):
@@ -960,8 +963,7 @@ class TakeTask(NamedTuple):
 
 class TakeLock(NamedTuple):
     """Command: lock all of these paths, or none. While `wait_until` (milliseconds) lies ahead, whoever can't have them
-    yet keeps a place in the queue; asked for again under the same `id`, a lock is renewed. An agent's own locks stand
-    in its way only where it is not `reentrant`. `ttl` and `follows` are as in `Lock`."""
+    yet keeps a place in the queue; asked for again under the same `id`, a lock is renewed. The rest is as in `Lock`."""
 
     at: int
     agent_id: str
@@ -1048,7 +1050,7 @@ def spread(text: str) -> list[str]:
 
 
 def normal_path(text: str) -> str:
-    """The one spelling of a path or glob: with slashes, without `.`, `..` and doubled slashes; the root is `.` or `/`.
+    """The one spelling of a path or glob: with slashes, without `.`, `..` and needless slashes; the root is `.` or `/`.
     Raises ValueError where it leads out of the root."""
     text, parts = text.replace("\\", "/"), []
     for part in text.split("/"):
@@ -1058,7 +1060,8 @@ def normal_path(text: str) -> str:
         elif part not in ("", "."):
             parts.append(part)
     root = "/" if text.startswith("/") else ""
-    return root + "/".join(parts) + ("/" if parts and text.endswith("/") else "") or "."
+    folder = bool(parts) and text.endswith("/") and bool(_WILD.search(parts[-1]))  # else that says nothing more
+    return root + "/".join(parts) + "/" * folder or "."
 
 
 @functools.lru_cache(4096)
@@ -1298,9 +1301,9 @@ def _recipient(value: Any) -> str | tuple[str, ...]:
 
 
 def _new_message_id(value: Any) -> str:
-    """An id that a sender may give: not one of the words that stand where a trace's id does."""
-    if _MESSAGE_ID.check(value) in ("search", "ack"):
-        raise ValueError("another message id: search and ack are reserved")
+    """An id that a sender may give: not one of the words that stand where a message's or a task's id does."""
+    if _MESSAGE_ID.check(value) in ("search", "ack", "next"):
+        raise ValueError("another id: search, ack and next are reserved")
     return value
 
 
@@ -2150,9 +2153,8 @@ class Jobs(Mail):
     def _give(self, job: Job, worker: str, at: int) -> None:
         self._mind_job(job._replace(holder=worker, until=at + job.lease if worker else 0))
 
-    def _hand_on(self, job: Job, at: int, worker: str = "") -> None:
-        """The next one's turn; or where nobody else is free, that of the first that comes."""
-        worker = worker or self._worker(job, at)
+    def _hand_on(self, job: Job, at: int, worker: str) -> None:
+        """That one's turn; or where nobody else is free, that of the first that comes."""
         was, now = job.holder or job.group, worker or job.group
         if was != now and was in self.inboxes:
             self.inboxes[was].take(job.seq - 1, job.seq)
@@ -2206,8 +2208,7 @@ class Jobs(Mail):
         super()._received(c, seqs)
         done = [seq for seq in seqs if self._drop_job(seq)] if self.jobs else ()
         self.events += map(Done, done)
-        if done:
-            self._hand_out(c.agent_id, c.at)
+        self._hand_out(c.agent_id, c.at)  # it has done one, or has room again
 
     def _forget_message(self, seq: int) -> None:
         super()._forget_message(seq)
@@ -2221,15 +2222,22 @@ class Jobs(Mail):
     def _gone(self, agent_id: str, at: int) -> None:
         """An agent left: what it was to do, others do."""
         for seq in list(self._jobs_of.get(agent_id, ())):
-            self._hand_on(self.jobs[seq], at)
+            self._hand_on(self.jobs[seq], at, self._worker(self.jobs[seq], at))
         self._turns.pop(agent_id, None)
 
     def _elapse_jobs(self, at: int) -> None:
-        for job in [job for job in self.jobs.values() if job.holder and job.until <= at]:
-            if self._worker(job, at) or not self.free(job.holder, at):
-                self._hand_on(job, at)
+        """Hand on what was not acknowledged in time, as much as a turn may take; and what lies with a group of which one
+        is free: room may have come about by other means."""
+        late = (job for job in self.jobs.values() if job.holder and job.until <= at)
+        for job in list(itertools.islice(late, SWEEP_BATCH)):
+            worker = self._worker(job, at)
+            if worker or not self.free(job.holder, at):
+                self._hand_on(job, at, worker)
             else:  # nobody else is here: it stays where it is
                 self._give(job, job.holder, at)
+        for group in list(self._unheld):
+            for name in self._resolve_one(group, "")[0]:
+                self._hand_out(name, at)
         self._by(min((job.until for job in self.jobs.values() if job.holder), default=float("inf")))
 
 
@@ -2301,10 +2309,11 @@ class Tasks(Jobs):
 
     def best_task(self, agent_id: str) -> Task | None:
         """The open task that an agent should take next: the most urgent, then what only few can do, then the oldest;
-        not one that it has just given back."""
+        not one that it has proposed itself, or has just given back."""
         some = [self.tasks[id] for id in self._in_state.get("open", ())]
-        some = [task for task in some if task.released_by != agent_id and self.able(agent_id, task)]
-        wide = lambda task: (2 if EVERYONE in task.to else 1 if re.search('"[#@]', task.to) else 0)  # noqa: E731
+        some = [task for task in some if agent_id not in (task.proposer, task.released_by)]
+        some = [task for task in some if self.able(agent_id, task)]
+        wide = lambda task: max(2 if to == EVERYONE else int(to[0] in "#@") for to in named_in(task.to))  # noqa: E731
         return min(some, key=lambda task: (-task.priority, wide(task), task.seq), default=None)
 
     # the messages
@@ -2323,7 +2332,9 @@ class Tasks(Jobs):
         live = len(self.tasks) - len(self._in_state.get("ended", ()))
         if live >= self.limits.max_tasks or self._task_bytes + len(c.payload) > MAX_TASK_BYTES:
             raise StorageFull(f"the board has {live} tasks and takes no more: complete or cancel some (--max-tasks)")
-        waits_for = tuple([id for id in c.plan.depends_on if self._is_to_come(id, c.id)])
+        waits_for = tuple([id for id in c.plan.depends_on if self._is_to_come(id)])
+        if c.id:
+            self._check_circle(c.id, waits_for)
         inboxes, to = self.resolve(c)
         receipt = self._pass_on(c, to, () if waits_for else inboxes)
         message = receipt.message
@@ -2336,35 +2347,39 @@ class Tasks(Jobs):
         self._by(task.deadline_at or float("inf"))
         return receipt
 
-    def _is_to_come(self, id: str, own: str | None) -> bool:
+    def _is_to_come(self, id: str) -> bool:
         """Whether a task that another waits for is not completed yet. Planners propose in any order: an id of their own
-        choice may be proposed later. Raises HubError where it never will be, or waits for the other itself."""
+        choice may be proposed later. Raises HubError where it never will be."""
         task = self.tasks.get(id)
         if task is None and self.seq_of(id):
             raise NotFound(f"`depends_on` names {id}, and there is no such task (any more): leave it out")
         if task and task.state == "cancelled":
             raise InvalidRequest(f"`depends_on` names {id}, which was cancelled and will not complete: leave it out")
-        left, seen = [id], {own}
-        while left and own:
+        return task is None or task.state != "completed"
+
+    def _check_circle(self, own: str, waits_for: tuple[str, ...]) -> None:
+        """Raise InvalidRequest where a task would wait for itself, if by way of others."""
+        left, seen = list(waits_for), set()
+        while left if own in self._waiting_for or own in waits_for else ():
             here = left.pop()
             if here == own:
-                raise InvalidRequest(f"`depends_on` goes round in a circle: {id} waits for {own}, leave one out")
+                raise InvalidRequest(f"`depends_on` goes round in a circle: what {own} waits for waits for {own}")
             if here not in seen:
                 seen.add(here)
                 left += self.tasks[here].waits_for if here in self.tasks else ()
-        return task is None or task.state != "completed"
 
     def _meant(self, c: Send) -> Task:
         """Which task a message is about: what it replies to, or the only one that its recipient proposed and its sender
         could take. Raises HubError."""
         if c.reply_to:
-            task = self.tasks.get(c.reply_to) or self.tasks.get(c.thread)
+            task = self.tasks.get(c.reply_to)
             if not task:
                 raise NotFound(f"there is no task `{c.reply_to}` (any more): see what there is with `task list`")
             return task
         states = ("open", "accepted") if c.type == "task_accept" else ("accepted",)
         some = [self.tasks[id] for state in states for id in self._in_state.get(state, ())]
-        some = [task for task in some if task.proposer == c.to and self.able(c.sender, task)]
+        inboxes, _ = self.resolve(c)
+        some = [task for task in some if task.proposer in inboxes and self.able(c.sender, task)]
         mine = [task for task in some if task.state == "open" or task.holder == c.sender]
         if len(mine) > 1 or not some:
             ids = f" ({', '.join(task.id for task in mine[:5])})" if mine else ""
@@ -2479,12 +2494,16 @@ class Tasks(Jobs):
 
     def _end(self, task: Task, at: int, reason: str) -> None:
         """A task will not be completed, and neither will those that wait for it, whose proposers are told."""
-        self._put_task(task._replace(state="cancelled", since=at, waits_for=(), reason=reason))
-        for id in list(self._waiting_for.get(task.id, ())):
-            if id in self.tasks and not self.tasks[id].ended:
-                why = f"it waited for {task.id}, which was cancelled"
-                self._say(at, task.proposer, self.tasks[id].proposer, self.tasks[id], "task_cancel", why)
-                self._end(self.tasks[id], at, why)
+        left = collections.deque([(task, reason)])
+        while left:
+            task, reason = left.popleft()
+            waiting = [self.tasks[id] for id in self._waiting_for.get(task.id, ())]
+            self._put_task(task._replace(state="cancelled", since=at, waits_for=(), reason=reason))
+            why = f"it waited for {task.id}, which was cancelled"
+            for other in waiting:
+                self._put_task(other._replace(waits_for=()))  # one of them is enough, and it is not found twice
+                self._say(at, task.proposer, other.proposer, other, "task_cancel", why)
+                left.append((self.tasks[other.id], why))
 
     def _say(self, at: int, sender: str, to: str, task: Task, type: str, reason: str) -> None:
         """The hub speaks for an agent that does not, or can't."""
@@ -2525,29 +2544,46 @@ class Tasks(Jobs):
 # --- Locks ------------------------------------------------------------------------------------------------------------
 
 
+def meeting(some: Iterable[str], others: Iterable[str]) -> tuple[str, str] | None:
+    """The first two paths, one of each, that overlap."""
+    return next(((one, other) for one in some for other in others if overlap(one, other)), None)
+
+
 class Locks:
     """Who has locked which paths, and who waits for some, in order. It knows time only as it is told: `live` says of a
     lock whether it still holds.
 
     Nobody waits for each other in a circle: who waits holds nothing of what it waits for, whoever would have to wait
     for somebody that waits for it is refused instead, and whoever comes later waits for those who were here before.
+    Which paths meet is found out once, when a lock is taken or somebody begins to wait, and not each time it is asked.
     """
 
-    def __init__(self, some: Iterable[Lock] = (), fence: int = 0) -> None:
+    def __init__(self, some: Iterable[Lock] = (), fence: int = 0, waiting: dict[str, TakeLock] | None = None) -> None:
         self.fence = fence
         self.held: dict[str, Lock] = {}
         self.waiting: dict[str, TakeLock] = {}
         self._of: dict[str, dict[str, None]] = {}
-        self.paths = 0
+        self._over: dict[str, dict[str, tuple[str, str]]] = {}  # by who waits: what overlaps, with a path of each
+        self._before: dict[str, dict[str, None]] = {}  # by who waits: who does so for longer, and for the same
+        self.paths = 0  # locked, and waited for
         for lock in some:
             self.put(lock)
+        for want in (waiting or {}).values():
+            self.queue(want)
 
     def put(self, lock: Lock) -> None:
         """Hold a lock, or what has changed of it."""
+        old = self.held.get(lock.lock_id)
+        if old and (old.paths, old.agent_id) == (lock.paths, lock.agent_id):
+            self.held[lock.lock_id] = lock
+            return
         self.pop(lock.lock_id)
         self.held[lock.lock_id] = lock
         self._of.setdefault(lock.agent_id, {})[lock.lock_id] = None
         self.paths += len(lock.paths)
+        for want in self.waiting.values():
+            if pair := meeting(lock.paths, want.paths):
+                self._over[want.id][lock.lock_id] = pair
 
     def pop(self, lock_id: str) -> Lock | None:
         """Hold it no more. Returns it, if it was held."""
@@ -2557,58 +2593,84 @@ class Locks:
             if not self._of[lock.agent_id]:
                 del self._of[lock.agent_id]
             self.paths -= len(lock.paths)
+            for over in self._over.values():
+                over.pop(lock_id, None)
         return lock
+
+    def queue(self, want: TakeLock) -> None:
+        """Have somebody wait, at the end, or on where that one waits already."""
+        if want.id not in self.waiting:
+            self.paths += len(want.paths)
+            self._over[want.id] = {lock.lock_id: pair for lock, *pair in self.over(want.paths)}  # type: ignore[misc]
+            self._before[want.id] = dict.fromkeys(other.id for other in self._conflicting(want))
+        self.waiting[want.id] = want
+
+    def leave(self, id: str) -> None:
+        """Have somebody wait no more."""
+        want = self.waiting.pop(id, None)
+        if want:
+            self.paths -= len(want.paths)
+            del self._over[id], self._before[id]
+            for before in self._before.values():
+                before.pop(id, None)
 
     def of(self, agent_id: str) -> list[Lock]:
         """The locks of an agent, in the order in which they were taken."""
         return [self.held[lock_id] for lock_id in self._of.get(agent_id, ())]
 
-    def over(self, paths: tuple[str, ...], live: Callable[[Lock], bool]) -> Iterator[tuple[Lock, str, str]]:
+    def over(self, paths: tuple[str, ...]) -> Iterator[tuple[Lock, str, str]]:
         """The locks that overlap with some paths, each with the first path of either that does."""
         for lock in self.held.values():
-            pair = next(((theirs, mine) for theirs in lock.paths for mine in paths if overlap(theirs, mine)), None)
-            if pair and live(lock):
+            if pair := meeting(lock.paths, paths):
                 yield lock, *pair
+
+    def _conflicting(self, want: TakeLock) -> Iterator[TakeLock]:
+        for other in self.waiting.values():
+            if "exclusive" in (want.mode, other.mode) and meeting(other.paths, want.paths):
+                yield other
 
     def against(self, want: TakeLock, live: Callable[[Lock], bool]) -> list[tuple[Lock, str, str]]:
         """The locks that keep these paths from being locked."""
+        known = self._over.get(want.id)
+        over = self.over(want.paths) if known is None else [(self.held[id], *pair) for id, pair in known.items()]
         return [
             found
-            for found in self.over(want.paths, live)
+            for found in over
             if "exclusive" in (want.mode, found[0].mode)
             and want.id != found[0].lock_id
-            and not (want.reentrant and found[0].agent_id == want.agent_id)
+            and (found[0].agent_id != want.agent_id or not (want.reentrant or found[0].reentrant))
+            and live(found[0])
         ]
 
-    def ahead(self, want: TakeLock, live: Callable[[Lock], bool]) -> list[TakeLock]:
+    def ahead(self, want: TakeLock, live: Callable[[Lock], bool]) -> Iterator[TakeLock]:
         """Those who came before and wait for some of these paths; but not those who wait for whoever asks."""
-        found = []
-        for other in self.waiting.values():
-            if other.id == want.id:
-                break
-            if (
-                other.wait_until > want.at
-                and "exclusive" in (want.mode, other.mode)
-                and any(overlap(theirs, mine) for theirs in other.paths for mine in want.paths)
-                and want.agent_id not in (other.agent_id, *(lock.agent_id for lock, *_ in self.against(other, live)))
-            ):
-                found.append(other)
-        return found
+        known = self._before.get(want.id)
+        for other in self._conflicting(want) if known is None else map(self.waiting.__getitem__, known):
+            if other.wait_until > want.at and other.agent_id != want.agent_id:
+                if all(lock.agent_id != want.agent_id for lock, *_ in self.against(other, live)):
+                    yield other
+
+    def ready(self, at: int, live: Callable[[Lock], bool]) -> list[str]:
+        """The ids of those who wait and need not wait any more."""
+        some = [want._replace(at=at) for want in self.waiting.values() if want.wait_until > at]
+        return [w.id for w in some if not self.against(w, live) and next(self.ahead(w, live), None) is None]
 
     def circle(self, want: TakeLock, live: Callable[[Lock], bool]) -> str:
         """Who, of those that would have to be waited for, waits for whoever asks; empty where nobody does."""
-        seen, left = set(), [(want, "")]
+        by_agent: dict[str, list[TakeLock]] = {}
+        for other in self.waiting.values():
+            if other.wait_until > want.at:
+                by_agent.setdefault(other.agent_id, []).append(other)
+        seen, left = {want.agent_id}, [(want, "")]
         while left:
             one, first = left.pop()
-            names = [lock.agent_id for lock, *_ in self.against(one, live)]
-            names += [other.agent_id for other in self.ahead(one, live)]
-            for name in names:
-                if name == want.agent_id and first:
-                    return first
-                if name not in seen:
-                    seen.add(name)
-                    waits = [w for w in self.waiting.values() if w.agent_id == name and w.wait_until > want.at]
-                    left += [(other, first or name) for other in waits]
+            names = {lock.agent_id for lock, *_ in self.against(one, live)}
+            names.update(other.agent_id for other in self.ahead(one, live))
+            if first and want.agent_id in names:
+                return first
+            for name in sorted(names - seen):
+                seen.add(name)
+                left += [(other, first or name) for other in by_agent.get(name, ())]
         return ""
 
 
@@ -2619,10 +2681,10 @@ class Board(Tasks):
     """What a team shares besides messages and tasks: channels, locks, notes, and what everybody is doing."""
 
     def _load_board(self, snapshot: Snapshot) -> None:
-        waiting = self.locks.waiting if hasattr(self, "locks") else {}  # who is connected stays so
-        self.locks = Locks(snapshot.locks, snapshot.fence)
-        self.locks.waiting = waiting
-        self.notes = {note.key: note for note in snapshot.notes}
+        waiting = self.locks.waiting if hasattr(self, "locks") else None  # who is connected stays so
+        self.locks = Locks(snapshot.locks, snapshot.fence, waiting)
+        self.notes = {note.key: note for note in snapshot.notes if not note.gone}
+        self.gone_notes = {note.key: note for note in sorted(snapshot.notes, key=lambda note: note.at) if note.gone}
         for channel, agent_id, since in snapshot.members:
             self.channels.setdefault(channel, {})[agent_id] = since
 
@@ -2689,14 +2751,19 @@ class Board(Tasks):
         """Who waits for locks, in order."""
         return [want for want in self.locks.waiting.values() if want.wait_until > at]
 
+    def locks_ready(self, at: int) -> list[str]:
+        """The ids of the locks that were waited for and could be had now."""
+        return self.locks.ready(at, self.live(at))
+
     def _take_lock(self, c: TakeLock) -> Lock | None:
         """The lock; None where its asker has to wait for it. Raises LockHeld."""
         self.expect(c.agent_id)
         live = self.live(c.at)
         held = self.locks.held.get(c.id) or self._same_lock(c)
-        if held and (held.agent_id, held.paths) != (c.agent_id, c.paths):
-            raise IdReused(f"the id `{c.id}` is that of another lock: give every lock an id of its own")
-        against, ahead = self.locks.against(c, live), self.locks.ahead(c, live)
+        for one in filter(None, (held, self.locks.waiting.get(c.id))):
+            if (one.agent_id, one.paths) != (c.agent_id, c.paths) or one is not held and one.mode != c.mode:
+                raise IdReused(f"the id `{c.id}` is that of another lock: give every lock an id of its own")
+        against, ahead = self.locks.against(c, live), list(self.locks.ahead(c, live))
         if not (against or ahead):
             return self._grant(c, held if held and held.mode == c.mode else None)
         circle = self.locks.circle(c, live) if c.wait_until > c.at else ""
@@ -2706,7 +2773,7 @@ class Board(Tasks):
         mine = [want for want in self.lock_places(c.at) if want.agent_id == c.agent_id and want.id != c.id]
         if len(mine) >= MAX_LOCK_WAITS:
             raise RateLimited(f"{c.agent_id} waits for {len(mine)} locks: wait until it has some", retry_after=5)
-        self.locks.waiting[c.id] = c  # which keeps its place, where it had one
+        self.locks.queue(c)
         return None
 
     def _same_lock(self, c: TakeLock) -> Lock | None:
@@ -2715,19 +2782,19 @@ class Board(Tasks):
         return next((lock for lock in mine if (lock.paths, lock.mode) == (c.paths, c.mode)), None)
 
     def _check_paths(self, c: TakeLock) -> None:
-        paths = self.locks.paths + sum(len(want.paths) for want in self.lock_places(c.at) if want.id != c.id)
-        if paths + len(c.paths) > self.limits.max_locks:
-            raise StorageFull(f"{paths} paths are locked or waited for: release some, or raise --max-locks")
+        more = 0 if c.id in self.locks.waiting else len(c.paths)
+        if self.locks.paths + more > self.limits.max_locks:
+            raise StorageFull(f"{self.locks.paths} paths are locked or waited for: release some, or raise --max-locks")
 
     def _grant(self, c: TakeLock, held: Lock | None) -> Lock:
         if not held:
             self._check_paths(c)
-        self.locks.waiting.pop(c.id, None)
-        for lock, *_ in [*self.locks.over(c.paths, lambda lock: lock != held and not self.live(c.at)(lock))]:
+        self.locks.leave(c.id)
+        for lock in [lock for lock, *_ in self.locks.over(c.paths) if lock != held and not self.live(c.at)(lock)]:
             self._unlock(lock, "expired")
         self.locks.fence += 0 if held else 1
         lock = held or Lock(c.id, c.agent_id, c.paths, c.mode, c.ttl, c.note, self.locks.fence, c.at, c.at)
-        lock = lock._replace(ttl=c.ttl, note=c.note, renewed_at=c.at, follows=c.follows)
+        lock = lock._replace(ttl=c.ttl, note=c.note, renewed_at=c.at, follows=c.follows, reentrant=c.reentrant)
         self._put_lock(lock, c.at)
         return lock
 
@@ -2762,7 +2829,7 @@ class Board(Tasks):
     def _leave_queue(self, c: LeaveQueue) -> None:
         want = self.locks.waiting.get(c.id)
         if want and want.agent_id == c.agent_id:
-            del self.locks.waiting[c.id]
+            self.locks.leave(c.id)
 
     def _locks_meant(self, agent_id: str, lock_id: str, at: int) -> list[Lock]:
         """Those of an agent that hold, or the one of that id, which the operator may mean whosever it is."""
@@ -2802,11 +2869,11 @@ class Board(Tasks):
     def note(self, key: str, at: int) -> Note | None:
         """What is known of a note, if there is one at that time."""
         note = self.notes.get(key)
-        return note if note and not note.gone and not 0 < note.expires_at <= at else None
+        return note if note and not 0 < note.expires_at <= at else None
 
     def _set_note(self, c: SetNote) -> Note:
         self.expect(c.agent_id)
-        here, was = self.note(c.key, c.at), self.notes.get(c.key)
+        here, was = self.note(c.key, c.at), self.notes.get(c.key) or self.gone_notes.get(c.key)
         version = here.version if here else 0
         if c.if_version is not None and c.if_version != version:
             who = f"{here.agent_id} has written version {version}" if here else "there is none"
@@ -2816,7 +2883,7 @@ class Board(Tasks):
             )  # fmt: skip
         if c.value is None and not here:
             raise NotFound(f"there is no note `{c.key}`: see `note list`")
-        if not here and sum(not note.gone for note in self.notes.values()) >= self.limits.max_notes:
+        if c.key not in self.notes and len(self.notes) >= self.limits.max_notes:
             raise StorageFull("the board has as many notes as it may: remove some, or raise --max-notes")
         version = was.version + 1 if was else 1
         note = Note(c.key, version, c.agent_id, c.at, gone=True)
@@ -2826,8 +2893,13 @@ class Board(Tasks):
         return note
 
     def _put_note(self, note: Note, value: str = "") -> None:
-        self.notes[note.key] = note
+        """Have a note, or remember that there was one; of too many that are gone, the one gone longest is forgotten."""
+        for notes in (self.notes, self.gone_notes):
+            notes.pop(note.key, None)
+        (self.gone_notes if note.gone else self.notes)[note.key] = note
         self.events.append(Noted(note, value))
+        if len(self.gone_notes) > MAX_GONE_NOTES:
+            self._forget_note(next(iter(self.gone_notes)))
         self._by(note.expires_at or float("inf"))
 
     # what leaves with an agent, and what time brings about
@@ -2838,15 +2910,17 @@ class Board(Tasks):
         for lock in self.locks.of(agent_id):
             self._unlock(lock, "left")
         for id in [id for id, want in self.locks.waiting.items() if want.agent_id == agent_id]:
-            del self.locks.waiting[id]
+            self.locks.leave(id)
         super()._gone(agent_id, at)
 
     def _elapse(self, c: Elapse) -> None:
         self.next_at = float("inf")
         for lock in [lock for lock in self.locks.held.values() if not self.live(c.at)(lock)]:
             self._unlock(lock, "expired")
+        for id in [id for id, want in self.locks.waiting.items() if want.wait_until <= c.at]:
+            self.locks.leave(id)
         self._by(min((self.lock_ends(lock, c.at) for lock in self.locks.held.values()), default=float("inf")))
-        for note in [note for note in self.notes.values() if not note.gone and 0 < note.expires_at <= c.at]:
+        for note in [note for note in self.notes.values() if 0 < note.expires_at <= c.at]:
             self._put_note(note._replace(gone=True, size=0, at=c.at, expires_at=0))
         self._by(min((note.expires_at for note in self.notes.values() if note.expires_at), default=float("inf")))
         for agent in [a for a in self.agents.values() if a.away_until]:
@@ -2861,9 +2935,12 @@ class Board(Tasks):
         """Of tasks that ended, and notes that are gone, for longer than messages are kept nothing is remembered."""
         for id in [id for id in self._in_state.get("ended", ()) if self.tasks[id].since < at]:
             self._forget_task(id)
-        for note in [note for note in self.notes.values() if note.gone and note.at < at]:
-            del self.notes[note.key]
-            self.events.append(NoteForgotten(note.key))
+        for note in [note for note in self.gone_notes.values() if note.at < at]:
+            self._forget_note(note.key)
+
+    def _forget_note(self, key: str) -> None:
+        del self.gone_notes[key]
+        self.events.append(NoteForgotten(key))
 
     RULES = Mail.RULES | {
         Send: Tasks._send,
@@ -2929,7 +3006,7 @@ class Hub(Board):
             tuple(sorted(self.tasks.values(), key=lambda task: task.seq)),
             tuple(sorted(self.locks.held.values())),
             self.locks.fence,
-            tuple(sorted(self.notes.values())),
+            tuple(sorted([*self.notes.values(), *self.gone_notes.values()])),
         )
 
     def take_events(self) -> list[Any]:
@@ -3040,6 +3117,7 @@ class Hub(Board):
         self.events += [Seen(name, self._seen[name]) for name in sorted(self._unwritten) if name in self.agents]
         self._unwritten.clear()
         self.pace.sweep(c.at)
+        self._elapse(Elapse(c.at))
         self._forget_old(c.at - self.limits.retention * 1000)
         for name in [n for n, inbox in self.inboxes.items() if not inbox.unread and not self.known(n)]:
             del self.inboxes[name]
@@ -3115,7 +3193,7 @@ MIGRATIONS = (  # the n-th brings a file from user_version n to n + 1; what has 
         released_by TEXT NOT NULL, result TEXT NOT NULL DEFAULT '') WITHOUT ROWID;
     CREATE TABLE locks (lock_id TEXT PRIMARY KEY, agent_id TEXT NOT NULL, paths TEXT NOT NULL, mode TEXT NOT NULL,
         ttl INTEGER NOT NULL, note TEXT NOT NULL, token INTEGER NOT NULL, taken_at INTEGER NOT NULL,
-        renewed_at INTEGER NOT NULL, follows INTEGER NOT NULL) WITHOUT ROWID;
+        renewed_at INTEGER NOT NULL, follows INTEGER NOT NULL, reentrant INTEGER NOT NULL) WITHOUT ROWID;
     CREATE TABLE notes (key TEXT PRIMARY KEY, version INTEGER NOT NULL, agent_id TEXT NOT NULL, at INTEGER NOT NULL,
         expires_at INTEGER NOT NULL, size INTEGER NOT NULL, gone INTEGER NOT NULL, value TEXT NOT NULL) WITHOUT ROWID;
     INSERT INTO meta VALUES ('fence', 0);
@@ -3302,7 +3380,7 @@ WRITES: dict[type, tuple[tuple[str, Callable[[list], list[tuple]]], ...]] = {
     TaskForgotten: (("DELETE FROM tasks WHERE id = ?", list),),
     Locked: (
         (
-            "INSERT OR REPLACE INTO locks VALUES (?,?,?,?,?,?,?,?,?,?)",
+            "INSERT OR REPLACE INTO locks VALUES (?,?,?,?,?,?,?,?,?,?,?)",
             lambda batch: [(*e.lock[:2], dump(e.lock.paths), *e.lock[3:]) for e in batch],
         ),
         ("UPDATE meta SET value = max(value, ?) WHERE key = 'fence'", lambda batch: [(e.lock.token,) for e in batch]),
@@ -3635,7 +3713,7 @@ class Log:
             tuple(rows("SELECT channel, agent_id, since FROM members ORDER BY channel, agent_id")),
             tuple(Job(*row) for row in rows("SELECT * FROM jobs ORDER BY seq")),
             tuple(Task(*row[:10], listed(row[10]), listed(row[11]), *row[12:]) for row in tasks),
-            tuple(Lock(*row[:2], listed(row[2]), *row[3:9], bool(row[9])) for row in locks),
+            tuple(Lock(*row[:2], listed(row[2]), *row[3:9], *map(bool, row[9:])) for row in locks),
             rows("SELECT value FROM meta WHERE key = 'fence'").fetchone()[0],
             tuple(Note(*row[:6], bool(row[6])) for row in notes),
         )
@@ -4984,8 +5062,9 @@ class Handlers(Reading):
         payload, reply_to, plan = self._payload(message), given.get("reply_to") or "", NO_PLAN
         if kind in self.hub.TASK_MESSAGES:
             inner = message if isinstance(message, dict) else {}
-            plan = self._plan(given, inner, at)
-            reply_to = reply_to or kind != "task_proposal" and read_fields(_TASK_ID, inner)["task_id"] or ""
+            plan = self._plan(given, inner if kind == "task_proposal" else {}, at)
+            if kind != "task_proposal":
+                reply_to = self._task_id(reply_to or _conforming(_TASK_ID, inner).get("task_id", ""))
         elif given.get("lease") and not one:
             raise InvalidRequest("`lease` is for a task, or goes with `deliver` one: add that, or leave it out")
         ttl, delay = given.get("ttl") or 0, given.get("delay") or 0
@@ -5001,6 +5080,8 @@ class Handlers(Reading):
             more = [one, *(given.get(name) for name in _PLAN_NAMES)]
             asked = [to, kind, payload, reply_to, given.get("ttl"), *[delay] * (delay > 0), *more * any(more)]
             digest, known = self._digest(dump(asked)), self._find_given(id)
+        if plan.depends_on and not known:
+            self._check_tasks(plan.depends_on)
         return self.hub.apply(
             Send(
                 at, sender, to, payload, kind, id, reply_to, self._thread(reply_to) if reply_to else "", expires_at,
@@ -5009,11 +5090,24 @@ class Handlers(Reading):
         )  # fmt: skip
 
     def _plan(self, given: dict[str, Any], inner: dict, at: int) -> Plan:
-        """What is said of a task: in the request, or in the message itself, where that is all there is."""
-        said = read_fields(PLAN_FIELDS, {name: inner[name] for name in _PLAN_NAMES if name in inner})
+        """What is said of a task: in the request; or in the message itself, where that says it in the same words and
+        not something else under the same name."""
+        said = _conforming(PLAN_FIELDS, inner)
         said |= {name: given[name] for name in _PLAN_NAMES if given.get(name) is not None}
-        deadline_at = at + int(said["deadline"] * 1000) if said["deadline"] else 0
-        return Plan(int((said["lease"] or 0) * 1000), deadline_at, said["priority"] or 0, said["depends_on"] or ())
+        deadline_at = at + int(said["deadline"] * 1000) if "deadline" in said else 0
+        lease, priority = int(said.get("lease", 0) * 1000), said.get("priority", 0)
+        return Plan(lease, deadline_at, priority, said.get("depends_on", ()))
+
+    def _task_id(self, about: str) -> str:
+        """The id of the task that a message is about, where it replies to another that is about it."""
+        found = self._find(about) if about and about not in self.hub.tasks else None
+        return found.message.reply_to if found and found.message.reply_to in self.hub.tasks else about
+
+    def _check_tasks(self, ids: Iterable[str]) -> None:
+        """Raise InvalidRequest where one is not a task's and never will be: it is another message's."""
+        for id in ids:
+            if id not in self.hub.tasks and self._find(id):
+                raise InvalidRequest(f"`depends_on` names {id}, which is no task (any more): leave it out")
 
     def _payload(self, message: Any) -> str:
         try:
@@ -5121,6 +5215,17 @@ class Handlers(Reading):
 
 _BOOL = {True: "true", False: "false"}
 _TASK_ID = (Field("task_id", "message_id"),)
+
+
+def _conforming(fields: tuple[Field, ...], inner: dict) -> dict[str, Any]:
+    """Those of the fields that a message itself has, with a value that such a field may have."""
+    found: dict[str, Any] = {}
+    for field in [field for field in fields if inner.get(field.name) is not None]:
+        with contextlib.suppress(InvalidRequest):
+            found |= read_fields((field,), inner)
+    return found
+
+
 PLAN_FIELDS = (
     Field("lease", "lease", doc="seconds without a sign of life after which a task's holder loses it (default 900), or"
           " in which one of many must acknowledge (default 60)"),
@@ -5192,8 +5297,7 @@ class Teamwork(Handlers):
 
     def _act_on(self, call: Call, kind: str) -> Response:
         """What is done to a task by a message of that type, to whom it concerns."""
-        task_id, message = call.params["task_id"], call.params["message"]
-        task_id = self._task(task_id).id
+        task_id, message = self._task(call.params["task_id"]).id, call.params["message"]
         given = call.params | {"to": "", "reply_to": task_id}
         given["message"] = {"task_id": task_id} if message is None else message
         return self._task_answer(self._post(call.agent_id, given, kind, call.at, call.via), call.at)
@@ -5254,10 +5358,8 @@ class Teamwork(Handlers):
         return Response(lambda: self._shown_tasks([task], call.at)[0])
 
     def _task(self, task_id: str) -> Task:
-        """A task by its id, or by that of a message that proposed it again."""
-        task = self.hub.tasks.get(task_id)
-        found = None if task else self._find(task_id)
-        task = task or self.hub.tasks.get(found.message.reply_to if found else "")
+        """A task by its id, or by that of a message about it."""
+        task = self.hub.tasks.get(self._task_id(task_id))
         if not task:
             raise NotFound(f"there is no task `{task_id}` (any more): see what there is with `task list`")
         return task
@@ -5307,12 +5409,18 @@ class Teamwork(Handlers):
         )  # fmt: skip
 
         def attempt(final: bool, at: int, *back_to: int) -> Response | None:
-            lock = hub.apply(want._replace(at=at, wait_until=0 if final else want.wait_until))
+            keep = at + PLACE_SECONDS * 1000 if given["again"] and wait else 0
+            try:
+                lock = hub.apply(want._replace(at=at, wait_until=keep if final else want.wait_until))
+                lock = lock or final and hub.apply(want._replace(at=at, wait_until=0))
+            except LockHeld:
+                if not keep:
+                    give_up()
+                raise
             return Response({"success": True, **self._shown_lock(lock, at)}) if lock else None
 
         def give_up() -> None:
-            if not given["again"]:
-                hub.apply(LeaveQueue(call.at, name, id))
+            hub.apply(LeaveQueue(call.at, name, id))
 
         return attempt(not wait, call.at) or Wait(name, wait, _refusing(attempt), False, id, give_up)
 
@@ -5335,10 +5443,9 @@ class Teamwork(Handlers):
     def locks(self, call: Call) -> Response:
         """GET /api/v1/locks: who has what; with `path` only what overlaps with it."""
         want, hub, at = call.params, self.hub, call.at
-        live = hub.live(at)
-        some = hub.locks.held.values()
+        live, some = hub.live(at), hub.locks.held.values()
         if want["path"]:
-            some = [lock for lock, *_ in hub.locks.over(want["path"], live)]
+            some = [lock for lock, *_ in hub.locks.over(want["path"])]
         found = [lock for lock in some if want["holder"] in (None, lock.agent_id) and live(lock)]
         waiting = [{"agent_id": w.agent_id, "paths": w.paths, "mode": w.mode} for w in hub.lock_places(at)]
         shown = [self._shown_lock(lock, at) for lock in sorted(found, key=lambda lock: lock.token)]
@@ -5364,16 +5471,16 @@ class Teamwork(Handlers):
         return Response({"success": True, **self._shown_note(note)})
 
     def get_note(self, call: Call) -> Response:
-        """GET /api/v1/notes/{key}."""
-        key, at = call.params["key"], call.at
+        """GET /api/v1/notes/{key}: as it is when the answer leaves."""
+        key = call.params["key"]
+        if not self.hub.note(key, call.at):
+            raise NotFound(f"there is no note `{key}`: see /api/v1/notes, or `note list`")
 
         def make() -> str:
-            found = self.log.note(key)
-            if not found or found[0].gone or 0 < found[0].expires_at <= at:
-                raise NotFound(f"there is no note `{key}`: see /api/v1/notes, or `note list`")
-            return f'{dump(self._shown_note(found[0]))[:-1]},"value":{found[1]}}}'
+            note, value = self.log.note(key) or (Note(key, 0, "", call.at, gone=True), "")
+            return f'{dump(self._shown_note(note))[:-1]},"value":{value or "null"}}}'
 
-        return Response(make(), settled=True)
+        return Response(make)
 
     def notes(self, call: Call) -> Response:
         """GET /api/v1/notes: all but their values."""
@@ -5390,7 +5497,8 @@ class Teamwork(Handlers):
 
     def _shown_note(self, note: Note) -> dict:
         shown = {"key": note.key, "version": note.version, "agent_id": note.agent_id, "updated_at": timestamp(note.at)}
-        return shown | {"size": note.size} | ({"expires_at": timestamp(note.expires_at)} if note.expires_at else {})
+        shown |= {"size": note.size} | ({"gone": True} if note.gone else {})
+        return shown | ({"expires_at": timestamp(note.expires_at)} if note.expires_at else {})
 
 
 def _refusing(attempt: Callable[..., Response | None]) -> Callable[..., Response | None]:
@@ -5690,7 +5798,7 @@ METRICS: tuple[tuple[str, str, str, Callable[[About, int], Any] | None], ...] = 
     ("tasks", "gauge", "Tasks on the board, by state.", lambda api, at: api.hub.count_tasks()),
     ("locks", "gauge", "Locks held.", lambda api, at: len(api.hub.locks.held)),
     ("lock_waits", "gauge", "Requests waiting for a lock.", lambda api, at: len(api.hub.lock_places(at))),
-    ("notes", "gauge", "Notes on the board.", lambda api, at: sum(not note.gone for note in api.hub.notes.values())),
+    ("notes", "gauge", "Notes on the board.", lambda api, at: len(api.hub.notes)),
     ("waiting_jobs", "gauge", "Messages for one of a group that nobody has yet.",
      lambda api, at: sum(not job.holder for job in api.hub.jobs.values())),
     ("delayed_messages", "gauge", "Messages kept aside until they are due.", lambda api, at: len(api.hub.delayed)),
@@ -5725,6 +5833,7 @@ def _index_routes() -> tuple[dict[str, dict[str, Route]], list]:
     for route in ROUTES:
         (patterns if "{" in route.path else plain).setdefault(route.path, {})[route.method] = route
     named = [(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", path), methods) for path, methods in patterns.items()]
+    named = [(path.replace("(?P<key>[^/]+)", "(?P<key>.+)"), methods) for path, methods in named]  # which has slashes
     return plain, [(re.compile(path).fullmatch, methods) for path, methods in named]
 
 
@@ -6209,7 +6318,7 @@ class API(Access):
         if route.charged:
             self.hub.pace.charge(("agent", agent_id), at)
         given = self._by_their_names(route, {**frame, "from": frame.get("from", agent_id)})
-        if {given["from"], given.get("agent_id", agent_id)} != {agent_id}:
+        if given["from"] != agent_id or given.get("agent_id", agent_id) != agent_id:
             raise Forbidden(f"this connection is that of `{agent_id}`: leave `agent_id` out, or open another one")
         params = read_fields(tuple(dict.fromkeys((*route.query, *route.body))), {**given, "agent_id": agent_id})
         call = Call(NO_HEAD, b"", params, agent_id, at, address, None, False, "websocket")
@@ -6486,7 +6595,7 @@ class Poll:
         """Answer, if there is an answer now."""
         answer = self._wait.attempt(False, self.server.clock(), *back_to)
         if answer:
-            self.close()
+            self._stop()
             self._answer(answer)
 
     def fall_behind(self, seq: int) -> None:
@@ -6499,17 +6608,23 @@ class Poll:
     def end(self) -> None:
         """Answer with what there is: time is over, the agent left, or the hub stops."""
         answer = self._wait.attempt(True, self.server.clock())
-        self.close()
+        self._stop()
         self._answer(answer)  # type: ignore[arg-type]
 
     def close(self) -> None:
-        """The client went, or has its answer."""
-        self._timer.cancel()
-        self.server.remove_reader(self)
-        if self.server.in_line.polls.get(self.place) is self:
-            del self.server.in_line.polls[self.place]
+        """The client went."""
+        if self._stop():
             self._wait.give_up()
             self.server.in_line.move_up()
+
+    def _stop(self) -> bool:
+        """Wait no more. Says whether a place in a queue is left behind."""
+        self._timer.cancel()
+        self.server.remove_reader(self)
+        mine = self.server.in_line.polls.get(self.place) is self
+        if mine:
+            del self.server.in_line.polls[self.place]
+        return mine
 
 
 class InLine:
@@ -6527,9 +6642,9 @@ class InLine:
 
     def _ask(self) -> None:
         self._moving = False
-        for want in self._server.hub.lock_places(self._server.clock()):
-            if want.id in self.polls:
-                self.polls[want.id].ask()
+        for id in self._server.hub.locks_ready(self._server.clock()) if self.polls else ():
+            if id in self.polls:
+                self.polls[id].ask()
         self._server.schedule()
 
 
@@ -7489,7 +7604,7 @@ class Batches:
         self.disk.run(work, done)
 
 
-# --- Server -----------------------------------------------------------------------------------------------------------
+# --- Door -------------------------------------------------------------------------------------------------------------
 
 
 class Clock:
@@ -7623,6 +7738,9 @@ def log_event(event: str, **fields: Any) -> None:
     import logging
 
     logging.getLogger("agenthub").info(event, extra={"fields": fields})
+
+
+# --- Server -----------------------------------------------------------------------------------------------------------
 
 
 class Server:
@@ -7764,6 +7882,15 @@ class Server:
 
     def _tell_registered(self, event: Registered) -> None:
         self.api.audit.note(event.how, address=event.address, agent_id=event.agent.agent_id)
+        self._ask_polls(event.agent.agent_id)
+
+    def _tell_joined(self, event: Joined) -> None:
+        self._ask_polls(event.agent_id)
+
+    def _ask_polls(self, agent_id: str) -> None:
+        """It can do more than before: there may be a task for it now."""
+        for poll in [reader for reader in self.readers.get(agent_id, ()) if isinstance(reader, Poll)]:
+            poll.push(None, {})
 
     def _tell_locks(self, event: Locked | Unlocked) -> None:
         self.in_line.move_up()
@@ -7772,6 +7899,7 @@ class Server:
         Locked: _tell_locks,
         Unlocked: _tell_locks,
         Registered: _tell_registered,
+        Joined: _tell_joined,
         Sent: _tell_sent,
         Adopted: _tell_adopted,
         Handed: _tell_handed,
@@ -7844,11 +7972,18 @@ class Server:
             self.hub.apply(Sweep(self.clock()))
         if not self._bringing:
             self._bring_due()
-        if self.clock() >= self.hub.next_at:
-            self.hub.apply(Elapse(self.clock()))
+        self._elapse()
         self._claims_over()
         self.in_line.move_up()
         self.batches.index()
+
+    def _elapse(self) -> None:
+        """Jobs, tasks, locks and notes whose time is over; the rest of very many a little later."""
+        if self.clock() >= self.hub.next_at and not (self.closing or self.api.trouble):
+            self.hub.apply(Elapse(self.clock()))
+            self.schedule()
+            if self.clock() >= self.hub.next_at:
+                self.loop.call_later(SWEEP_PAUSE, self._elapse)
 
     def _bring_due(self) -> None:
         """What time has brought about: delayed messages are sent, others run out. As much as a turn may take of it, and
@@ -9365,13 +9500,22 @@ def _lock_line(lock: dict) -> str:
 
 
 def _lock_command(args: Any) -> int:
-    identity, ttl = Identity(args), args.ttl or (COMMAND_LOCK_TTL if args.command else None)
+    identity, ttl = Identity(args), args.ttl
+    ttl = COMMAND_LOCK_TTL if ttl is None and args.command else ttl
     options = (ttl, "shared" if args.shared else "exclusive", args.wait or 0, args.note, None)
     lock = identity.act(lambda client: client.lock(args.paths, *options, not args.command, not args.command))
     if args.command:
         return Guarded(identity, lock).run(args.command)
     _show(args, lock, f"locked {_lock_line(lock)}")
     return 0
+
+
+def _in_foreground() -> bool:
+    """Whether a terminal's interrupt comes to us."""
+    try:
+        return os.tcgetpgrp(0) == os.getpgrp()
+    except (OSError, AttributeError):
+        return False
 
 
 class Guarded:
@@ -9389,7 +9533,7 @@ class Guarded:
         child = None
 
         def pass_on(number: int, frame: Any) -> None:
-            if child and number != signal.SIGINT:  # which the terminal has told it, too
+            if child and not (number == signal.SIGINT and _in_foreground()):  # there the terminal has told both
                 child.send_signal(number)
 
         ends = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -9445,8 +9589,8 @@ def _unlock_command(args: Any) -> int:
     freed = identity.act(release)
     for lock in freed:
         _show(args, lock, f"released {', '.join(lock['paths'])}")
-    if not freed:
-        _say("you hold no such lock: see `agenthub locks`")
+    if not freed and not args.all:
+        raise NotFound("you hold no such lock: see `agenthub locks`")
     return 0
 
 
@@ -9498,6 +9642,7 @@ def _delete_note_command(args: Any) -> int:
 def _watch_command(args: Any) -> int:
     identity = Identity(args)
     identity.client.agent_id = identity.client.agent_id or OPERATOR
+    identity.client.health()  # which says it where there is no hub
     for event in identity.client.watch():
         _show(args, event, f"{event['timestamp'][11:19]} {_event_text(event)}")
     return 0

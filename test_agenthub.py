@@ -395,7 +395,7 @@ def test_known_pairs_overlap_or_do_not(one: str, other: str, meet: bool) -> None
 
 
 def test_a_path_has_one_spelling_and_stays_inside_the_root() -> None:
-    spelled = {"./a//b": "a/b", "a/../b/": "b/", "": ".", "/": "/", "//x": "/x", "a\\b": "a/b", "a/./": "a/", "..a": "..a"}
+    spelled = {"./a//b": "a/b", "a/../b/": "b", "": ".", "/": "/", "//x": "/x", "a\\b": "a/b", "a/./": "a", "..a": "..a", "a*/": "a*/"}
     assert {text: ah.normal_path(text) for text in spelled} == spelled
     for bad in ("..", "../x", "a/../../b", "src/**/../x", "*/.."):
         with pytest.raises(ValueError, match="inside the project"):
@@ -1101,6 +1101,58 @@ def test_a_request_to_one_of_many_may_be_answered_by_whoever_has_it_by_then(crew
     assert not crew.hub.requests.open
 
 
+def test_a_worker_that_has_room_again_or_was_silent_for_a_while_gets_what_waits() -> None:
+    world = World(max_inbox=2)
+    world.register("w1", None, None, "build"), world.register("boss")
+    world.send("boss", "w1"), world.send("boss", "w1")
+    assert job(world).inboxes == ("@build",), "there is no room"
+    world.apply(ah.Ack, "w1", up_to=world.hub.seq)
+    assert holders(world) == ["w1"]
+    world.apply(ah.Leave, "w1")
+    world.register("w1", None, None, "build")
+    assert holders(world) == ["w1"]
+    world.clock.advance(ah.ACTIVE_SECONDS + 1)
+    job(world)
+    assert "w1" in world.hub.active, "no sweep has looked yet"
+    before = len(world.hub.events)
+    world.apply(ah.Touch, "w1")
+    assert holders(world) == ["w1", "w1"]
+    assert not [e for e in world.hub.events[before:] if type(e) is ah.Presence], "nobody had heard that it was silent"
+    late = World(max_inbox=1)
+    late.register("w1", None, None, "build"), late.register("boss")
+    late.send("boss", "w1", expires_at=late.clock() + 1000)
+    job(late)
+    late.commit()
+    late.clock.advance(2)
+    late.apply(ah.Expire, tuple(late.store.expired(late.clock())))
+    assert holders(late) == [""]
+    late.apply(ah.Sweep)
+    assert holders(late) == ["w1"], "whatever made room, a sweep sees it"
+
+
+def test_a_job_that_was_handed_on_is_found_by_its_words_once(crew: World) -> None:
+    crew.send("boss", "@build", '"needle"', lease=1000)
+    crew.commit()
+    crew.store.index(crew.hub.seq)
+    crew.clock.advance(1)
+    crew.apply(ah.Elapse)
+    for _ in range(2):
+        crew.commit()
+        crew.store.index(crew.hub.seq)
+    assert [m.seq for m in crew.store.find_words(ah.Query.read("needle"), "w2", 99, 9, crew.clock())[0]] == [crew.hub.seq]
+    assert crew.store._reader.execute("SELECT rowid FROM words").fetchall() == [(crew.hub.seq,)]
+
+
+def test_a_great_many_leases_that_end_together_are_dealt_with_in_turns(crew: World) -> None:
+    for _ in range(ah.SWEEP_BATCH + 50):
+        job(crew, lease=1000)
+    crew.clock.advance(1)
+    crew.apply(ah.Elapse)
+    assert crew.hub.next_at <= crew.clock() and sum(one.until > crew.clock() for one in crew.hub.jobs.values()) == ah.SWEEP_BATCH
+    crew.apply(ah.Elapse)
+    assert crew.hub.next_at == crew.clock() + 1000 and len(holders(crew)) == ah.SWEEP_BATCH + 50
+
+
 def test_only_a_group_can_be_asked_for_one_of_it(crew: World) -> None:
     for to in ("w1", "nobody", ("@build", "w1")):
         assert "group" in refused(ah.InvalidRequest, crew, lambda to=to: job(crew, to)).message
@@ -1167,7 +1219,6 @@ def test_the_seeds_conversation_works_with_plain_messages(crew: World) -> None:
     assert status == 400 and "which task" in vague["error"]["message"]
     tasks = crew.call("GET", "/api/v1/tasks")[1]["tasks"]
     assert [(t["state"], t["lease"], t["priority"]) for t in tasks] == [("accepted", 900, 0), ("open", 5, 3), ("open", 900, 0)]
-    assert post("boss", "ALL", {"type": "task_proposal", "lease": "long"})[1]["error"]["message"].startswith("`lease` must be")
     assert post("w1", "w2", {"type": "task_complete", "task_id": sent["message_id"], "ok": True})[0] == 200
     assert [m[0] for m in inbox(crew, "boss")][-1] == "task_complete", "whoever it was sent to, the proposer has it"
 
@@ -1213,9 +1264,8 @@ def test_a_task_goes_back_on_the_board_when_its_holder_falls_silent_leaves_or_gi
     assert again == [("task_proposal", "boss", '"do it"')] and inbox(crew, "boss")[-1][:2] == ("task_release", "w1")
     proposal = crew.store.messages([crew.hub.inboxes["w2"].unread[-1]], crew.clock())[0][0]
     assert proposal.reply_to == task
-    act(crew, "accept", "w2", proposal.id) if proposal.id in crew.hub.tasks else crew.send(
-        "w2", "boss", "1", "task_accept", reply_to=proposal.id, thread=proposal.thread
-    )
+    status, _ = crew.call("POST", "/api/v1/messages", {"from": "w2", "to": "boss", "message": 1, "type": "task_accept", "reply_to": proposal.id})
+    assert status == 200 and board(crew)[task] == "accepted w2", "who answers the second proposal means the task"
     crew.apply(ah.Leave, "w2")
     assert board(crew)[task] == "open" and "left" in crew.hub.tasks[task].reason
     act(crew, "accept", "w3", task)
@@ -1232,11 +1282,12 @@ def test_a_restart_gives_holders_their_time_again_because_nobody_could_hear_them
     task = propose(world, lease=10_000)
     act(world, "accept", "w1", task)
     world.apply(ah.TakeLock, "w1", "l", ("src",), "exclusive", 10_000)
+    world.apply(ah.TakeLock, "w1", "m", ("lib",), "exclusive", 10_000, "", 0, False)
     world.commit()
     world.clock.advance(3600)
     hub = ah.Hub(world.limits, world.store.load(), world.clock())
     hub.apply(ah.Elapse(world.clock()))
-    assert hub.tasks[task].state == "accepted" and hub.live(world.clock())(hub.locks.held["l"])
+    assert hub.tasks[task].state == "accepted" and set(hub.locks.held) == {"l", "m"}
     world.clock.advance(10)
     hub.apply(ah.Elapse(world.clock()))
     assert hub.tasks[task].state == "open" and not hub.locks.held
@@ -1312,7 +1363,12 @@ def test_the_next_task_is_the_most_urgent_then_what_few_can_do_then_the_oldest(c
     team, mine, urgent = propose(crew, "@build"), propose(crew, "w1"), propose(crew, "ALL", priority=5)
     propose(crew, "w2", priority=9), propose(crew, "ALL", priority=-1, id="last")
     take = lambda: crew.apply(ah.TakeTask, "w1", None, b"", None, "http")  # noqa: E731
+    propose(crew, "ALL", sender="w1", priority=99)  # which is for others
     assert [take().message.reply_to for _ in range(6)] == [urgent, mine, team, first, second, "last"] and take() is None
+    act(crew, "cancel", "w1", next(id for id, task in crew.hub.tasks.items() if task.proposer == "w1"))
+    crew.register("CALLER", None, None, "build")
+    team, mine = propose(crew, "@build"), propose(crew, "CALLER")
+    assert crew.hub.best_task("CALLER").id == mine, "ALL in a name is nothing but letters"
     assert all(crew.hub.tasks[id].holder == "w1" for id in crew.hub.tasks_of("w1")) and len(crew.hub.tasks_of("w1")) == 6
 
 
@@ -1327,6 +1383,33 @@ def test_a_board_is_bounded_and_forgets_what_ended_long_ago(crew: World) -> None
     crew.apply(ah.Sweep)
     assert board(crew) == {} and ah.TaskForgotten("old") in crew.commit() and crew.is_what_the_store_says()
     assert "no task" in refused(ah.NotFound, crew, lambda: act(crew, "accept", "boss", "old")).message
+
+
+def test_a_long_chain_of_tasks_is_cancelled_to_its_end_and_a_dense_web_is_proposed_in_no_time() -> None:
+    world = World()
+    world.register("boss")
+    for n in range(1500):
+        propose(world, id=f"t{n}", payload=str(n), depends_on=(f"t{n - 1}",) if n else ())
+    act(world, "cancel", "boss", "t0")
+    assert {task.state for task in world.hub.tasks.values()} == {"cancelled"}
+    world.commit()
+    assert world.is_what_the_store_says()
+    looked, web = 0, World(max_tasks=0)
+    web.register("boss")
+
+    class Counting(dict):
+        def __getitem__(self, key: str) -> object:
+            nonlocal looked
+            looked += 1
+            return super().__getitem__(key)
+
+    for layer in range(5):
+        for n in range(40):
+            propose(web, id=f"{layer}-{n}", payload=f"{layer}{n:03}", depends_on=tuple(f"{layer - 1}-{m}" for m in range(40)) if layer else ("later",))
+    web.hub.tasks = Counting(web.hub.tasks)
+    with pytest.raises(ah.InvalidRequest, match="circle"):
+        propose(web, id="later", depends_on=("4-0",))
+    assert looked <= 200
 
 
 def test_only_so_many_ended_tasks_are_remembered(crew: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1377,7 +1460,8 @@ def test_overlapping_paths_are_one_agents_and_the_refusal_says_whose_and_for_how
     assert "w1" in error.message and "599 s" in error.message and error.details["expires_at"] == ah.timestamp(crew.clock() + 599_000)
     assert lock(crew, "w2", "lib", "src/*.py").token == first.token + 1
     assert lock(crew, "w1", "src/api/x.py"), "its own do not stand in its way"
-    refused(ah.LockHeld, crew, lambda: lock(crew, "w1", "src/api/x.py", reentrant=False))
+    assert lock(crew, "w1", "src/api/y", id="command", reentrant=False), "nor in that of a command it runs"
+    refused(ah.LockHeld, crew, lambda: lock(crew, "w1", "src/api/y/z", reentrant=False))
     crew.commit()
     assert crew.is_what_the_store_says()
 
@@ -1397,6 +1481,7 @@ def test_asking_again_renews_and_a_number_is_never_given_twice(crew: World) -> N
     again = lock(crew, "w1", "a", id="mine", ttl=10)
     assert again.token == one.token and crew.hub.lock_ends(again, crew.clock()) == crew.clock() + 10_000
     assert lock(crew, "w1", "a", ttl=10).lock_id == "mine"
+    assert lock(crew, "w1", "a/", ttl=10).lock_id == "mine", "a slash behind a name says nothing more"
     refused(ah.IdReused, crew, lambda: lock(crew, "w1", "b", id="mine"))
     refused(ah.IdReused, crew, lambda: lock(crew, "w2", "a", id="mine"))
     crew.apply(ah.ReleaseLocks, "w1")
@@ -1422,6 +1507,9 @@ def test_signs_of_life_renew_a_lock_up_to_its_ttl_unless_it_is_not_to_be(crew: W
     assert ah.Unlocked("w1-0-0", "w1", ("alive",), "expired") in crew.commit() and crew.is_what_the_store_says()
     with pytest.raises(ah.NotFound, match="ran out"):
         crew.apply(ah.RenewLocks, "w1")
+    lock(crew, "w3", "short", ttl=1)
+    crew.clock.advance(1)
+    refused(ah.NotFound, crew, lambda: crew.apply(ah.RenewLocks, "w3"))
     crew.clock.advance(300)
     assert crew.apply(ah.RenewLocks, "w2", "", 5000)[0].ttl == 5000
 
@@ -1449,8 +1537,11 @@ def test_shared_waiters_go_in_together_and_a_place_that_was_given_up_holds_nobod
     for name in ("w1", "w2"):
         assert lock(crew, name, "a", id=name, mode="shared", wait=60) is None
     assert lock(crew, "w3", "a", id="w3", wait=5) is None
+    lock(crew, "boss", "z"), lock(crew, "w3", "z", id="z", wait=5)
     crew.clock.advance(6)
     assert [want.id for want in crew.hub.lock_places(crew.clock())] == ["w1", "w2"]
+    crew.apply(ah.ReleaseLocks, "boss", "", ("z",))
+    assert lock(crew, "w1", "z"), "whoever does not ask any more stands in nobody's way"
     crew.apply(ah.ReleaseLocks, "boss")
     assert all(lock(crew, name, "a", id=name, mode="shared", wait=60) for name in ("w2", "w1"))
 
@@ -1467,6 +1558,44 @@ def test_whoever_would_wait_in_a_circle_is_refused_and_told_so(crew: World) -> N
     lock(crew, "boss", "x")
     assert lock(crew, "w1", "x", id="4", wait=60) is None
     assert "never end" in refused(ah.LockHeld, crew, lambda: lock(crew, "boss", "w1", id="5", wait=60)).message
+
+
+def test_a_command_waits_for_another_of_the_same_agent_however_often_it_is_asked(crew: World) -> None:
+    lock(crew, "w1", "gen", id="first", reentrant=False)
+    for _ in range(3):
+        assert lock(crew, "w1", "gen", id="second", reentrant=False, wait=60) is None
+    crew.apply(ah.ReleaseLocks, "w1", "first")
+    assert crew.hub.locks_ready(crew.clock()) == ["second"] and lock(crew, "w1", "gen", id="second", reentrant=False, wait=60)
+
+
+def test_a_place_is_that_of_whoever_took_it_and_the_id_of_nobody_else(crew: World) -> None:
+    lock(crew, "w1", "src")
+    assert lock(crew, "w2", "src", id="build", wait=60) is None
+    for who, path in (("w3", "src"), ("w2", "lib")):
+        refused(ah.IdReused, crew, lambda who=who, path=path: lock(crew, who, path, id="build", wait=60))
+
+
+def test_a_crowd_that_waits_for_one_lock_is_asked_in_little_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each waits for all before it: what meets what is found out once, and then only looked up."""
+    world, compared = World(), 0
+    for n in range(12):
+        world.register(f"h{n}")
+        lock(world, f"h{n}", "src", mode="shared")
+    overlap = ah.overlap
+
+    def counting(*paths: str) -> bool:
+        nonlocal compared
+        compared += 1
+        return overlap(*paths)
+
+    for n in range(60):
+        world.register(f"w{n}")
+        lock(world, f"w{n}", "src/api/**", id=f"w{n}", wait=600)
+    monkeypatch.setattr(ah, "overlap", counting)
+    assert world.hub.locks_ready(world.clock()) == [] and compared == 0
+    for n in range(12):
+        world.apply(ah.ReleaseLocks, f"h{n}")
+    assert world.hub.locks_ready(world.clock()) == ["w0"] and compared == 0
 
 
 def test_who_holds_what_others_wait_for_may_take_more_of_it(crew: World) -> None:
@@ -1546,7 +1675,9 @@ def test_what_an_agent_is_doing_lasts_and_ends_with_its_session(crew: World) -> 
     refused(ah.Forbidden, crew, lambda: crew.apply(ah.SetStatus, "operator", "x", 0))
 
 
-def test_a_note_has_versions_that_never_repeat_and_changes_only_as_expected(crew: World) -> None:
+def test_a_note_has_versions_that_never_repeat_and_changes_only_as_expected(
+    crew: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write = lambda value, version=None, who="w1", ends=0: crew.apply(ah.SetNote, who, "k", value, version, ends)  # noqa: E731
     assert write("1", 0).version == 1 and write("2", 1, "w2").version == 2 and write("3").version == 3
     for expected in (0, 2, 9):
@@ -1569,6 +1700,11 @@ def test_a_note_has_versions_that_never_repeat_and_changes_only_as_expected(crew
     crew.apply(ah.Sweep)
     crew.commit()
     assert crew.hub.notes == {} and crew.is_what_the_store_says()
+    monkeypatch.setattr(ah, "MAX_GONE_NOTES", 2)
+    for key in "xyz":
+        crew.apply(ah.SetNote, "w1", key, "1"), crew.apply(ah.SetNote, "w1", key, None)
+    crew.commit()
+    assert list(crew.hub.gone_notes) == ["y", "z"] and crew.is_what_the_store_says()
     small = World(max_notes=1)
     small.register("a")
     small.apply(ah.SetNote, "a", "1", "1"), small.apply(ah.SetNote, "a", "1", None), small.apply(ah.SetNote, "a", "2", "1")
@@ -3542,7 +3678,7 @@ def test_what_an_agent_is_about_is_in_the_list_of_agents(crew: World) -> None:
     crew.call("POST", f"/api/v1/tasks/{task}/accept", {"agent_id": "w1"})
     crew.call("POST", "/api/v1/locks", {"agent_id": "w1", "paths": ["a", "b/"]})
     shown = {a["agent_id"]: a for a in crew.call("GET", "/api/v1/agents")[1]["agents"]}["w1"]
-    assert (shown["doing"], shown["tasks"], shown["locks"]) == ("auth", [task], ["a", "b/"])
+    assert (shown["doing"], shown["tasks"], shown["locks"]) == ("auth", [task], ["a", "b"])
     assert shown["away_until"] == ah.timestamp(crew.clock() + 90_000)
     again = crew.call("POST", "/api/v1/agents/w1/status", {})[1]
     assert again["doing"] == "auth" and "away_until" not in again
@@ -3584,6 +3720,41 @@ def test_the_task_routes_are_the_messages_and_say_what_the_task_is_then(crew: Wo
         status, error = call("POST", "/api/v1/tasks", {"from": "boss", "task": "x", **bad})
         assert status == 400 and f"`{list(bad)[-1]}`" in error["error"]["message"], bad
     assert call("POST", "/api/v1/messages", {"from": "boss", "to": "w1", "message": 1, "lease": 5})[0] == 400
+
+
+def test_a_task_and_its_result_are_any_json_whatever_their_keys_are_called(crew: World) -> None:
+    words = {"title": "x", "priority": "high", "deadline": "Friday", "lease": [], "depends_on": {"a": 1}, "task_id": 7}
+    made = crew.call("POST", "/api/v1/tasks", {"from": "boss", "message": words})[1]
+    assert made["task"]["message"] == words and made["task"]["priority"] == 0 and "deadline_at" not in made["task"]
+    taken = crew.call("POST", f"/api/v1/tasks/{made['task_id']}/accept", {"from": "w1", "message": words})
+    assert taken[0] == 200 and taken[1]["task"]["lease"] == 900
+    done = crew.call("POST", f"/api/v1/tasks/{made['task_id']}/complete", {"from": "w1", "result": words})[1]
+    assert done["task"]["result"] == words
+
+
+def test_an_answer_to_a_task_that_was_proposed_again_is_about_it_and_not_about_what_it_is_part_of(crew: World) -> None:
+    whole = propose(crew, "w1")
+    part = crew.call("POST", "/api/v1/tasks", {"from": "boss", "to": "w1", "message": "x", "reply_to": whole, "depends_on": ["d"]})[1]["task_id"]
+    propose(crew, "w2", id="d")
+    act(crew, "accept", "w2", "d"), act(crew, "complete", "w2", "d"), crew.commit()
+    again = crew.call("GET", "/api/v1/messages?agent_id=w1")[1]["messages"][-1]
+    assert (again["reply_to"], again["thread"]) == (part, whole)
+    answer = {"from": "w1", "to": "boss", "type": "task_accept", "message": "mine", "reply_to": again["id"]}
+    assert crew.call("POST", "/api/v1/messages", answer)[0] == 200
+    assert board(crew) == {whole: "open", part: "accepted w1", "d": "completed w2"}
+    accepted = crew.call("GET", "/api/v1/messages?agent_id=boss")[1]["messages"][-1]
+    done = {"from": "w1", "to": "boss", "type": "task_complete", "message": "done", "reply_to": accepted["id"]}
+    assert crew.call("POST", "/api/v1/messages", done)[0] == 200 and board(crew)[part] == "completed w1"
+
+
+def test_a_task_can_not_wait_for_what_is_no_task_nor_be_called_like_a_route(crew: World) -> None:
+    crew.call("POST", "/api/v1/messages", {"from": "w1", "to": "w2", "message": 1, "id": "m1"})
+    status, error = crew.call("POST", "/api/v1/tasks", {"from": "boss", "message": 1, "depends_on": ["m1"]})
+    assert status == 400 and "no task" in error["error"]["message"]
+    assert crew.call("POST", "/api/v1/tasks", {"from": "boss", "message": 1, "id": "next"})[0] == 400
+    propose(crew, "w1")
+    crew.register("boss", None, "The Boss")
+    assert crew.call("POST", "/api/v1/messages", {"from": "w1", "to": "the boss", "type": "task_accept", "message": 1})[0] == 200
 
 
 def test_the_next_task_is_waited_for_and_taken_once_however_often_it_is_asked_for(crew: World) -> None:
@@ -3662,6 +3833,8 @@ def test_notes_over_http(crew: World) -> None:
     assert crew.call("DELETE", "/api/v1/notes/hand%2Fover?agent_id=w1&if_version=1")[0] == 409
     assert crew.call("DELETE", "/api/v1/notes/hand%2Fover?agent_id=w1")[1]["version"] == 3
     assert crew.call("GET", "/api/v1/notes/hand%2Fover")[0] == 404 and put(None, ttl=-1)[0] == 400
+    assert crew.call("PUT", "/api/v1/notes/with/a/slash", {"agent_id": "w1", "value": 1})[0] == 200
+    assert crew.call("GET", "/api/v1/notes/with/a/slash")[1]["key"] == "with/a/slash"
     assert put(None)[1]["version"] == 4 and crew.call("GET", "/api/v1/notes/hand%2Fover")[1]["value"] is None
 
 
@@ -4158,6 +4331,8 @@ def test_every_route_for_teamwork_is_a_frame_of_the_same_words(crew: World) -> N
     assert error["type"] == "error" and error["ref"] == 7 and error["error"]["code"] == "task_taken"
     assert answered("w2", type="lock")["error"]["message"].startswith("`paths` is missing")
     assert answered("w2", type="lock", paths=["a"], agent_id="w1")["error"]["code"] == "forbidden"
+    for odd in ({"agent_id": []}, {"from": {}}, {"agent_id": [1]}):
+        assert answered("w2", type="join", channel="c", **odd)["error"]["code"] == "forbidden"
     answered("w1", type="lock", paths=["a"])
     waits = ask("w2", type="lock", paths=["a"], wait=5)
     assert waits.wait and not waits.body and crew.api.framed(waits.wait.attempt(True, crew.clock()), {}, "lock").body["type"] == "error"
@@ -4344,6 +4519,30 @@ def test_who_goes_away_while_it_waits_for_a_lock_leaves_its_place(shared_hub: Li
         holder.lock("place", wait=0.05)
     assert caught.value.details["holder"] == "place-3"
     next_one.unlock()
+
+
+def test_what_is_written_on_a_line_can_be_read_on_it_at_once(shared_hub: LiveHub) -> None:
+    shared_hub.client("quick")
+    put = b'{"agent_id":"quick","value":%d}'
+    lines = b""
+    for n in (1, 2):
+        body = put % n
+        lines += b"PUT /api/v1/notes/quick HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        lines += b"Content-Length: %d\r\n\r\n%sGET /api/v1/notes/quick HTTP/1.1\r\nHost: localhost\r\n\r\n" % (len(body), body)
+    answers = re.findall(rb"HTTP/1.1 (\d+)|\"value\":(\d)", shared_hub.talk(lines))
+    assert [status for status, _ in answers if status] == [b"200"] * 4
+    assert [value for _, value in answers if value][-1] == b"2"
+
+
+def test_who_waits_for_a_task_is_asked_again_when_it_can_do_more(shared_hub: LiveHub) -> None:
+    boss, worker, got = shared_hub.client("more-boss"), shared_hub.client("more-1"), []
+    task = boss.propose("#more", "x")["task_id"]
+    thread = threading.Thread(target=lambda: got.append(worker.next_task(wait=30)))
+    thread.start()
+    until(lambda: boss.agent("more-1")["connected"])
+    ah.Client(shared_hub.url, "more-1").join("#more")
+    thread.join(20)
+    assert got[0]["task_id"] == task
 
 
 def test_a_lock_that_runs_out_lets_the_next_one_in(shared_hub: LiveHub) -> None:
@@ -5480,6 +5679,9 @@ def test_tokens_that_ended_stay_ended_when_the_commit_that_was_to_say_so_fails(t
     asyncio.run(play())
 
 
+# --- Door -------------------------------------------------------------------------------------------------------------
+
+
 # --- Server -----------------------------------------------------------------------------------------------------------
 
 
@@ -6143,6 +6345,12 @@ def test_a_wait_for_a_lock_that_takes_several_requests_keeps_its_place(monkeypat
     waiter.unlock()
     second.join(20)
     assert [lock["agent_id"] for lock in got] == ["long-2", "long-3"]
+    with socket.create_connection(("127.0.0.1", hub.port), timeout=20) as line:
+        body = b'{"agent_id":"long-1","paths":["long"],"wait":30,"again":true}'
+        line.sendall(b"POST /api/v1/locks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
+        line.sendall(b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+        waiting(hub, 1)
+    waiting(hub, 0)  # it said that it would ask again, and then it was gone
     later.unlock()
 
 
@@ -6726,7 +6934,7 @@ def test_teamwork_from_the_shell(live: object) -> None:
     assert lock["lock_id"] in run("locks", "src/a/x") and run("locks", "lib") == ""
     assert "locked src/a, src/b" in run("agents") and "locked" in run("status", "--as", "alpha")
     assert run("unlock", "src/a", "--as", "alpha") == "released src/a\n" and run("unlock", lock["lock_id"], "--as", "alpha") == "released src/b\n"
-    assert run("unlock", "src/a", "--as", "alpha") == "" and run("unlock", "--all", "--as", "alpha") == ""
+    run("unlock", "src/a", "--as", "alpha", code=1), run("unlock", "--all", "--as", "alpha"), run("lock", "x", "--ttl", "0", code=1)
     run("unlock", code=2), run("lock", code=2), run("lock", "x", "--", code=2), run("lock", "..", code=1), run("lock", "x", "--wait", "soon", code=2)
 
     assert run("note", "set", "handover", "half done", "--if-version", "0", "--as", "alpha").startswith("handover is at version 1")
@@ -6782,6 +6990,11 @@ def test_a_command_runs_under_a_lock_which_is_free_when_it_has_ended_however_it_
         assert done.returncode == 1 and "maker" in done.stderr, "two commands of one agent are kept apart, too"
         child.send_signal(signal.SIGTERM)
         assert child.wait(20) == 128 + signal.SIGTERM and watcher.locks() == []
+    with subprocess.Popen(started, stdout=subprocess.PIPE, text=True, env=hub.env, start_new_session=True) as child:
+        assert child.stdout.readline() == "up\n"
+        child.send_signal(signal.SIGINT)  # to it alone, as whoever runs it without a terminal does
+        assert child.wait(20) == 128 + signal.SIGINT and watcher.locks() == []
+    assert hub.here("watch", "--url", "http://127.0.0.1:1").returncode == 3
 
 
 def test_a_lock_whose_command_line_was_killed_ends_by_itself_though_its_agent_lives_on(live: object) -> None:
@@ -7187,8 +7400,8 @@ MAY_USE = {  # what of the file a section's code may name, beside itself
     "Connections": ["Constants", "Errors", "Model", "HTTP", "Reading", "Readers", "Watching"],
     "Sockets": ["Constants", "Errors", "Model", "HTTP", "Reading", "API", "Readers"],
     "Batches": ["Constants", "Errors", "Changes", "Schema", "HTTP", "Reading"],
-    "Server": ["Constants", "Errors", "Model", "Changes", "Hub", "Store", "HTTP", "Reading", "Access", "API", "Readers", "Watching",
-               "Connections", "Sockets", "Batches"],
+    "Door": ["Constants", "Errors", "Reading", "Connections", "Sockets"],
+    "Server": ["Constants", "Errors", "Changes", "Hub", "Store", "HTTP", "Reading", "Access", "API", "Readers", "Watching", "Batches", "Door"],
     "Calls": ["Constants", "Errors", "Model", "HTTP"], "Shared": ["Constants", "Errors", "HTTP", "Calls"],
     "Client": ["Constants", "Errors", "HTTP", "Calls", "Shared"],
     "AgentClient": ["Constants", "Errors", "HTTP", "Calls", "Shared", "Client"],
@@ -7196,13 +7409,13 @@ MAY_USE = {  # what of the file a section's code may name, beside itself
     "Commands": ["Constants", "Errors", "Model", "Fields", "Calls", "Identity"],
     "Together": ["Constants", "Errors", "Model", "Calls", "Client", "Identity", "Commands"],
     "Doctor": ["Constants", "Errors", "AgentClient", "Identity", "Commands"],
-    "Setup": ["Constants", "Errors", "Model", "Fields", "Store", "HTTP", "Reading", "Server", "Identity"],
+    "Setup": ["Constants", "Errors", "Model", "Fields", "Store", "HTTP", "Reading", "Door", "Server", "Identity"],
     "Serve": ["Constants", "Errors", "Store", "Reading", "Server", "AgentClient", "Identity", "Setup"],
     "CLI": ["Constants", "Errors", "Identity", "Commands", "Together", "Doctor", "Setup", "Serve"],
 }  # fmt: skip
 
 
-IMPURE = ("Constants", "Log", "Store", "Readers", "Watching", "Connections", "Sockets", "Batches", "Server", "Calls", "Shared", "Client", "AgentClient", "Identity", "Commands", "Together", "Doctor", "Setup", "Serve", "CLI")  # fmt: skip
+IMPURE = ("Constants", "Log", "Store", "Readers", "Watching", "Connections", "Sockets", "Batches", "Door", "Server", "Calls", "Shared", "Client", "AgentClient", "Identity", "Commands", "Together", "Doctor", "Setup", "Serve", "CLI")  # fmt: skip
 
 
 def sections() -> dict[str, tuple[int, int]]:
