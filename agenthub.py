@@ -2226,8 +2226,8 @@ class Jobs(Mail):
         self._turns.pop(agent_id, None)
 
     def _elapse_jobs(self, at: int) -> None:
-        """Hand on what was not acknowledged in time, as much as a turn may take; and what lies with a group of which one
-        is free: room may have come about by other means."""
+        """Hand on what was not acknowledged in time, as much as a turn may take; and what lies with a group in which
+        somebody is free: room may have come about by other means."""
         late = (job for job in self.jobs.values() if job.holder and job.until <= at)
         for job in list(itertools.islice(late, SWEEP_BATCH)):
             worker = self._worker(job, at)
@@ -9472,7 +9472,7 @@ def _next_task_command(args: Any) -> int:
         return _show_task(args, task)
     if args.wait:
         raise TimedOut(f"no task that you can do was open within {args.wait:g} s")
-    raise NotFound("no task that you can do is open: wait for one with --wait, or look at `task list`")
+    raise NotFound("no task is open for you, but what you proposed or gave back (`task accept ID`): --wait for one")
 
 
 def _tasks_command(args: Any) -> int:
