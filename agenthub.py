@@ -1954,6 +1954,10 @@ class Mail(Agents):
             self.seq += 1
             now = tuple(dict.fromkeys(self._heir(name, message, c.at) for name in inboxes))
             self._enter(message._replace(seq=self.seq, due_at=c.at, told_seq=message.seq), now, full)
+            self._released(message.seq, now, c.at)
+
+    def _released(self, was: int, inboxes: tuple[str, ...], at: int) -> None:
+        """What was delayed has the newest seq now, and lies in these inboxes."""
 
     def _heir(self, name: str, message: Message, at: int) -> str:
         """Who gets by now what was sent to a name that may have been nobody's."""
@@ -2192,13 +2196,11 @@ class Jobs(Mail):
 
     # what happens to messages that are jobs, too
 
-    def _enter(self, message: Message, inboxes: tuple[str, ...], full: tuple[str, ...]) -> None:
-        super()._enter(message, inboxes, full)
-        job = self._drop_job(message.told_seq) if message.told_seq and message.lease else None
-        if job:  # it was delayed, and has another seq now
-            self.events.append(Done(job.seq))
-            group = inboxes[0] == job.group
-            self._give(job._replace(seq=message.seq), "" if group else inboxes[0], message.due_at)
+    def _released(self, was: int, inboxes: tuple[str, ...], at: int) -> None:
+        job = self._drop_job(was)
+        if job:
+            self.events.append(Done(was))
+            self._give(job._replace(seq=self.seq), "" if inboxes[0] == job.group else inboxes[0], at)
 
     def _heir(self, name: str, message: Message, at: int) -> str:
         job = self.jobs.get(message.seq)
@@ -2322,7 +2324,7 @@ class Tasks(Jobs):
         if c.type in self.TASK_MESSAGES and not c.known:
             self.expect(c.sender)
             return self.TASK_MESSAGES[c.type](self, c)
-        return self._send_one(c) if c.lease else super()._send(c)
+        return self._send_one(c) if c.lease else Mail._send(self, c)
 
     def _propose(self, c: Send) -> Receipt:
         if c.due_at or c.lease:
@@ -6235,7 +6237,7 @@ class API(Access):
             posted = self._json_body(head, body)
             for name, value in stated.items():
                 posted[name] = value if posted.get(name) is None else posted[name]
-            params.update(read_fields(route.body, self._by_their_names(route, posted)))
+            params.update(read_fields(route.body, self._by_their_names(route, posted) if route.aliases else posted))
         return params
 
     def _by_their_names(self, route: Route, given: dict[str, Any]) -> dict[str, Any]:

@@ -7383,7 +7383,7 @@ MAY_USE = {  # what of the file a section's code may name, beside itself
     "Fields": ["Constants", "Errors", "Model", "Patterns"],
     "Pace": ["Constants", "Errors", "Changes"], "Inboxes": ["Model"], "Agents": ["Constants", "Errors", "Model", "Changes"],
     "Mail": ["Constants", "Errors", "Model", "Changes", "Fields", "Pace", "Inboxes", "Agents"],
-    "Jobs": ["Constants", "Errors", "Model", "Changes", "Mail"], "Tasks": ["Constants", "Errors", "Model", "Changes", "Jobs"],
+    "Jobs": ["Constants", "Errors", "Model", "Changes", "Mail"], "Tasks": ["Constants", "Errors", "Model", "Changes", "Mail", "Jobs"],
     "Locks": ["Model", "Changes", "Patterns"], "Board": ["Constants", "Errors", "Model", "Changes", "Mail", "Tasks", "Locks"],
     "Hub": ["Constants", "Errors", "Model", "Changes", "Inboxes", "Board"],
     "Schema": ["Model", "Changes"], "Search": ["Constants", "Errors", "Model"], "Log": ["Constants", "Errors", "Model", "Schema", "Search"],
