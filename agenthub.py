@@ -2269,7 +2269,9 @@ class Tasks(Jobs):
             if here:
                 index.setdefault(word, {})[task.id] = None
             else:
-                index[word].pop(task.id)
+                del index[word][task.id]
+                if not index[word]:
+                    del index[word]
 
     def _put_task(self, task: Task, result: str = "") -> None:
         """What a task is from now on. Of too many that ended, the oldest is forgotten."""
@@ -2528,10 +2530,10 @@ class Tasks(Jobs):
         """Tasks whose holders have been silent for too long, and those that nobody needs any more."""
         ends = float("inf")
         for id in [id for state in ("accepted", "open", "blocked") for id in self._in_state.get(state, ())]:
-            task = self.tasks[id]
-            lost_at = self.lost_at(task, at) if task.state == "accepted" else float("inf")
-            if task.ended:  # with one that it waited for
+            task = self.tasks.get(id)
+            if task is None or task.ended:  # with one that it waited for
                 continue
+            lost_at = self.lost_at(task, at) if task.state == "accepted" else float("inf")
             if 0 < task.deadline_at <= at:
                 self._say(at, task.holder or task.proposer, task.proposer, task, "task_cancel", "its deadline is over")
                 self._say(at, task.proposer, task.holder, task, "task_cancel", "its deadline is over")
@@ -2644,18 +2646,26 @@ class Locks:
             and live(found[0])
         ]
 
-    def ahead(self, want: TakeLock, live: Callable[[Lock], bool]) -> Iterator[TakeLock]:
+    def ahead(self, want: TakeLock, live: Callable[[Lock], bool], memo: dict[str, set[str]]) -> Iterator[TakeLock]:
         """Those who came before and wait for some of these paths; but not those who wait for whoever asks."""
         known = self._before.get(want.id)
         for other in self._conflicting(want) if known is None else map(self.waiting.__getitem__, known):
-            if other.wait_until > want.at and other.agent_id != want.agent_id:
-                if all(lock.agent_id != want.agent_id for lock, *_ in self.against(other, live)):
+            if other.wait_until > want.at and want.agent_id != other.agent_id:
+                if want.agent_id not in self._holders(other, live, memo):
                     yield other
+
+    def _holders(self, want: TakeLock, live: Callable[[Lock], bool], memo: dict[str, set[str]]) -> set[str]:
+        """Whose locks keep these paths from being locked; looked up once for each that waits."""
+        if want.id not in memo:
+            memo[want.id] = {lock.agent_id for lock, *_ in self.against(want, live)}
+        return memo[want.id]
 
     def ready(self, at: int, live: Callable[[Lock], bool]) -> list[str]:
         """The ids of those who wait and need not wait any more."""
+        memo: dict[str, set[str]] = {}
         some = [want._replace(at=at) for want in self.waiting.values() if want.wait_until > at]
-        return [w.id for w in some if not self.against(w, live) and next(self.ahead(w, live), None) is None]
+        free = [want for want in some if not self._holders(want, live, memo)]
+        return [want.id for want in free if next(self.ahead(want, live, memo), None) is None]
 
     def circle(self, want: TakeLock, live: Callable[[Lock], bool]) -> str:
         """Who, of those that would have to be waited for, waits for whoever asks; empty where nobody does."""
@@ -2663,11 +2673,12 @@ class Locks:
         for other in self.waiting.values():
             if other.wait_until > want.at:
                 by_agent.setdefault(other.agent_id, []).append(other)
-        seen, left = {want.agent_id}, [(want, "")]
+        if want.agent_id not in self._of and want.agent_id not in by_agent:
+            return ""  # nobody can wait for it
+        seen, left, memo = {want.agent_id}, [(want, "")], {}  # type: set[str], list, dict[str, set[str]]
         while left:
             one, first = left.pop()
-            names = {lock.agent_id for lock, *_ in self.against(one, live)}
-            names.update(other.agent_id for other in self.ahead(one, live))
+            names = {*self._holders(one, live, memo), *(other.agent_id for other in self.ahead(one, live, memo))}
             if first and want.agent_id in names:
                 return first
             for name in sorted(names - seen):
@@ -2765,7 +2776,8 @@ class Board(Tasks):
         for one in filter(None, (held, self.locks.waiting.get(c.id))):
             if (one.agent_id, one.paths) != (c.agent_id, c.paths) or one is not held and one.mode != c.mode:
                 raise IdReused(f"the id `{c.id}` is that of another lock: give every lock an id of its own")
-        against, ahead = self.locks.against(c, live), list(self.locks.ahead(c, live))
+        against = self.locks.against(c, live)
+        ahead = None if against else next(self.locks.ahead(c, live, {}), None)
         if not (against or ahead):
             return self._grant(c, held if held and held.mode == c.mode else None)
         circle = self.locks.circle(c, live) if c.wait_until > c.at else ""
@@ -2809,9 +2821,9 @@ class Board(Tasks):
         self.locks.pop(lock.lock_id)
         self.events.append(Unlocked(lock.lock_id, lock.agent_id, lock.paths, reason))
 
-    def _lock_held(self, c: TakeLock, against: list, ahead: list[TakeLock], circle: str) -> LockHeld:
+    def _lock_held(self, c: TakeLock, against: list, ahead: TakeLock | None, circle: str) -> LockHeld:
         """Who is in the way, with what, and for how long."""
-        more: dict[str, Any] = {}
+        more, words = {}, ""  # type: dict[str, Any], str
         if against:
             lock, theirs, mine = against[0]
             ends = self.lock_ends(lock, c.at)
@@ -2820,9 +2832,9 @@ class Board(Tasks):
             more = {"holder": lock.agent_id, "pattern": theirs, "path": mine, "expires_at": timestamp(ends)}
             more |= {"mode": lock.mode, "retry_after": max(1, -(-(ends - c.at) // 1000))}
             words += f", in {more['retry_after']} s"
-        else:
-            words = f"{', '.join(c.paths[:3])} is free, but {ahead[0].agent_id} waits for it and was here before"
-            more = {"holder": ahead[0].agent_id, "pattern": ahead[0].paths[0], "path": c.paths[0], "retry_after": 1}
+        elif ahead:
+            words = f"{', '.join(c.paths[:3])} is free, but {ahead.agent_id} waits for it and was here before"
+            more = {"holder": ahead.agent_id, "pattern": ahead.paths[0], "path": c.paths[0], "retry_after": 1}
         fix = "wait for it (`wait`, --wait), lock other paths, or write to its holder"
         if circle:
             fix = f"and waiting would never end, because {circle} waits for you: release what you hold first"
