@@ -98,7 +98,7 @@ LIMITS = {
     "max_agents": Limit(10_000, "agents", "registered at a time; a list of them is still one 2 MB answer"),
     "max_channels": Limit(1_000, "channels", "with members at a time; one for each subject, not for each message"),
     "max_tasks": Limit(10_000, "tasks", "neither completed nor cancelled; a board nobody can read any more"),
-    "max_locks": Limit(1_000, "paths", "locked or waited for; each lock is held against all of them, 1 ms"),
+    "max_locks": Limit(1_000, "paths", "locked or waited for; each new one is held against all of them, in 1 ms"),
     "max_notes": Limit(1_000, "notes", "on the board; of 64 KiB each they take 64 MB of disk"),
     "max_connections": Limit(10_000, "connections", "open at a time, less where the descriptor limit is lower"),
     "max_per_address": Limit(1_000, "connections", "of one address; no limit where only this machine is served"),
@@ -130,7 +130,8 @@ LOCK_TTL = 600  # seconds a lock outlives its holder's last sign of life: the co
 COMMAND_LOCK_TTL = 30  # seconds the lock of `lock … -- COMMAND` outlives the command line when that is killed
 MAX_LOCK_PATHS = 64  # paths in one lock, written out where they have braces
 MAX_PATH = 256  # characters of one of them
-MAX_LOCK_WAITS = 16  # locks one agent may be waiting for: it has as many hands
+MAX_PATTERNS = 16_384  # pairs of patterns of which it is remembered whether they overlap, 5 MB
+MAX_WAITS = 16  # locks that one agent may be waiting for, or answers to frames of one line: as many as it has hands
 MAX_NOTE = 64 * 1024  # bytes of one note's JSON; what is larger is a file
 MAX_GONE_NOTES = 10_000  # of which the version is remembered, so that none is given twice; of more, the oldest go
 MAX_DOING = 200  # characters that say what an agent is doing: a line
@@ -489,8 +490,9 @@ class Asked(NamedTuple):
 class Job(NamedTuple):
     """A message for one of many that nobody has acknowledged; as an event: it was sent, or handed on.
 
-    It lies in the inbox of its `holder`, who has until then (milliseconds since 1970), or where there is none in that
-    of its `group` (`@capability`, `#channel`, ALL), for the first of it that comes. `seq` and `id` are the message's.
+    It lies in the inbox of its `holder`, who has until then (milliseconds since 1970; 0 while it has older ones to do),
+    or where there is none in that of its `group` (`@capability`, `#channel`, ALL), for the first that comes. `seq` and
+    `id` are the message's.
     """
 
     seq: int
@@ -557,7 +559,7 @@ class Lock(NamedTuple):
 
 class Note(NamedTuple):
     """A note on the board, without its value, which is with the store; where it is `gone`, what is remembered so that
-    no version is given twice. `size` is in bytes, times are milliseconds since 1970."""
+    no version is given twice. `size` is in bytes, times are in milliseconds; `id` is that of the last change."""
 
     key: str
     version: int
@@ -566,6 +568,7 @@ class Note(NamedTuple):
     expires_at: int = 0
     size: int = 0
     gone: bool = False
+    id: str = ""
 
 
 class Snapshot(NamedTuple):
@@ -732,7 +735,7 @@ class Joined(NamedTuple):
     since: int
 
 
-class Parted(NamedTuple):
+class LeftChannel(NamedTuple):
     """Event: an agent is no member of the channel any more."""
 
     channel: str
@@ -942,7 +945,7 @@ class Join(NamedTuple):
     full: bool = False
 
 
-class Part(NamedTuple):
+class LeaveChannel(NamedTuple):
     """Command: an agent leaves a channel."""
 
     at: int
@@ -994,7 +997,7 @@ class RenewLocks(NamedTuple):
     ttl: int = 0
 
 
-class ReleaseLocks(NamedTuple):
+class Unlock(NamedTuple):
     """Command: the agent's lock of that id, those paths of all its locks, or with neither all that it has, are free."""
 
     at: int
@@ -1004,7 +1007,8 @@ class ReleaseLocks(NamedTuple):
 
 
 class SetNote(NamedTuple):
-    """Command: write a note (JSON text), or with `None` remove it; only if it has that version, where one is given."""
+    """Command: write a note (JSON text), or with `None` remove it; only if it has that version, where one is given. The
+    same `id` again is the same change."""
 
     at: int
     agent_id: str
@@ -1012,10 +1016,12 @@ class SetNote(NamedTuple):
     value: str | None
     if_version: int | None = None
     expires_at: int = 0
+    id: str = ""
 
 
 class Elapse(NamedTuple):
-    """Command: time has passed. Hands on jobs, opens tasks, frees locks and removes notes whose time is over."""
+    """Command: time has passed. Jobs are handed on, tasks opened, locks freed, notes removed and agents back whose time
+    is over."""
 
     at: int
 
@@ -1064,7 +1070,7 @@ def normal_path(text: str) -> str:
     return root + "/".join(parts) + "/" * folder or "."
 
 
-@functools.lru_cache(4096)
+@functools.lru_cache(MAX_PATTERNS)
 def _parts_of(path: str) -> tuple[str, ...]:
     """What a normal path's parts are, `**` for any number of them. A name without wildcards in the last place may be a
     folder and stands for all that is in it too, as does whatever ends with a slash; `src/*.py` stands for files."""
@@ -1074,7 +1080,7 @@ def _parts_of(path: str) -> tuple[str, ...]:
     return (*parts, _DEEP) if path.endswith("/") or not _WILD.search(parts[-1]) else tuple(parts)
 
 
-@functools.lru_cache(4096)
+@functools.lru_cache(1024)
 def _characters(part: str) -> tuple[Ranges | None, ...]:
     """A part as what each of its places may be; None stands for `*`. An unclosed `[` is a character, as in a shell."""
     found: list[Ranges | None] = []
@@ -1107,9 +1113,9 @@ def _common(some: Ranges, others: Ranges) -> Ranges:
     return tuple((low, high) for low, high in pairs if low <= high)
 
 
-def _meet(some: tuple, others: tuple, deep: Any, match: Callable[[Any, Any], Any]) -> bool:
-    """Whether two sequences have an instance in common, where `deep` stands for any number of anything: a walk over
-    the pairs of places that a common instance could be at, each pair once."""
+def _meet(some: tuple[str, ...], others: tuple[str, ...]) -> bool:
+    """Whether two patterns, as parts, have a path in common: a walk over the pairs of places that such a path could be
+    at, each pair once."""
     seen, left = set(), [(0, 0)]
     while left:
         here = i, j = left.pop()
@@ -1119,26 +1125,42 @@ def _meet(some: tuple, others: tuple, deep: Any, match: Callable[[Any, Any], Any
         if i == len(some) and j == len(others):
             return True
         a, b = some[i : i + 1], others[j : j + 1]
-        if a == (deep,) or b == (deep,):
-            left += [(i + 1, j)] * (a == (deep,)) + [(i, j + 1)] * (b == (deep,))
-            left += [(i, j + 1)] * (a == (deep,) and bool(b)) + [(i + 1, j)] * (b == (deep,) and bool(a))
-        elif a and b and match(a[0], b[0]):
+        if _DEEP in a + b:
+            left += [(i + 1, j)] * (a == (_DEEP,) or b == (_DEEP,) and bool(a))
+            left += [(i, j + 1)] * (b == (_DEEP,) or a == (_DEEP,) and bool(b))
+        elif a and b and _parts_meet(a[0], b[0]):
             left.append((i + 1, j + 1))
     return False
 
 
-@functools.lru_cache(65_536)
+@functools.lru_cache(MAX_PATTERNS)
 def _parts_meet(some: str, others: str) -> bool:
+    """The same within a part, where there may be hundreds of places: all that one pattern may be at, as the bits of a
+    number, with each character of the other."""
     if not (_WILD.search(some) or _WILD.search(others)):
         return some == others
-    return _meet(_characters(some), _characters(others), None, _common)
+    places, full = _characters(some), (2 << len(_characters(some))) - 1
+    stars = sum(1 << i for i, place in enumerate(places) if place is None)
+    fits = functools.lru_cache(None)(lambda c: sum(1 << i for i, p in enumerate(places) if p and _common(p, c)))
+
+    def on(at: int) -> int:  # a `*` may stand for nothing
+        while (more := at | (at & stars) << 1) != at:
+            at = more
+        return at
+
+    at = on(1)
+    for c in _characters(others):
+        if not at:
+            return False
+        at = on(at & stars | (at & fits(c)) << 1) if c else full & -(at & -at)
+    return bool(at >> len(places))
 
 
-@functools.lru_cache(65_536)
+@functools.lru_cache(MAX_PATTERNS)
 def overlap(some: str, others: str) -> bool:
     """Whether two normal paths or globs have a path in common. `*` and `?` do not reach over a slash, `**` does; names
     that begin with a dot are like others. A relative path and an absolute one may be the same: only `**` meets both."""
-    return _meet(_parts_of(some), _parts_of(others), _DEEP, _parts_meet)
+    return _meet(_parts_of(some), _parts_of(others))
 
 
 # --- Fields -----------------------------------------------------------------------------------------------------------
@@ -2038,14 +2060,14 @@ class Mail(Agents):
             for name in inboxes:
                 if name in self.inboxes:
                     self.inboxes[name].take(seq - 1, seq)
-            self._forget_message(seq)
+            self._forget_message(seq, c.at)
             request = self._close_request(id)
             if request:
                 sender = next(filter(self.known, request.asked), OPERATOR)
                 words = f"nobody answered this request in time: ask again, or somebody else than {request.asked[0]}"
                 self._tell_asker(c.at, request, sender, "expired", words)
 
-    def _forget_message(self, seq: int) -> None:
+    def _forget_message(self, seq: int, at: int) -> None:
         """It is over: nobody gets it any more."""
         self._pings.pop(seq, None)
 
@@ -2090,8 +2112,9 @@ class Mail(Agents):
 
 
 class Jobs(Mail):
-    """Messages for one of many: a work queue. Whoever is free and has least gets one, and has its lease's time to
-    acknowledge it; then the next one gets it. Where nobody is free it lies with the group, for the first that comes."""
+    """Messages for one of many: a work queue. Whoever is free and has least to do gets one; where nobody is free it
+    lies with the group, for the first that comes. A lease begins when what its holder had before is done: who then
+    does not acknowledge in time may be dead, and the next ones get all it has."""
 
     def _load_jobs(self, snapshot: Snapshot) -> None:
         self.jobs = {job.seq: job for job in snapshot.jobs}
@@ -2100,32 +2123,41 @@ class Jobs(Mail):
         self._turns: dict[str, int] = {}  # when each was given one last: of equals, whoever waits longest is next
         self._turn = 0
         for job in snapshot.jobs:
-            self._place_of(job)[job.seq] = None
+            self._jobs_with(job)[job.seq] = None
         self.next_at = 0.0  # nothing that `Elapse` does is due before then
 
     def _by(self, at: float) -> None:
         """See that `Elapse` comes by then."""
         self.next_at = min(self.next_at, at)
 
-    def _mind_job(self, job: Job) -> None:
-        self._drop_job(job.seq)
-        self.jobs[job.seq] = job
-        self._place_of(job)[job.seq] = None
-        self.events.append(job)
-        if job.holder:
-            self._turn += 1
-            self._turns[job.holder] = self._turn
-            self._by(job.until)
-
-    def _place_of(self, job: Job) -> dict[int, None]:
+    def _jobs_with(self, job: Job) -> dict[int, None]:
         return (self._jobs_of if job.holder else self._unheld).setdefault(job.holder or job.group, {})
 
-    def _drop_job(self, seq: int) -> Job | None:
+    def _give(self, job: Job, worker: str, at: int) -> None:
+        """Have it lie with a worker, or with nobody in particular."""
+        self._drop_job(job.seq, at)
+        job = job._replace(holder=worker, until=at + job.lease if worker and worker not in self._jobs_of else 0)
+        self.jobs[job.seq] = job
+        self._jobs_with(job)[job.seq] = None
+        self.events.append(job)
+        if worker:
+            self._turn += 1
+            self._turns[worker] = self._turn
+            self._by(job.until or float("inf"))
+
+    def _drop_job(self, seq: int, at: int) -> Job | None:
+        """Mind it no more. It is the turn of the next that its holder has."""
         job = self.jobs.pop(seq, None)
         if job:
-            del self._place_of(job)[seq]
-            if not self._place_of(job):
+            others = self._jobs_with(job)
+            del others[seq]
+            if not others:
                 del (self._jobs_of if job.holder else self._unheld)[job.holder or job.group]
+            elif job.until:
+                following = self.jobs[next(iter(others))]
+                self.jobs[following.seq] = following._replace(until=at + following.lease)
+                self.events.append(self.jobs[following.seq])
+                self._by(at + following.lease)
         return job
 
     def load_of(self, agent_id: str) -> int:
@@ -2137,7 +2169,7 @@ class Jobs(Mail):
         had it already. Nobody where there is none."""
         group, _ = self._resolve_one(job.group, job.sender)
         some = [name for name in group if name != job.holder and self.free(name, at)]
-        some = [name for name in some if self.unread(name) < self.limits.max_inbox]
+        some = [n for n in some if self.load_of(n) < JOBS_AHEAD and self.unread(n) < self.limits.max_inbox]
         rank = lambda name: (self.load_of(name), self.unread(name), self._turns.get(name, 0), name)  # noqa: E731
         return min(some, key=rank, default="")
 
@@ -2154,9 +2186,6 @@ class Jobs(Mail):
         self._give(job._replace(seq=receipt.message.seq, id=receipt.message.id), worker, c.at)
         return receipt
 
-    def _give(self, job: Job, worker: str, at: int) -> None:
-        self._mind_job(job._replace(holder=worker, until=at + job.lease if worker else 0))
-
     def _hand_on(self, job: Job, at: int, worker: str) -> None:
         """That one's turn; or where nobody else is free, that of the first that comes."""
         was, now = job.holder or job.group, worker or job.group
@@ -2164,7 +2193,7 @@ class Jobs(Mail):
             self.inboxes[was].take(job.seq - 1, job.seq)
             self.seq += 1
             self._inbox(now).unread.append(self.seq)
-            self._drop_job(job.seq)
+            self._drop_job(job.seq, at)
             self.events += [Handed(job.seq, self.seq, was, now, job.group), Done(job.seq)]
             self._renumber(job, now)
             job = job._replace(seq=self.seq)
@@ -2197,7 +2226,7 @@ class Jobs(Mail):
     # what happens to messages that are jobs, too
 
     def _released(self, was: int, inboxes: tuple[str, ...], at: int) -> None:
-        job = self._drop_job(was)
+        job = self._drop_job(was, at)
         if job:
             self.events.append(Done(was))
             self._give(job._replace(seq=self.seq), "" if inboxes[0] == job.group else inboxes[0], at)
@@ -2208,13 +2237,13 @@ class Jobs(Mail):
 
     def _received(self, c: Ack, seqs: array[int]) -> None:
         super()._received(c, seqs)
-        done = [seq for seq in seqs if self._drop_job(seq)] if self.jobs else ()
+        done = [seq for seq in seqs if self._drop_job(seq, c.at)] if self.jobs else ()
         self.events += map(Done, done)
         self._hand_out(c.agent_id, c.at)  # it has done one, or has room again
 
-    def _forget_message(self, seq: int) -> None:
-        super()._forget_message(seq)
-        if self._drop_job(seq):
+    def _forget_message(self, seq: int, at: int) -> None:
+        super()._forget_message(seq, at)
+        if self._drop_job(seq, at):
             self.events.append(Done(seq))
 
     def _came(self, agent_id: str, at: int) -> None:
@@ -2230,17 +2259,18 @@ class Jobs(Mail):
     def _elapse_jobs(self, at: int) -> None:
         """Hand on what was not acknowledged in time, as much as a turn may take; and what lies with a group in which
         somebody is free: room may have come about by other means."""
-        late = (job for job in self.jobs.values() if job.holder and job.until <= at)
-        for job in list(itertools.islice(late, SWEEP_BATCH)):
-            worker = self._worker(job, at)
-            if worker or not self.free(job.holder, at):
-                self._hand_on(job, at, worker)
-            else:  # nobody else is here: it stays where it is
-                self._give(job, job.holder, at)
+        late = (job.holder for job in self.jobs.values() if 0 < job.until <= at)
+        for name in list(itertools.islice(late, SWEEP_BATCH)):
+            for job in [self.jobs[seq] for seq in list(self._jobs_of.get(name, ()))]:
+                worker = self._worker(job, at)
+                if worker or not self.free(name, at):
+                    self._hand_on(job, at, worker)
+                elif job.until:  # nobody else is here: it stays where it is
+                    self._give(job, name, at)
         for group in list(self._unheld):
             for name in self._resolve_one(group, "")[0]:
                 self._hand_out(name, at)
-        self._by(min((job.until for job in self.jobs.values() if job.holder), default=float("inf")))
+        self._by(min((job.until for job in self.jobs.values() if job.until), default=float("inf")))
 
 
 # --- Tasks ------------------------------------------------------------------------------------------------------------
@@ -2257,9 +2287,9 @@ class Tasks(Jobs):
         self._waiting_for: dict[str, dict[str, None]] = {}  # the ids of those that wait, by what they wait for
         self._task_bytes = 0
         for task in sorted(snapshot.tasks, key=lambda task: (task.since, task.seq)):
-            self._note_task(task, True)
+            self._index_task(task, True)
 
-    def _note_task(self, task: Task, here: bool) -> None:
+    def _index_task(self, task: Task, here: bool) -> None:
         """Count a task into what it is found by, or out."""
         found = [(self._in_state, "ended" if task.ended else task.state)]
         found += [(self._held_by, task.holder)] if task.state == "accepted" else []
@@ -2277,16 +2307,16 @@ class Tasks(Jobs):
         """What a task is from now on. Of too many that ended, the oldest is forgotten."""
         old = self.tasks.get(task.id)
         if old:
-            self._note_task(old, False)
+            self._index_task(old, False)
         self.tasks[task.id] = task._replace(payload="") if task.ended else task
-        self._note_task(self.tasks[task.id], True)
+        self._index_task(self.tasks[task.id], True)
         self.events.append(TaskChanged(task, result) if old else TaskProposed(task))
         ended = self._in_state.get("ended", ())
         if len(ended) > MAX_ENDED_TASKS:
             self._forget_task(next(iter(ended)))
 
     def _forget_task(self, task_id: str) -> None:
-        self._note_task(self.tasks.pop(task_id), False)
+        self._index_task(self.tasks.pop(task_id), False)
         self.events.append(TaskForgotten(task_id))
 
     # questions
@@ -2297,7 +2327,7 @@ class Tasks(Jobs):
 
     def may_see(self, agent_id: str, task: Task) -> bool:
         """Whether an agent is told what a task is about: as with messages, who has to do with it."""
-        return agent_id in (OPERATOR, task.proposer, task.holder) or self.able(agent_id, task)
+        return agent_id in (OPERATOR, task.proposer, task.holder) or self.known(agent_id) and self.able(agent_id, task)
 
     def tasks_of(self, agent_id: str) -> list[str]:
         """The ids of the tasks that an agent holds."""
@@ -2694,8 +2724,7 @@ class Board(Tasks):
     """What a team shares besides messages and tasks: channels, locks, notes, and what everybody is doing."""
 
     def _load_board(self, snapshot: Snapshot) -> None:
-        waiting = self.locks.waiting if hasattr(self, "locks") else None  # who is connected stays so
-        self.locks = Locks(snapshot.locks, snapshot.fence, waiting)
+        self.locks = Locks(snapshot.locks, snapshot.fence, self.locks.waiting)  # who is connected stays so
         self.notes = {note.key: note for note in snapshot.notes if not note.gone}
         self.gone_notes = {note.key: note for note in sorted(snapshot.notes, key=lambda note: note.at) if note.gone}
         for channel, agent_id, since in snapshot.members:
@@ -2723,7 +2752,7 @@ class Board(Tasks):
             self._came(c.agent_id, c.at)
         return not known
 
-    def _part(self, c: Part) -> bool:
+    def _leave_channel(self, c: LeaveChannel) -> bool:
         """Whether it was a member."""
         self.expect(c.agent_id)
         if c.agent_id not in self.channels.get(c.channel, ()):
@@ -2735,7 +2764,7 @@ class Board(Tasks):
         del self.channels[channel][agent_id]
         if not self.channels[channel]:
             del self.channels[channel]
-        self.events.append(Parted(channel, agent_id))
+        self.events.append(LeftChannel(channel, agent_id))
 
     def _set_status(self, c: SetStatus) -> Agent:
         if c.agent_id not in self.agents:
@@ -2785,7 +2814,7 @@ class Board(Tasks):
             raise self._lock_held(c, against, ahead, circle)
         self._check_paths(c)
         mine = [want for want in self.lock_places(c.at) if want.agent_id == c.agent_id and want.id != c.id]
-        if len(mine) >= MAX_LOCK_WAITS:
+        if len(mine) >= MAX_WAITS:
             raise RateLimited(f"{c.agent_id} waits for {len(mine)} locks: wait until it has some", retry_after=5)
         self.locks.queue(c)
         return None
@@ -2805,7 +2834,7 @@ class Board(Tasks):
             self._check_paths(c)
         self.locks.leave(c.id)
         for lock in [lock for lock, *_ in self.locks.over(c.paths) if lock != held and not self.live(c.at)(lock)]:
-            self._unlock(lock, "expired")
+            self._end_lock(lock, "expired")
         self.locks.fence += 0 if held else 1
         lock = held or Lock(c.id, c.agent_id, c.paths, c.mode, c.ttl, c.note, self.locks.fence, c.at, c.at)
         lock = lock._replace(ttl=c.ttl, note=c.note, renewed_at=c.at, follows=c.follows, reentrant=c.reentrant)
@@ -2817,7 +2846,7 @@ class Board(Tasks):
         self.events.append(Locked(lock))
         self._by(at + lock.ttl)
 
-    def _unlock(self, lock: Lock, reason: str) -> None:
+    def _end_lock(self, lock: Lock, reason: str) -> None:
         self.locks.pop(lock.lock_id)
         self.events.append(Unlocked(lock.lock_id, lock.agent_id, lock.paths, reason))
 
@@ -2863,7 +2892,7 @@ class Board(Tasks):
             self._put_lock(lock, c.at)
         return found
 
-    def _release_locks(self, c: ReleaseLocks) -> list[Lock]:
+    def _unlock(self, c: Unlock) -> list[Lock]:
         """What of the locks is free now, each as it was with the paths that are."""
         freed = []
         for lock in self._locks_meant(c.agent_id, c.id, c.at):
@@ -2874,7 +2903,7 @@ class Board(Tasks):
             if left:
                 self._put_lock(lock._replace(paths=left), c.at)
             else:
-                self._unlock(lock, "released")
+                self._end_lock(lock, "released")
             freed.append(lock._replace(paths=gone))
         return freed
 
@@ -2888,6 +2917,8 @@ class Board(Tasks):
     def _set_note(self, c: SetNote) -> Note:
         self.expect(c.agent_id)
         here, was = self.note(c.key, c.at), self.notes.get(c.key) or self.gone_notes.get(c.key)
+        if was and c.id and (was.id, was.agent_id) == (c.id, c.agent_id):
+            return was
         version = here.version if here else 0
         if c.if_version is not None and c.if_version != version:
             who = f"{here.agent_id} has written version {version}" if here else "there is none"
@@ -2900,7 +2931,7 @@ class Board(Tasks):
         if c.key not in self.notes and len(self.notes) >= self.limits.max_notes:
             raise StorageFull("the board has as many notes as it may: remove some, or raise --max-notes")
         version = was.version + 1 if was else 1
-        note = Note(c.key, version, c.agent_id, c.at, gone=True)
+        note = Note(c.key, version, c.agent_id, c.at, gone=True, id=c.id)
         if c.value is not None:
             note = note._replace(expires_at=c.expires_at, size=len(c.value.encode()), gone=False)
         self._put_note(note, c.value or "")
@@ -2921,16 +2952,20 @@ class Board(Tasks):
     def _gone(self, agent_id: str, at: int) -> None:
         for channel in self.channels_of(agent_id):
             self._expel(channel, agent_id)
+        self._free_locks(agent_id)
+        super()._gone(agent_id, at)
+
+    def _free_locks(self, agent_id: str) -> None:
+        """An agent's session is over: what it had locked, or waited for, the next one knows nothing of."""
         for lock in self.locks.of(agent_id):
-            self._unlock(lock, "left")
+            self._end_lock(lock, "left")
         for id in [id for id, want in self.locks.waiting.items() if want.agent_id == agent_id]:
             self.locks.leave(id)
-        super()._gone(agent_id, at)
 
     def _elapse(self, c: Elapse) -> None:
         self.next_at = float("inf")
         for lock in [lock for lock in self.locks.held.values() if not self.live(c.at)(lock)]:
-            self._unlock(lock, "expired")
+            self._end_lock(lock, "expired")
         for id in [id for id, want in self.locks.waiting.items() if want.wait_until <= c.at]:
             self.locks.leave(id)
         self._by(min((self.lock_ends(lock, c.at) for lock in self.locks.held.values()), default=float("inf")))
@@ -2945,10 +2980,14 @@ class Board(Tasks):
         self._elapse_jobs(c.at)
         self._elapse_tasks(c.at)
 
-    def _forget_old(self, at: float) -> None:
-        """Of tasks that ended, and notes that are gone, for longer than messages are kept nothing is remembered."""
+    def _forget_old(self, at: float, now: int) -> None:
+        """Of tasks that ended, and notes that are gone, for longer than messages are kept nothing is remembered; and a
+        task that nobody has taken in that time is wanted by nobody."""
         for id in [id for id in self._in_state.get("ended", ()) if self.tasks[id].since < at]:
             self._forget_task(id)
+        for task in [task for task in self.tasks.values() if task.state in ("open", "blocked") and task.since < at]:
+            if not self.tasks[task.id].ended:
+                self._end(task, now, "nobody has taken it for as long as messages are kept")
         for note in [note for note in self.gone_notes.values() if note.at < at]:
             self._forget_note(note.key)
 
@@ -2960,12 +2999,12 @@ class Board(Tasks):
         Send: Tasks._send,
         TakeTask: Tasks._take_task,
         Join: _join,
-        Part: _part,
+        LeaveChannel: _leave_channel,
         SetStatus: _set_status,
         TakeLock: _take_lock,
         LeaveQueue: _leave_queue,
         RenewLocks: _renew_locks,
-        ReleaseLocks: _release_locks,
+        Unlock: _unlock,
         SetNote: _set_note,
         Elapse: _elapse,
     }
@@ -2984,6 +3023,7 @@ class Hub(Board):
     def __init__(self, limits: Any, snapshot: Snapshot, at: int = 0) -> None:
         super().__init__(limits)
         self._unwritten: set[str] = set()
+        self.locks = Locks()
         self.load(snapshot, at)
 
     # state in and out
@@ -3068,6 +3108,8 @@ class Hub(Board):
         self.departed.discard(agent.agent_id)
         how = "register" if not held else "refresh" if same else "takeover"
         self.events += [Registered(agent, how, c.address), Seen(agent.agent_id, c.at)]
+        if how == "takeover":
+            self._free_locks(agent.agent_id)
         self._adopt(agent)
         self._seen[agent.agent_id] = c.at
         self._touch(Touch(c.at, agent.agent_id))
@@ -3132,7 +3174,7 @@ class Hub(Board):
         self._unwritten.clear()
         self.pace.sweep(c.at)
         self._elapse(Elapse(c.at))
-        self._forget_old(c.at - self.limits.retention * 1000)
+        self._forget_old(c.at - self.limits.retention * 1000, c.at)
         for name in [n for n, inbox in self.inboxes.items() if not inbox.unread and not self.known(n)]:
             del self.inboxes[name]
             self._strays.discard(name)
@@ -3209,7 +3251,8 @@ MIGRATIONS = (  # the n-th brings a file from user_version n to n + 1; what has 
         ttl INTEGER NOT NULL, note TEXT NOT NULL, token INTEGER NOT NULL, taken_at INTEGER NOT NULL,
         renewed_at INTEGER NOT NULL, follows INTEGER NOT NULL, reentrant INTEGER NOT NULL) WITHOUT ROWID;
     CREATE TABLE notes (key TEXT PRIMARY KEY, version INTEGER NOT NULL, agent_id TEXT NOT NULL, at INTEGER NOT NULL,
-        expires_at INTEGER NOT NULL, size INTEGER NOT NULL, gone INTEGER NOT NULL, value TEXT NOT NULL) WITHOUT ROWID;
+        expires_at INTEGER NOT NULL, size INTEGER NOT NULL, gone INTEGER NOT NULL, id TEXT NOT NULL,
+        value TEXT NOT NULL) WITHOUT ROWID;
     INSERT INTO meta VALUES ('fence', 0);
     """,
 )
@@ -3365,7 +3408,7 @@ WRITES: dict[type, tuple[tuple[str, Callable[[list], list[tuple]]], ...]] = {
         ),
     ),
     Joined: (("INSERT OR REPLACE INTO members VALUES (?,?,?)", list),),
-    Parted: (("DELETE FROM members WHERE channel = ? AND agent_id = ?", list),),
+    LeftChannel: (("DELETE FROM members WHERE channel = ? AND agent_id = ?", list),),
     Job: (("INSERT OR REPLACE INTO jobs VALUES (?,?,?,?,?,?,?)", list),),
     Handed: (
         (
@@ -3402,7 +3445,7 @@ WRITES: dict[type, tuple[tuple[str, Callable[[list], list[tuple]]], ...]] = {
     Unlocked: (("DELETE FROM locks WHERE lock_id = ?", lambda batch: [(e.lock_id,) for e in batch]),),
     Noted: (
         (
-            "INSERT OR REPLACE INTO notes VALUES (?,?,?,?,?,?,?,?)",
+            "INSERT OR REPLACE INTO notes VALUES (?,?,?,?,?,?,?,?,?)",
             lambda batch: [(*e.note, e.value) for e in batch],
         ),
     ),
@@ -3722,14 +3765,14 @@ class Log:
         listed = lambda text: tuple(json.loads(text))  # noqa: E731
         tasks = rows(f"SELECT {columns} FROM tasks ORDER BY seq")
         locks = rows("SELECT * FROM locks ORDER BY lock_id")
-        notes = rows("SELECT key, version, agent_id, at, expires_at, size, gone FROM notes ORDER BY key")
+        notes = rows("SELECT * FROM notes ORDER BY key")
         return (
             tuple(rows("SELECT channel, agent_id, since FROM members ORDER BY channel, agent_id")),
             tuple(Job(*row) for row in rows("SELECT * FROM jobs ORDER BY seq")),
             tuple(Task(*row[:10], listed(row[10]), listed(row[11]), *row[12:]) for row in tasks),
             tuple(Lock(*row[:2], listed(row[2]), *row[3:9], *map(bool, row[9:])) for row in locks),
             rows("SELECT value FROM meta WHERE key = 'fence'").fetchone()[0],
-            tuple(Note(*row[:6], bool(row[6])) for row in notes),
+            tuple(Note(*row[:6], bool(row[6]), row[7]) for row in notes),
         )
 
     def _message(self, row: tuple) -> Message:
@@ -3831,7 +3874,7 @@ class Log:
     def note(self, key: str) -> tuple[Note, str] | None:
         """A note and its value (JSON text), as committed."""
         for row in self._rows("SELECT * FROM notes WHERE key = ?", (key,)):
-            return Note(*row[:6], bool(row[6])), row[7]
+            return Note(*row[:6], bool(row[6]), row[7]), row[8]
         return None
 
     def latest(self) -> int:
@@ -5170,10 +5213,8 @@ class Handlers(Reading):
                 f'{{"agent_id":{shown},"state":"{state}","connected":{_BOOL[name in hub.connections]},'
                 f'"unread":{hub.unread(name)}{close}}}'
             )
-        warning = self._waits(receipt) if not lines or message.lease else ""
-        if not lines and not warning:
-            warning = f"nobody else is in {json.loads(message.to)} now: the message was kept for no one"
-        elif receipt.full:
+        warning = self._reaches_nobody(receipt) if not lines or message.lease else ""
+        if receipt.full:
             warning = f"no room in the inbox of {', '.join(receipt.full[:5])}: send it to them later, with another id"
         extra = f',"thread":"{message.thread}"' if message.thread else ""
         extra += f',"due_at":"{timestamp(message.due_at)}"' if message.due_at else ""
@@ -5187,18 +5228,20 @@ class Handlers(Reading):
             f'"pushed":{kinds.count("pushed")},"queued":{queued}{extra}}}'
         )
 
-    def _waits(self, receipt: Receipt) -> str:
-        """What becomes of what has reached nobody yet, and will."""
-        message = receipt.message
+    def _reaches_nobody(self, receipt: Receipt) -> str:
+        """What becomes of what has reached nobody, or nobody yet."""
+        message, to = receipt.message, json.loads(receipt.message.to)
         task = self.hub.tasks.get(message.id)
         if task and task.state == "blocked":
             unknown = [id for id in task.waits_for if id not in self.hub.tasks]
             more = f"; nobody has proposed {', '.join(unknown[:5])} yet" if unknown else ""
             return f"it is proposed when {', '.join(task.waits_for[:5])} is completed{more}"
-        if task and task.state == "open":
-            return f"nobody else is in {json.loads(message.to)} now: the task is on the board for whoever comes"
-        to = json.loads(message.to)
-        return f"nobody of {to} is free: the first that comes gets it" if receipt.inboxes == (to,) else ""
+        if message.lease:
+            return f"nobody of {to} is free: the first that comes gets it" if receipt.inboxes == (to,) else ""
+        if message.reply_to in self.hub.tasks and message.type in self.hub.TASK_MESSAGES:
+            return ""  # it concerns nobody else
+        kept = "the task is on the board for whoever comes" if task else "the message was kept for no one"
+        return f"nobody else is in {to} now: {kept}"
 
     def ack(self, call: Call) -> Response:
         """POST /api/v1/messages/ack."""
@@ -5266,10 +5309,10 @@ class Teamwork(Handlers):
         news = self.hub.apply(Join(call.at, call.agent_id, channel, call.params["history"] == "full"))
         return Response({"success": True, **self._shown_channel(channel), "joined": news})
 
-    def part(self, call: Call) -> Response:
+    def leave_channel(self, call: Call) -> Response:
         """POST /api/v1/channels/{channel}/leave."""
         channel = call.params["channel"]
-        news = self.hub.apply(Part(call.at, call.agent_id, channel))
+        news = self.hub.apply(LeaveChannel(call.at, call.agent_id, channel))
         return Response({"success": True, **self._shown_channel(channel), "left": news})
 
     def channels(self, call: Call) -> Response:
@@ -5450,7 +5493,7 @@ class Teamwork(Handlers):
         given = call.params
         if sum(map(bool, (given["lock_id"], given["paths"], given["all"]))) != 1:
             raise InvalidRequest("`lock_id`, `paths` or `all` is needed, one of them: say what to release")
-        freed = self.hub.apply(ReleaseLocks(call.at, call.agent_id, given["lock_id"] or "", given["paths"] or ()))
+        freed = self.hub.apply(Unlock(call.at, call.agent_id, given["lock_id"] or "", given["paths"] or ()))
         shown = [{"lock_id": lock.lock_id, "token": lock.token, "paths": lock.paths} for lock in freed]
         return Response({"success": True, "released": shown})
 
@@ -5481,7 +5524,9 @@ class Teamwork(Handlers):
         if len(value.encode()) > MAX_NOTE:
             raise PayloadTooLarge(f"a note holds up to {MAX_NOTE} bytes of JSON: put it in a file and note its path")
         expires_at = call.at + max(1, int(given["ttl"] * 1000)) if given["ttl"] else 0
-        note = self.hub.apply(SetNote(call.at, call.agent_id, given["key"], value, given["if_version"], expires_at))
+        note = self.hub.apply(
+            SetNote(call.at, call.agent_id, given["key"], value, given["if_version"], expires_at, given["id"] or "")
+        )
         return Response({"success": True, **self._shown_note(note)})
 
     def get_note(self, call: Call) -> Response:
@@ -5503,10 +5548,10 @@ class Teamwork(Handlers):
         shown = [self._shown_note(note) for note in found if note]
         return Response({"notes": shown, "total": len(shown)})
 
-    def drop_note(self, call: Call) -> Response:
+    def delete_note(self, call: Call) -> Response:
         """DELETE /api/v1/notes/{key}."""
-        key = call.params["key"]
-        note = self.hub.apply(SetNote(call.at, call.agent_id, key, None, call.params["if_version"]))
+        key, id = call.params["key"], call.params["id"] or ""
+        note = self.hub.apply(SetNote(call.at, call.agent_id, key, None, call.params["if_version"], 0, id))
         return Response({"success": True, "key": key, "version": note.version})
 
     def _shown_note(self, note: Note) -> dict:
@@ -5702,12 +5747,14 @@ _LOCKS_FIELDS = (Field("path", "path", doc="only what overlaps"), Field("holder"
 _RENEW_FIELDS = (_AGENT, _LOCK_ID, Field("ttl", "ttl"))
 _UNLOCK_FIELDS = (_AGENT, _LOCK_ID, Field("paths", "paths"), Field("all", "flag"))
 _KEY = Field("key", "key", True)
+_CHANGE_ID = Field("id", "new_message_id", doc="an idempotency key: the last change again is no other")
 _IF_VERSION = Field("if_version", "version", doc="only if that is its version; 0: only if there is none")
 _NOTE_FIELDS = (
     _AGENT,
     Field("value", "json", True, "any JSON value"),
     _IF_VERSION,
     Field("ttl", "ttl", doc="seconds after which it is gone"),
+    _CHANGE_ID,
 )
 _FROM = (("from", "agent_id"),)
 _TASK_WORDS = (*_FROM, ("task", "message"))
@@ -5751,7 +5798,7 @@ ROUTES = (
     Route("GET", "/api/v1/channels/{channel}", Teamwork.channel, "One channel", query=(_CHANNEL,), access="any"),
     Route("POST", "/api/v1/channels/{channel}/join", Teamwork.join, "Join a channel", query=(_CHANNEL,),
           body=_JOIN_FIELDS, actor="agent_id", frame="join"),
-    Route("POST", "/api/v1/channels/{channel}/leave", Teamwork.part, "Leave a channel", query=(_CHANNEL,),
+    Route("POST", "/api/v1/channels/{channel}/leave", Teamwork.leave_channel, "Leave a channel", query=(_CHANNEL,),
           body=(_AGENT,), actor="agent_id", frame="leave"),
     Route("GET", "/api/v1/tasks", Teamwork.tasks, "The board of tasks", query=_TASKS_FIELDS, actor="agent_id",
           default_actor=OPERATOR, frame="tasks"),
@@ -5784,9 +5831,9 @@ ROUTES = (
           access="any", frame="notes"),
     Route("GET", "/api/v1/notes/{key}", Teamwork.get_note, "A note", query=(_KEY,), access="any", frame="note_get"),
     Route("PUT", "/api/v1/notes/{key}", Teamwork.set_note, "Write a note", query=(_KEY,), body=_NOTE_FIELDS,
-          actor="agent_id", frame="note_set"),
-    Route("DELETE", "/api/v1/notes/{key}", Teamwork.drop_note, "Remove a note", query=(_AGENT, _KEY, _IF_VERSION),
-          actor="agent_id", frame="note_delete"),
+          actor="agent_id", headers=(("idempotency-key", "id"),), frame="note_set"),
+    Route("DELETE", "/api/v1/notes/{key}", Teamwork.delete_note, "Remove a note", actor="agent_id",
+          query=(_AGENT, _KEY, _IF_VERSION, _CHANGE_ID), headers=(("idempotency-key", "id"),), frame="note_delete"),
     Route("GET", "/api/v1/events", Teamwork.watch, "What happens, as it happens",
           query=(_AGENT, Field("format", "format")), actor="agent_id", default_actor=OPERATOR),
     Route("POST", "/api/v1/backup", Handlers.backup, "A copy of the store", access="key"),
@@ -6279,8 +6326,8 @@ class API(Access):
     # frames of a WebSocket
 
     def frame(self, agent_id: str, data: bytes, address: str, at: int) -> Frame:
-        """Answer one frame of a WebSocket. Never raises, like `dispatch`. Only acknowledgements and heartbeats that
-        are right are free."""
+        """Answer one frame of a WebSocket. Never raises, like `dispatch`. Only what is free as a request is free, and
+        only if it is right."""
         self.metrics["websocket_frames_total"] += 1
         ref: dict[str, Any] = {}
         handler = None
@@ -6296,7 +6343,7 @@ class API(Access):
             if self.trouble and handler is not API._heartbeat_frame and not (route and not route.writes):
                 self.probe()
             if route:
-                handler = API._message_frame  # which has paid, too
+                handler = API._message_frame if route.charged else None  # which has paid, too
                 return self._route_frame(route, agent_id, frame, ref, address, at)
             return handler(self, agent_id, frame, ref, at)
         except HubError as error:
@@ -6586,7 +6633,8 @@ class SocketReader(Reader):
 
 
 class Poll:
-    """A waiting `GET /api/v1/messages`: answered by the first message that it wants, or when its time is over."""
+    """A request or frame that waits: for a message that it wants, for a task, or in line for a lock; answered when
+    there is one, or when its time is over."""
 
     via = "poll"
 
@@ -6670,9 +6718,8 @@ COUNT_SECONDS = 1  # how often watchers are told how many there are of everythin
 def _task_event(hub: Hub, event: TaskChanged | TaskProposed) -> dict:
     task = event.task
     kinds = {"accepted": "task_accept", "completed": "task_complete", "cancelled": "task_cancel"}
-    kind = kinds.get(task.state, "task_release" if task.released_by or task.reason else "task_open")
-    if isinstance(event, TaskProposed):
-        kind = "task_proposal"
+    kinds |= {"blocked": "task_wait", "open": "task_release" if task.reason else "task_open"}
+    kind = "task_proposal" if isinstance(event, TaskProposed) else kinds[task.state]
     shown = {"event": kind, "task_id": task.id, "state": task.state, "proposer": task.proposer}
     shown |= {"to": json.loads(task.to)}
     shown |= {"holder": task.holder} if task.holder else {}
@@ -6701,7 +6748,7 @@ ACTIVITY: dict[type, Callable[[Any, Any], dict]] = {
     Doing: lambda hub, e: {"event": "status", "agent_id": e.agent_id, "doing": e.doing}
     | ({"away_until": timestamp(e.away_until)} if e.away_until else {}),
     Joined: lambda hub, e: {"event": "join", "channel": e.channel, "agent_id": e.agent_id},
-    Parted: lambda hub, e: {"event": "part", "channel": e.channel, "agent_id": e.agent_id},
+    LeftChannel: lambda hub, e: {"event": "leave", "channel": e.channel, "agent_id": e.agent_id},
     TaskProposed: _task_event,
     TaskChanged: _task_event,
     Locked: _lock_event,
@@ -6767,7 +6814,7 @@ class Watcher:
         return False
 
     def end(self) -> None:
-        """The hub stops."""
+        """There is no more to be told to it."""
         self.transport.close()
 
     def close(self) -> None:
@@ -6781,15 +6828,15 @@ class Watchers:
 
     def __init__(self, server: Any) -> None:
         self._server, self.all = server, {}  # type: Any, dict[Watcher, None]
-        self._counts: dict[str, Any] = {}
+        self._counts, self._counting = {}, False  # type: dict[str, Any], bool
 
     def add(self, watcher: Watcher) -> None:
         """Tell somebody what happens from now on, beginning with how things are."""
-        if not self.all:
-            self._server.loop.call_later(COUNT_SECONDS, self._count)
         self.all[watcher] = None
-        self._counts = counts_of(self._server.hub, self._server.clock())
-        watcher.say(self._counts)
+        if not self._counting:
+            self._counting, self._counts = True, counts_of(self._server)
+            self._server.loop.call_later(COUNT_SECONDS, self._count)
+        watcher.say(counts_of(self._server))
 
     def tell(self, event: Any) -> None:
         """Let them know of an event that was committed."""
@@ -6798,19 +6845,25 @@ class Watchers:
             for watcher in list(self.all):
                 watcher.tell(event, shown)
 
+    def end(self, agent_id: str) -> None:
+        """An agent has left, or its tokens have ended: whoever watches with one of them does not any more."""
+        for watcher in [watcher for watcher in self.all if watcher.agent_id == agent_id]:
+            watcher.end()
+
     def _count(self) -> None:
-        if self.all and not self._server.closing:
+        self._counting = bool(self.all) and not self._server.closing
+        if self._counting:
             self._server.loop.call_later(COUNT_SECONDS, self._count)
-            before, self._counts = self._counts, counts_of(self._server.hub, self._server.clock())
+            before, self._counts = self._counts, counts_of(self._server)
             for watcher in list(self.all) if before != self._counts else ():
                 watcher.say(self._counts)
 
 
-def counts_of(hub: Hub, at: int) -> dict:
+def counts_of(server: Any) -> dict:
     """How many there are of everything."""
-    tasks = hub.count_tasks()
+    hub, tasks = server.hub, server.hub.count_tasks()
     return {
-        "event": "counts", "agents": len(hub.agents), "active": len(hub.active), "messages": hub.seq,
+        "event": "counts", "agents": len(hub.agents), "active": len(hub.active), "messages": server.api.committed,
         "unread": sum(map(hub.unread, hub.inboxes)), "open_tasks": tasks["open"], "accepted_tasks": tasks["accepted"],
         "locks": len(hub.locks.held),
     }  # fmt: skip
@@ -7317,6 +7370,10 @@ class HubSocket:
 
     def _wait_for(self, asked: Frame, wait: Wait) -> None:
         """Answer a frame when there is an answer; others are looked at meanwhile."""
+        if len(self._polls) >= MAX_WAITS:
+            wait.give_up()
+            error = RateLimited(f"{len(self._polls)} frames of this line wait already: let some end", retry_after=5)
+            return self._reply(error_frame(error, asked.ref), None)
 
         def done(answer: Response) -> None:
             self._polls.pop(poll, None)
@@ -7885,6 +7942,7 @@ class Server:
     def _tell_left(self, event: Left) -> None:
         """Its lines end with it, and so do its tokens: whoever takes the id next must not be read or spoken for."""
         self.api.audit.note("leave", address=event.address, agent_id=event.agent_id)
+        self.watchers.end(event.agent_id)
         for reader in list(self.readers.get(event.agent_id, ())):
             reader.end()
 
@@ -7897,6 +7955,11 @@ class Server:
     def _tell_registered(self, event: Registered) -> None:
         self.api.audit.note(event.how, address=event.address, agent_id=event.agent.agent_id)
         self._ask_polls(event.agent.agent_id)
+        if event.how == "takeover":
+            self.watchers.end(event.agent.agent_id)
+
+    def _tell_lapsed(self, event: Lapsed) -> None:
+        self.watchers.end(event.agent_id)
 
     def _tell_joined(self, event: Joined) -> None:
         self._ask_polls(event.agent_id)
@@ -7914,6 +7977,7 @@ class Server:
         Unlocked: _tell_locks,
         Registered: _tell_registered,
         Joined: _tell_joined,
+        Lapsed: _tell_lapsed,
         Sent: _tell_sent,
         Adopted: _tell_adopted,
         Handed: _tell_handed,
@@ -8580,7 +8644,8 @@ class _Shared(_Calls):
     def set_note(self, key: str, value: Any, if_version: int | None = None, ttl: float | None = None) -> Any:
         """Write a note (any JSON value of up to 64 KiB); only if it has that version, where one is given (0: there is
         none). Raises VersionConflict."""
-        body = _given({"agent_id": self._me(), "if_version": if_version, "ttl": ttl}) | {"value": value}
+        body = _given({"agent_id": self._me(), "if_version": if_version, "ttl": ttl, "id": new_message_id()})
+        body |= {"value": value}
         return self._run(self._pick(None, "PUT", f"/api/v1/notes/{quote(key)}", body))
 
     def get_note(self, key: str) -> Any:
@@ -8593,7 +8658,7 @@ class _Shared(_Calls):
 
     def delete_note(self, key: str, if_version: int | None = None) -> Any:
         """Remove a note. Raises NotFound, or VersionConflict."""
-        query = {"agent_id": self._me(), "if_version": if_version}
+        query = {"agent_id": self._me(), "if_version": if_version, "id": new_message_id()}
         return self._run(self._pick(None, "DELETE", f"/api/v1/notes/{quote(key)}", query=query))
 
 
@@ -8815,11 +8880,18 @@ class AgentClient(_Shared):
         for task in (self._beat, self._listening):
             if task and task is not asyncio.current_task():
                 task.cancel()
+        for line in list(self._streams):
+            line.close()
         self._drop()
 
     def _drop(self) -> None:
         while self._idle:
             self._idle.pop()[1].close()
+
+    @functools.cached_property
+    def _streams(self) -> set[Any]:
+        """Lines on which something comes without end."""
+        return set()
 
     @functools.cached_property
     def _idle(self) -> list[tuple[Any, Any]]:
@@ -8981,6 +9053,8 @@ class AgentClient(_Shared):
                 async for event in self._read_stream("events"):
                     tries = 0
                     yield event
+                    if self._closed:
+                        return
             except (OSError, EOFError, HubError) as error:
                 if not self._closed:
                     await asyncio.sleep(self._mend(error, tries))
@@ -8991,6 +9065,7 @@ class AgentClient(_Shared):
         import asyncio
 
         incoming, outgoing = await self._connect()
+        self._streams.add(outgoing)
         try:
             outgoing.write(self._stream_request(what))
             reader = ResponseReader()
@@ -9003,6 +9078,7 @@ class AgentClient(_Shared):
         except asyncio.TimeoutError:
             raise EOFError("the hub is silent") from None
         finally:
+            self._streams.discard(outgoing)
             outgoing.close()
         raise EOFError("the hub closed the stream")
 
