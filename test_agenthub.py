@@ -6731,8 +6731,11 @@ def test_what_a_handler_raises_ends_listen_and_its_message_comes_again(error: ty
     assert asyncio.run(asyncio.wait_for(main(), 30)) == [1, 1]
 
 
-def test_a_hub_that_comes_back_without_its_file_is_registered_with_again(live: object) -> None:
+def test_a_hub_that_comes_back_without_its_file_is_registered_with_again(
+    live: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reasons: list[str] = []
+    monkeypatch.setattr(ah, "_pause", lambda tries: 0.05)
 
     async def main() -> None:
         hub = live("--db", ":memory:", port=steady_port())
@@ -6745,7 +6748,8 @@ def test_a_hub_that_comes_back_without_its_file_is_registered_with_again(live: o
             while not got:
                 await asyncio.sleep(0.01)
             hub.stop(signal.SIGKILL)
-            await asyncio.sleep(1.2)  # several tries are in vain
+            while len(reasons) < 4:  # several tries are in vain
+                await asyncio.sleep(0.01)
             await asyncio.to_thread(live, "--db", ":memory:", port=str(hub.port))
             while True:
                 with contextlib.suppress(ah.UnknownAgent, ah.Unauthorized):
