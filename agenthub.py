@@ -10446,7 +10446,7 @@ _COMMANDS: dict[str, tuple] = {
     ), "agenthub trace 01a2…-4fe2"),
     "status": (_status_command, "the hub, who you are there, and which requests are open", (
         _arg("--set", metavar="TEXT", help="tell others what you are doing; an empty text: nothing"),
-        _arg("--away", type=duration, metavar="TIME", help="be away that long (90, 30m, 2h): you get no work then"),
+        _arg("--away", type=duration, metavar="TIME", help="be away that long (90, 30m, 2h) and get no --one; else you are back"),
     ), 'agenthub status --set "refactoring auth" --away 30m'),
     "join": (_join_command, "become a member of a channel", (
         _CHANNEL_ARG,
