@@ -3876,6 +3876,35 @@ def test_locks_over_http_say_who_has_what(crew: World) -> None:
         assert crew.call("POST", "/api/v1/locks", {"agent_id": "w1", "paths": ["x"], **bad})[0] == 400, bad
 
 
+def test_whoever_says_that_it_asks_again_keeps_its_place_and_nobody_else_does(crew: World) -> None:
+    lock(crew, "w1", "src")
+    ask = lambda who, **more: crew.raw(  # noqa: E731
+        "POST", "/api/v1/locks", json.dumps({"agent_id": who, "paths": ["src"], "wait": 1, "id": who, **more}).encode(),
+        Content_Type="application/json",
+    )  # fmt: skip
+    order = lambda: [want.agent_id for want in crew.hub.lock_places(crew.clock())]  # noqa: E731
+    first, second, third = ask("w2", again=True), ask("w3"), ask("boss")
+    assert order() == ["w2", "w3", "boss"]
+    crew.clock.advance(1)
+    assert [wait.attempt(True, crew.clock()).status for wait in (first, second)] == [409, 409] and order() == ["w2", "boss"]
+    crew.clock.advance(ah.PLACE_SECONDS - 1)
+    again = ask("w2", again=True)
+    assert order() == ["w2", "boss"], "in the meantime nobody slipped in"
+    third.give_up(), again.attempt(True, crew.clock())
+    crew.clock.advance(ah.PLACE_SECONDS)
+    assert order() == [] and list(crew.hub.locks.waiting) == ["w2"]
+    crew.apply(ah.Elapse)
+    assert not crew.hub.locks.waiting and crew.hub.locks.paths == 1
+    client = ah.Client("http://127.0.0.1:1", "w1")
+    asked = client._lock(ah.MAX_WAIT + 5, {"paths": "x", "id": "i"})
+    bodies = [next(asked)[2], asked.throw(ah.LockHeld("held"))[2]]
+    assert [(body["wait"], body["again"], body["id"]) for body in bodies][0] == (ah.MAX_WAIT, True, "i") and bodies[1]["again"]
+    with pytest.raises(ah.LockHeld):
+        asked = client._lock(5, {"paths": "x", "id": "i"})
+        assert not next(asked)[2]["again"]
+        asked.throw(ah.LockHeld("held"))
+
+
 def test_notes_over_http(crew: World) -> None:
     put = lambda value, **more: crew.call("PUT", "/api/v1/notes/hand%2Fover", {"agent_id": "w1", "value": value, **more})  # noqa: E731
     status, note = put({"done": ["a"]}, if_version=0, ttl=60)
@@ -4575,6 +4604,7 @@ def test_who_goes_away_while_it_waits_for_a_lock_leaves_its_place(shared_hub: Li
     with pytest.raises(ah.LockHeld) as caught:
         holder.lock("place", wait=0.05)
     assert caught.value.details["holder"] == "place-3"
+    assert not hub.client()._run(next_one._pick("waiting", "GET", "/api/v1/locks")), "whose time is over waits no more"
     next_one.unlock()
 
 
