@@ -70,7 +70,7 @@ import sys
 import time
 from array import array
 from bisect import bisect_left, bisect_right
-from typing import Any, Callable, Generator, Iterable, Iterator, NamedTuple, Tuple
+from typing import Any, Callable, Collection, Generator, Iterable, Iterator, NamedTuple, Tuple
 from zlib import crc32
 
 __all__ = ["AgentClient", "Client", "HubError", "main"]
@@ -1637,37 +1637,53 @@ class Inbox:
                 self.claims.pop(seq, None)
 
 
+class Index(dict):
+    """What is found by a word: ids in the order of their coming. Of a word without ids nothing is kept."""
+
+    def add(self, word: str, id: Any) -> None:
+        """Have an id found by that word."""
+        self.setdefault(word, {})[id] = None
+
+    def drop(self, word: str, id: Any) -> None:
+        """Have it found by that word no more. Raises KeyError where it is not."""
+        del self[word][id]
+        if not self[word]:
+            del self[word]
+
+    def of(self, word: str) -> Collection[Any]:
+        """The ids of that word."""
+        return self.get(word, ())
+
+
 class Requests:
     """What was asked and nobody has answered yet, by id and by everybody it concerns, oldest first."""
 
     def __init__(self, some: Iterable[Asked] = ()) -> None:
         self.open: dict[str, Asked] = {}
-        self._ids: dict[str, dict[str, None]] = {}
+        self._ids = Index()
         for request in some:
             self.put(request)
 
     def put(self, request: Asked) -> None:
         """Mind a request, or what has changed of it, which does not change its place."""
-        held = self.open.get(request.id)
-        self._note(held, lambda ids: ids.pop(request.id, None))
+        self._forget(self.open.get(request.id))
         self.open[request.id] = request
-        self._note(request, lambda ids: ids.setdefault(request.id))
+        for name in {request.asker, *request.asked}:
+            self._ids.add(name, request.id)
 
-    def _note(self, request: Asked | None, change: Callable[[dict], Any]) -> None:
+    def _forget(self, request: Asked | None) -> None:
         for name in {request.asker, *request.asked} if request else ():
-            change(self._ids.setdefault(name, {}))
-            if not self._ids[name]:
-                del self._ids[name]
+            self._ids.drop(name, request.id)
 
     def pop(self, request_id: str) -> Asked | None:
         """Mind it no more. Returns it, if it was minded."""
         request = self.open.pop(request_id, None)
-        self._note(request, lambda ids: ids.pop(request_id, None))
+        self._forget(request)
         return request
 
     def of(self, agent_id: str) -> list[Asked]:
         """Those that an agent has asked, or was asked, oldest first."""
-        return sorted((self.open[request_id] for request_id in self._ids.get(agent_id, ())), key=lambda one: one.seq)
+        return sorted((self.open[request_id] for request_id in self._ids.of(agent_id)), key=lambda one: one.seq)
 
 
 # --- Agents -----------------------------------------------------------------------------------------------------------
@@ -1687,8 +1703,7 @@ class Agents:
         self.loaded_at = at
         self.channels: dict[str, dict[str, int]] = {}
         self.agents = {agent.agent_id: agent for agent in agents}
-        self._names: dict[str, dict[str, None]] = {}
-        self._able: dict[str, dict[str, None]] = {}
+        self._names, self._able = Index(), Index()
         self._close: dict[str, list[str]] = {}
         for agent in self.agents.values():
             self._index(agent)
@@ -1702,7 +1717,7 @@ class Agents:
         self.agents[agent.agent_id] = agent
         self._index(agent)
 
-    def _entries(self, agent: Agent) -> list[tuple[dict[str, dict[str, None]], str]]:
+    def _entries(self, agent: Agent) -> list[tuple[Index, str]]:
         """Where it is found: each index, and the word it stands under there."""
         return [
             (self._names, agent.name.casefold()),
@@ -1712,15 +1727,13 @@ class Agents:
     def _index(self, agent: Agent) -> None:
         self._close.clear()
         for index, word in self._entries(agent):
-            index.setdefault(word, {})[agent.agent_id] = None
+            index.add(word, agent.agent_id)
 
     def forget(self, agent_id: str) -> None:
         """Know an agent no more, if it was here."""
         agent = self.agents.pop(agent_id, None)
         for index, word in self._entries(agent) if agent else ():
-            del index[word][agent_id]
-            if not index[word]:
-                del index[word]
+            index.drop(word, agent_id)
         self._close.clear()
 
     def known(self, agent_id: str) -> bool:
@@ -1762,7 +1775,7 @@ class Agents:
 
     def named(self, name: str) -> list[str]:
         """The ids of those that have that name, in any case."""
-        return sorted(self._names.get(name.casefold(), ()))
+        return sorted(self._names.of(name.casefold()))
 
     def close_to(self, wanted: str) -> list[str]:
         """The ids of up to three agents whose id or name is much like `wanted`."""
@@ -1781,7 +1794,7 @@ class Agents:
     def belongs(self, agent_id: str, to: str) -> bool:
         """Whether an agent is one of those that a recipient, as an envelope shows it, names."""
         if to[0] in "#@":
-            return agent_id in (self.channels if to[0] == "#" else self._able).get(to if to[0] == "#" else to[1:], ())
+            return agent_id in (self._able.of(to[1:]) if to[0] == "@" else self.channels.get(to, ()))
         return to in (EVERYONE, agent_id) or to not in self.agents and agent_id in self.named(to)
 
     def resolve(self, c: Send) -> tuple[tuple[str, ...], str]:
@@ -1803,7 +1816,7 @@ class Agents:
         if to.upper() == EVERYONE:
             return sorted(name for name in self.agents if name != sender), EVERYONE
         if to[0] in "#@":
-            group = self._able.get(to[1:], ()) if to[0] == "@" else self.channels.get(to, ())
+            group = self._able.of(to[1:]) if to[0] == "@" else self.channels.get(to, ())
             return sorted(name for name in group if name != sender), to
         holders = self.named(to)
         if len(holders) > 1:
@@ -2118,27 +2131,26 @@ class Jobs(Mail):
 
     def _load_jobs(self, snapshot: Snapshot) -> None:
         self.jobs = {job.seq: job for job in snapshot.jobs}
-        self._jobs_of: dict[str, dict[int, None]] = {}  # by who holds them
-        self._unheld: dict[str, dict[int, None]] = {}  # those that wait, by group
+        self._jobs_of, self._unheld = Index(), Index()  # by who holds them; those that wait, by group
         self._turns: dict[str, int] = {}  # when each was given one last: of equals, whoever waits longest is next
         self._turn = 0
         for job in snapshot.jobs:
-            self._jobs_with(job)[job.seq] = None
+            self._jobs_like(job).add(job.holder or job.group, job.seq)
         self.next_at = 0.0  # nothing that `Elapse` does is due before then
 
     def _by(self, at: float) -> None:
         """See that `Elapse` comes by then."""
         self.next_at = min(self.next_at, at)
 
-    def _jobs_with(self, job: Job) -> dict[int, None]:
-        return (self._jobs_of if job.holder else self._unheld).setdefault(job.holder or job.group, {})
+    def _jobs_like(self, job: Job) -> Index:
+        return self._jobs_of if job.holder else self._unheld
 
     def _give(self, job: Job, worker: str, at: int) -> None:
         """Have it lie with a worker, or with nobody in particular."""
         self._drop_job(job.seq, at)
         job = job._replace(holder=worker, until=at + job.lease if worker and worker not in self._jobs_of else 0)
         self.jobs[job.seq] = job
-        self._jobs_with(job)[job.seq] = None
+        self._jobs_like(job).add(job.holder or job.group, job.seq)
         self.events.append(job)
         if worker:
             self._turn += 1
@@ -2149,11 +2161,9 @@ class Jobs(Mail):
         """Mind it no more. It is the turn of the next that its holder has."""
         job = self.jobs.pop(seq, None)
         if job:
-            others = self._jobs_with(job)
-            del others[seq]
-            if not others:
-                del (self._jobs_of if job.holder else self._unheld)[job.holder or job.group]
-            elif job.until:
+            self._jobs_like(job).drop(job.holder or job.group, seq)
+            others = self._jobs_of.of(job.holder) if job.until else ()
+            if others:
                 following = self.jobs[next(iter(others))]
                 self.jobs[following.seq] = following._replace(until=at + following.lease)
                 self.events.append(self.jobs[following.seq])
@@ -2162,7 +2172,7 @@ class Jobs(Mail):
 
     def load_of(self, agent_id: str) -> int:
         """How much an agent has to do: jobs that it was given and has not acknowledged."""
-        return len(self._jobs_of.get(agent_id, ()))
+        return len(self._jobs_of.of(agent_id))
 
     def _worker(self, job: Job, at: int) -> str:
         """Who should have the job: of those who are free and have room, whoever has least to do; not its holder, who
@@ -2252,7 +2262,7 @@ class Jobs(Mail):
 
     def _gone(self, agent_id: str, at: int) -> None:
         """An agent left: what it was to do, others do."""
-        for seq in list(self._jobs_of.get(agent_id, ())):
+        for seq in list(self._jobs_of.of(agent_id)):
             self._hand_on(self.jobs[seq], at, self._worker(self.jobs[seq], at))
         self._turns.pop(agent_id, None)
 
@@ -2261,7 +2271,7 @@ class Jobs(Mail):
         somebody is free: room may have come about by other means."""
         late = (job.holder for job in self.jobs.values() if 0 < job.until <= at)
         for name in list(itertools.islice(late, SWEEP_BATCH)):
-            for job in [self.jobs[seq] for seq in list(self._jobs_of.get(name, ()))]:
+            for job in [self.jobs[seq] for seq in list(self._jobs_of.of(name))]:
                 worker = self._worker(job, at)
                 if worker or not self.free(name, at):
                     self._hand_on(job, at, worker)
@@ -2282,9 +2292,8 @@ class Tasks(Jobs):
 
     def _load_tasks(self, snapshot: Snapshot) -> None:
         self.tasks = {task.id: task for task in snapshot.tasks}
-        self._in_state: dict[str, dict[str, None]] = {}
-        self._held_by: dict[str, dict[str, None]] = {}
-        self._waiting_for: dict[str, dict[str, None]] = {}  # the ids of those that wait, by what they wait for
+        self._in_state, self._held_by = Index(), Index()
+        self._waiting_for = Index()  # the ids of those that wait, by what they wait for
         self._task_bytes = 0
         for task in sorted(snapshot.tasks, key=lambda task: (task.since, task.seq)):
             self._index_task(task, True)
@@ -2296,12 +2305,7 @@ class Tasks(Jobs):
         found += [(self._waiting_for, id) for id in task.waits_for]
         self._task_bytes += len(task.payload) * (1 if here else -1)
         for index, word in found:
-            if here:
-                index.setdefault(word, {})[task.id] = None
-            else:
-                del index[word][task.id]
-                if not index[word]:
-                    del index[word]
+            (index.add if here else index.drop)(word, task.id)
 
     def _put_task(self, task: Task, result: str = "") -> None:
         """What a task is from now on. Of too many that ended, the oldest is forgotten."""
@@ -2311,7 +2315,7 @@ class Tasks(Jobs):
         self.tasks[task.id] = task._replace(payload="") if task.ended else task
         self._index_task(self.tasks[task.id], True)
         self.events.append(TaskChanged(task, result) if old else TaskProposed(task))
-        ended = self._in_state.get("ended", ())
+        ended = self._in_state.of("ended")
         if len(ended) > MAX_ENDED_TASKS:
             self._forget_task(next(iter(ended)))
 
@@ -2331,11 +2335,11 @@ class Tasks(Jobs):
 
     def tasks_of(self, agent_id: str) -> list[str]:
         """The ids of the tasks that an agent holds."""
-        return list(self._held_by.get(agent_id, ()))
+        return list(self._held_by.of(agent_id))
 
     def count_tasks(self) -> dict[str, int]:
         """How many tasks are blocked, open, accepted and ended."""
-        return {state: len(self._in_state.get(state, ())) for state in ("blocked", "open", "accepted", "ended")}
+        return {state: len(self._in_state.of(state)) for state in ("blocked", "open", "accepted", "ended")}
 
     def lost_at(self, task: Task, at: int) -> int:
         """When its holder, who has accepted it, will lose it if nothing is heard of it."""
@@ -2344,7 +2348,7 @@ class Tasks(Jobs):
     def best_task(self, agent_id: str) -> Task | None:
         """The open task that an agent should take next: the most urgent, then what only few can do, then the oldest;
         not one that it has proposed itself, or has just given back."""
-        some = [self.tasks[id] for id in self._in_state.get("open", ())]
+        some = [self.tasks[id] for id in self._in_state.of("open")]
         some = [task for task in some if agent_id not in (task.proposer, task.released_by)]
         some = [task for task in some if self.able(agent_id, task)]
         wide = lambda task: max(2 if to == EVERYONE else int(to[0] in "#@") for to in named_in(task.to))  # noqa: E731
@@ -2363,7 +2367,7 @@ class Tasks(Jobs):
             raise InvalidRequest("a task can't be delayed, nor delivered to one: let it depend on others instead")
         if c.id in self.tasks:
             raise IdReused(f"there is a task `{c.id}` already: give every task an id of its own")
-        live = len(self.tasks) - len(self._in_state.get("ended", ()))
+        live = len(self.tasks) - len(self._in_state.of("ended"))
         if live >= self.limits.max_tasks or self._task_bytes + len(c.payload) > MAX_TASK_BYTES:
             raise StorageFull(f"the board has {live} tasks and takes no more: complete or cancel some (--max-tasks)")
         waits_for = tuple([id for id in c.plan.depends_on if self._is_to_come(id)])
@@ -2411,7 +2415,7 @@ class Tasks(Jobs):
                 raise NotFound(f"there is no task `{c.reply_to}` (any more): see what there is with `task list`")
             return task
         states = ("open", "accepted") if c.type == "task_accept" else ("accepted",)
-        some = [self.tasks[id] for state in states for id in self._in_state.get(state, ())]
+        some = [self.tasks[id] for state in states for id in self._in_state.of(state)]
         inboxes, _ = self.resolve(c)
         some = [task for task in some if task.proposer in inboxes and self.able(c.sender, task)]
         mine = [task for task in some if task.state == "open" or task.holder == c.sender]
@@ -2468,7 +2472,7 @@ class Tasks(Jobs):
         task = self._held(c)
         receipt = self._tell_of(c, task, dump(task.proposer), task.proposer, task.holder)
         self._put_task(task._replace(state="completed", since=c.at, waits_for=(), reason=""), c.payload)
-        for id in list(self._waiting_for.get(task.id, ())):
+        for id in list(self._waiting_for.of(task.id)):
             other = self.tasks[id]
             other = other._replace(waits_for=tuple(one for one in other.waits_for if one != task.id), since=c.at)
             self._put_task(other) if other.waits_for else self._open(other, c.at)
@@ -2531,7 +2535,7 @@ class Tasks(Jobs):
         left = collections.deque([(task, reason)])
         while left:
             task, reason = left.popleft()
-            waiting = [self.tasks[id] for id in self._waiting_for.get(task.id, ())]
+            waiting = [self.tasks[id] for id in self._waiting_for.of(task.id)]
             self._put_task(task._replace(state="cancelled", since=at, waits_for=(), reason=reason))
             why = f"it waited for {task.id}, which was cancelled"
             for other in waiting:
@@ -2559,7 +2563,7 @@ class Tasks(Jobs):
     def _elapse_tasks(self, at: int) -> None:
         """Tasks whose holders have been silent for too long, and those that nobody needs any more."""
         ends = float("inf")
-        for id in [id for state in ("accepted", "open", "blocked") for id in self._in_state.get(state, ())]:
+        for id in [id for state in ("accepted", "open", "blocked") for id in self._in_state.of(state)]:
             task = self.tasks.get(id)
             if task is None or task.ended:  # with one that it waited for
                 continue
@@ -2596,7 +2600,7 @@ class Locks:
         self.fence = fence
         self.held: dict[str, Lock] = {}
         self.waiting: dict[str, TakeLock] = {}
-        self._of: dict[str, dict[str, None]] = {}
+        self._of = Index()
         self._over: dict[str, dict[str, tuple[str, str]]] = {}  # by who waits: what overlaps, with a path of each
         self._before: dict[str, dict[str, None]] = {}  # by who waits: who does so for longer, and for the same
         self.paths = 0  # locked, and waited for
@@ -2613,7 +2617,7 @@ class Locks:
             return
         self.pop(lock.lock_id)
         self.held[lock.lock_id] = lock
-        self._of.setdefault(lock.agent_id, {})[lock.lock_id] = None
+        self._of.add(lock.agent_id, lock.lock_id)
         self.paths += len(lock.paths)
         for want in self.waiting.values():
             if pair := meeting(lock.paths, want.paths):
@@ -2623,9 +2627,7 @@ class Locks:
         """Hold it no more. Returns it, if it was held."""
         lock = self.held.pop(lock_id, None)
         if lock:
-            del self._of[lock.agent_id][lock_id]
-            if not self._of[lock.agent_id]:
-                del self._of[lock.agent_id]
+            self._of.drop(lock.agent_id, lock_id)
             self.paths -= len(lock.paths)
             for over in self._over.values():
                 over.pop(lock_id, None)
@@ -2650,7 +2652,7 @@ class Locks:
 
     def of(self, agent_id: str) -> list[Lock]:
         """The locks of an agent, in the order in which they were taken."""
-        return [self.held[lock_id] for lock_id in self._of.get(agent_id, ())]
+        return [self.held[lock_id] for lock_id in self._of.of(agent_id)]
 
     def over(self, paths: tuple[str, ...]) -> Iterator[tuple[Lock, str, str]]:
         """The locks that overlap with some paths, each with the first path of either that does."""
@@ -2983,7 +2985,7 @@ class Board(Tasks):
     def _forget_old(self, at: float, now: int) -> None:
         """Of tasks that ended, and notes that are gone, for longer than messages are kept nothing is remembered; and a
         task that nobody has taken in that time is wanted by nobody."""
-        for id in [id for id in self._in_state.get("ended", ()) if self.tasks[id].since < at]:
+        for id in [id for id in self._in_state.of("ended") if self.tasks[id].since < at]:
             self._forget_task(id)
         for task in [task for task in self.tasks.values() if task.state in ("open", "blocked") and task.since < at]:
             if not self.tasks[task.id].ended:
@@ -10446,7 +10448,7 @@ _COMMANDS: dict[str, tuple] = {
     ), "agenthub trace 01a2…-4fe2"),
     "status": (_status_command, "the hub, who you are there, and which requests are open", (
         _arg("--set", metavar="TEXT", help="tell others what you are doing; an empty text: nothing"),
-        _arg("--away", type=duration, metavar="TIME", help="be away that long (90, 30m, 2h) and get no --one; else you are back"),
+        _arg("--away", type=duration, metavar="TIME", help="away that long (30m, 2h), without --one; else be back"),
     ), 'agenthub status --set "refactoring auth" --away 30m'),
     "join": (_join_command, "become a member of a channel", (
         _CHANNEL_ARG,
