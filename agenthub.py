@@ -778,9 +778,10 @@ class TaskForgotten(NamedTuple):
 
 
 class Locked(NamedTuple):
-    """Event: a lock was taken, renewed, or covers less than before."""
+    """Event: a lock was taken (`how`: lock), renewed (renew), or covers less than before (unlock)."""
 
     lock: Lock
+    how: str
 
 
 class Unlocked(NamedTuple):
@@ -2840,12 +2841,12 @@ class Board(Tasks):
         self.locks.fence += 0 if held else 1
         lock = held or Lock(c.id, c.agent_id, c.paths, c.mode, c.ttl, c.note, self.locks.fence, c.at, c.at)
         lock = lock._replace(ttl=c.ttl, note=c.note, renewed_at=c.at, follows=c.follows, reentrant=c.reentrant)
-        self._put_lock(lock, c.at)
+        self._put_lock(lock, c.at, "renew" if held else "lock")
         return lock
 
-    def _put_lock(self, lock: Lock, at: int) -> None:
+    def _put_lock(self, lock: Lock, at: int, how: str) -> None:
         self.locks.put(lock)
-        self.events.append(Locked(lock))
+        self.events.append(Locked(lock, how))
         self._by(at + lock.ttl)
 
     def _end_lock(self, lock: Lock, reason: str) -> None:
@@ -2891,7 +2892,7 @@ class Board(Tasks):
             raise NotFound(f"{c.agent_id} has no such lock (any more): it was released or ran out, so take it again")
         found = [lock._replace(renewed_at=c.at, ttl=c.ttl or lock.ttl) for lock in found]
         for lock in found:
-            self._put_lock(lock, c.at)
+            self._put_lock(lock, c.at, "renew")
         return found
 
     def _unlock(self, c: Unlock) -> list[Lock]:
@@ -2903,7 +2904,7 @@ class Board(Tasks):
             if not gone:
                 continue
             if left:
-                self._put_lock(lock._replace(paths=left), c.at)
+                self._put_lock(lock._replace(paths=left), c.at, "unlock")
             else:
                 self._end_lock(lock, "released")
             freed.append(lock._replace(paths=gone))
@@ -6731,8 +6732,7 @@ def _task_event(hub: Hub, event: TaskChanged | TaskProposed) -> dict:
 
 def _lock_event(hub: Hub, event: Locked) -> dict:
     lock = event.lock
-    kind = "lock" if lock.taken_at == lock.renewed_at else "renew"
-    return {"event": kind, "agent_id": lock.agent_id, "lock_id": lock.lock_id, "paths": lock.paths, "mode": lock.mode}
+    return {"event": event.how, "agent_id": lock.agent_id, "lock_id": lock.lock_id, "paths": lock.paths, "mode": lock.mode}
 
 
 def _note_event(hub: Hub, event: Noted) -> dict:
@@ -9622,10 +9622,12 @@ class Guarded:
         import signal
         import subprocess
 
-        child = None
+        child, early = None, []  # the command may have begun, and be told to end, before we know of it
 
         def pass_on(number: int, frame: Any) -> None:
-            if child and not (number == signal.SIGINT and _in_foreground()):  # there the terminal has told both
+            if child is None:
+                early.append(number)
+            elif not (number == signal.SIGINT and _in_foreground()):  # there the terminal has told both
                 child.send_signal(number)
 
         ends = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -9634,6 +9636,8 @@ class Guarded:
         more = {"AGENTHUB_LOCK_ID": self.lock["lock_id"], "AGENTHUB_LOCK_TOKEN": str(self.lock["token"])}
         try:
             child = subprocess.Popen(command, env=os.environ | more)
+            for number in early:
+                pass_on(number, None)
             code = self._wait(child)
             return code if code >= 0 else 128 - code
         except OSError as error:

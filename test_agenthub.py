@@ -386,7 +386,7 @@ def test_two_patterns_overlap_where_a_path_of_both_can_be_found_by_trying_them_a
         ("x[a-f]", "x[e-z]", True), ("x[!a]", "x[!b]", True), ("x[", "x[", True), ("[]a]", "]", True), ("?", "ab", False), ("**", "any/thing", True),
         (".", "any/thing", True), ("a/**/b", "a/b", True), ("a/**/b", "a/x/y/b", True), ("a/**/b", "a/x", True), ("a/**/b*", "b/**", False), ("/etc", "etc", False),
         ("/etc/**", "/etc/x", True), ("a**b", "axb", True), ("*.tar.gz", "x*.gz", True), ("src/**/test_*", "src/*/**/*_a", True),
-        (".hidden", "*", True), ("é*", "?a", True), ("a/", "a", True), ("**/x", "**/y", True), ("**/x?", "**/y?", False), ("**/x", "y/**", True),
+        (".hidden", "*", True), ("é*", "?a", True), ("a/", "a", True), ("**/x", "**/y", True), ("**/x?", "**/y?", False), ("**/x", "y/**", True), ("abc", "ab*abc", False), ("a*a", "a", False),
     ],
 )  # fmt: skip
 def test_known_pairs_overlap_or_do_not(one: str, other: str, meet: bool) -> None:
@@ -4582,6 +4582,17 @@ def test_those_who_wait_for_a_lock_get_it_in_the_order_of_asking_whatever_they_a
         next_frame(line, "unlock")
     for thread in threads:
         thread.join(20)
+
+
+def test_frames_of_one_line_that_wait_are_bounded_and_all_are_answered(shared_hub: LiveHub) -> None:
+    pytest.importorskip("websockets")
+    shared_hub.client("patient")
+    with shared_hub.socket("patient") as line:
+        for n in range(ah.MAX_WAITS + 1):
+            line.send(json.dumps({"type": "task_next", "wait": 0.2, "ref": n}))
+        refused = next_frame(line, "error")
+        assert (refused["ref"], refused["error"]["code"]) == (ah.MAX_WAITS, "rate_limited")
+        assert sorted(next_frame(line, "task_next")["ref"] for _ in range(ah.MAX_WAITS)) == list(range(ah.MAX_WAITS))
 
 
 def test_who_goes_away_while_it_waits_for_a_lock_leaves_its_place(shared_hub: LiveHub) -> None:
