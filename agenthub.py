@@ -6732,7 +6732,8 @@ def _task_event(hub: Hub, event: TaskChanged | TaskProposed) -> dict:
 
 def _lock_event(hub: Hub, event: Locked) -> dict:
     lock = event.lock
-    return {"event": event.how, "agent_id": lock.agent_id, "lock_id": lock.lock_id, "paths": lock.paths, "mode": lock.mode}
+    shown = {"event": event.how, "agent_id": lock.agent_id, "lock_id": lock.lock_id}
+    return shown | {"paths": lock.paths, "mode": lock.mode}
 
 
 def _note_event(hub: Hub, event: Noted) -> dict:
