@@ -3154,6 +3154,12 @@ def test_a_header_of_blanks_takes_no_longer_the_more_there_are() -> None:
     assert ah.parse_headers([b"A: \t b c \t"]) == {"a": "b c"}
 
 
+# --- Tools ------------------------------------------------------------------------------------------------------------
+
+
+# --- MCP --------------------------------------------------------------------------------------------------------------
+
+
 # --- Reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -3942,6 +3948,9 @@ def test_a_message_for_one_of_many_says_who_has_it_and_until_when(crew: World) -
     assert "first that comes" in waits["warning"]
     assert crew.call("GET", f"/api/v1/messages/{waits['message_id']}")[1]["trace"][0]["state"] == "queued"
     assert post(deliver="some")[0] == 400 and post(deliver="one", to="w1")[0] == 400
+
+
+# --- Endpoint ---------------------------------------------------------------------------------------------------------
 
 
 # --- Routes -----------------------------------------------------------------------------------------------------------
@@ -5117,6 +5126,9 @@ def test_a_watcher_that_takes_nothing_is_told_how_much_it_missed() -> None:
     assert b'"event":"missed","count":5' in wrote[1]
     watcher.close()
     assert not server.watchers.all
+
+
+# --- Conversations ----------------------------------------------------------------------------------------------------
 
 
 # --- Connections ------------------------------------------------------------------------------------------------------
@@ -7520,15 +7532,19 @@ MAY_USE = {  # what of the file a section's code may name, beside itself
     "Schema": ["Model", "Changes"], "Search": ["Constants", "Errors", "Model"], "Log": ["Constants", "Errors", "Model", "Schema", "Search"],
     "Store": ["Constants", "Errors", "Changes", "Schema", "Search", "Log"],
     "HTTP": ["Constants", "Errors", "Model"],
+    "Tools": ["Constants", "Errors", "Model", "Fields"],
+    "MCP": ["Constants", "Errors", "Model", "Fields", "HTTP", "Tools"],
     "Reading": ["Constants", "Errors", "Model", "Changes", "Fields", "Pace", "Mail", "Hub", "Search", "HTTP"],
     "Handlers": ["Constants", "Errors", "Model", "Changes", "Fields", "Mail", "HTTP", "Reading"],
     "Teamwork": ["Constants", "Errors", "Model", "Changes", "Fields", "HTTP", "Reading", "Handlers"],
-    "Routes": ["Constants", "Errors", "Model", "Fields", "Hub", "HTTP", "Reading", "Handlers", "Teamwork"],
+    "Endpoint": ["Constants", "Errors", "Model", "Fields", "Hub", "HTTP", "Tools", "MCP", "Reading", "Teamwork"],
+    "Routes": ["Constants", "Errors", "Model", "Fields", "Hub", "HTTP", "Reading", "Handlers", "Teamwork", "Endpoint"],
     "Access": ["Constants", "Errors", "Fields", "Pace", "Hub", "HTTP", "Reading", "Routes"],
-    "API": ["Constants", "Errors", "Model", "Changes", "Fields", "HTTP", "Reading", "Handlers", "Routes", "Access"],
+    "API": ["Constants", "Errors", "Model", "Changes", "Fields", "HTTP", "Tools", "Reading", "Handlers", "Routes", "Access"],
     "Readers": ["Constants", "Model", "Changes", "HTTP", "Reading"],
     "Watching": ["Model", "Changes", "Hub", "Reading", "Readers"],
-    "Connections": ["Constants", "Errors", "Model", "HTTP", "Reading", "Readers", "Watching"],
+    "Conversations": ["Constants", "HTTP", "Reading", "Readers"],
+    "Connections": ["Constants", "Errors", "Model", "HTTP", "Reading", "Endpoint", "Readers", "Watching", "Conversations"],
     "Sockets": ["Constants", "Errors", "Model", "HTTP", "Reading", "API", "Readers"],
     "Batches": ["Constants", "Errors", "Changes", "Schema", "HTTP", "Reading"],
     "Door": ["Constants", "Errors", "Reading", "Connections", "Sockets"],
