@@ -55,6 +55,7 @@ Read from top to bottom; a section uses only sections above it, and a test holds
     Commands    what the subcommands do
     Together    those for channels, tasks, locks and notes
     Doctor      the one that looks for what is wrong
+    Stdio       the same for agents: the Model Context Protocol on stdin and stdout
     Setup       where a hub listens, its key, its certificate, its log
     Serve       the one that runs a hub
     CLI         the table of commands, main
@@ -5300,6 +5301,11 @@ def filter_of(params: dict, may: Callable[[str], bool]) -> tuple[dict, list[str]
     return {"resourceSubscriptions": granted} if granted else {}, granted
 
 
+def resource_changed(uri: str, subscription: Any = None) -> dict:
+    """What tells of a change to a resource."""
+    return notification("notifications/resources/updated", {"uri": uri}, subscription)
+
+
 def notification(method: str, params: dict, subscription: Any = None) -> dict:
     """A message that wants no answer; of a subscription, where one is named."""
     meta = {} if subscription is None else {"_meta": {META + "subscriptionId": subscription}}
@@ -6492,8 +6498,8 @@ class Endpoint(Teamwork):
         granted, uris = filter_of(message["params"], lambda uri: self._may_watch(uri, caller))
         first = notification("notifications/subscriptions/acknowledged", {"notifications": granted}, id)
         last = {"jsonrpc": "2.0", "id": id, "result": MODERN.wrap("", {"_meta": {META + "subscriptionId": id}})}
-        return Subscription(caller.agent_id, uris[:MAX_WATCHED], functools.partial(resource_changed, subscription=id),
-                            sse_event(first), sse_event(last))
+        tell = lambda uri: sse_event(resource_changed(uri, id))  # noqa: E731
+        return Subscription(caller.agent_id, uris[:MAX_WATCHED], tell, sse_event(first), sse_event(last))
 
     def mcp_stream(self, call: Call) -> Subscription:
         """GET /mcp: what a session of the handshake revisions is told without asking."""
@@ -6502,7 +6508,8 @@ class Endpoint(Teamwork):
         if "text/event-stream" not in call.head.headers.get("accept", ""):
             raise NotAcceptable("this is a stream for MCP clients: accept text/event-stream, or see /guide")
         session = self._session(call)
-        return Subscription(session.agent_id, session.uris, resource_changed, opened=session.streams.append)
+        tell = lambda uri: sse_event(resource_changed(uri))  # noqa: E731
+        return Subscription(session.agent_id, session.uris, tell, opened=session.streams.append)
 
     def mcp_end(self, call: Call) -> Response:
         """DELETE /mcp: the session ends."""
@@ -6511,11 +6518,6 @@ class Endpoint(Teamwork):
         self._session(call)
         self._end_session(call.head.headers["mcp-session-id"])
         return Response(status=204, settled=True)
-
-
-def resource_changed(uri: str, subscription: Any = None) -> str:
-    """The event that tells of a change to a resource."""
-    return sse_event(notification("notifications/resources/updated", {"uri": uri}, subscription))
 
 
 def is_modern(head: Head) -> bool:
@@ -9517,6 +9519,14 @@ class _Calls:
         """What the hub says of itself."""
         return self._run(self._pick(None, "GET", "/health"))
 
+    def call(self, method: str, path: str, given: dict) -> Any:
+        """Any route, by its method and path; `given` are its fields, those in the path among them."""
+        in_path = set(re.findall(r"\{(\w+)\}", path))
+        path = re.sub(r"\{(\w+)\}", lambda found: quote(str(given[found[1]])), path)
+        rest = {name: value for name, value in given.items() if name not in in_path}
+        asks = method in ("GET", "DELETE")
+        return self._run(self._pick(None, method, path, None if asks else rest, rest if asks else {}))
+
     # what the two share
 
     def _pick(
@@ -9530,7 +9540,9 @@ class _Calls:
             raise InvalidRequest("this client has no agent_id yet: call register() first, or make it with agent_id=")
         return self.agent_id
 
-    def _request(self, method: str, path: str, body: dict | None, query: dict, token: str | None = None) -> bytes:
+    def _request(
+        self, method: str, path: str, body: dict | None, query: dict, token: str | None = None, headers: Headers = ()
+    ) -> bytes:
         """The bytes of a call. The token says who asks; where there is none the key does."""
         pairs = "&".join(f"{name}={quote(str(value))}" for name, value in query.items() if value is not None)
         token = (self.token or self.key) if token is None else token
@@ -9541,6 +9553,7 @@ class _Calls:
         host = f"[{self._host}]" if ":" in self._host else self._host
         lines = [f"{method} {path}{'?' if pairs else ''}{pairs} HTTP/1.1", f"Host: {host}:{self._port}"]
         lines += [f"Authorization: Bearer {token}"] if token else []
+        lines += [f"{name}: {value}" for name, value in headers]
         if method in ("POST", "PUT"):
             lines += ["Content-Type: application/json", f"Content-Length: {len(text)}"]
         return "\r\n".join([*lines, "\r\n"]).encode() + text
@@ -9982,18 +9995,37 @@ class Client(_Shared):
                     time.sleep(self._mend(error, tries))
                 tries += 1
 
+    def changes(self, uris: list[str], all: bool = False) -> Iterator[str]:
+        """The URIs of resources as they change, an MCP subscription's worth, beginning with `all` of them or none."""
+        method, version = "subscriptions/listen", MODERN_VERSIONS[0]
+        meta = {META + "protocolVersion": version, META + "clientCapabilities": {}}
+        body = {"jsonrpc": "2.0", "id": 0, "method": method}
+        body["params"] = {"_meta": meta, "notifications": {"resourceSubscriptions": uris}}
+        headers = (("Accept", "text/event-stream"), ("MCP-Protocol-Version", version), ("Mcp-Method", method))
+        request = self._request("POST", f"/mcp/{quote(self._me())}", body, {}, None, headers)
+        for text in self._lines(request):
+            if text.startswith(b"data: "):
+                told = json.loads(text[6:])
+                yield from uris if all else ()
+                all = False
+                yield from [told["params"]["uri"]] if told.get("method") == "notifications/resources/updated" else ()
+
     def _stream(self, what: str = "stream") -> Iterator[dict]:
         """One connection's worth of envelopes, or of what happens."""
+        return (json.loads(text) for text in self._lines(self._stream_request(what)) if text)
+
+    def _lines(self, request: bytes) -> Iterator[bytes]:
+        """The lines of an answer without end."""
         with self._connect() as line:
             self._streaming = line
             line.settimeout(3 * COMMENT_SECONDS)
-            line.sendall(self._stream_request(what))
+            line.sendall(request)
             reader = ResponseReader()
             while data := line.recv(RECEIVE):
                 texts = reader.lines(data)
                 if reader.status != 200 and reader.done:
                     self._result(reader, reader.rest)
-                yield from (json.loads(text) for text in texts if text)
+                yield from texts
         raise EOFError("the hub closed the stream")
 
 
@@ -10265,6 +10297,11 @@ class Identity:
         self.client.agent_id, self.saved_token = self._saved()
         self.client.token = self.client.token or self.saved_token
 
+    def another_client(self) -> Client:
+        """A client for another thread, as the same agent."""
+        mine = self.client
+        return Client(mine.url, mine.agent_id, token=mine.token or None, key=mine.key or None, cacert=mine._cacert)
+
     def act(self, do: Callable[[Client], Any]) -> Any:
         """Do something as this agent, which is registered first where it is not yet."""
         client = self.client
@@ -10344,6 +10381,13 @@ class Identity:
             os.replace(path, self._path())
         except OSError as error:
             _say(f"can't keep who you are in the state folder ({error}): set AGENTHUB_AGENT to keep it yourself")
+
+
+def folder_name() -> str:
+    """What a session is called that nobody named: by the folder it works in."""
+    folder = os.environ.get("CLAUDE_PROJECT_DIR") or os.getcwd()
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", os.path.basename(os.path.abspath(folder))).strip("-._")
+    return os.environ.get("AGENTHUB_NAME") or name or "agent"
 
 
 SESSION_VARIABLES = ("AGENTHUB_SESSION", "CLAUDE_CODE_SESSION_ID", "CLAUDE_SESSION_ID")
@@ -11025,6 +11069,222 @@ def _doctor_command(args: Any) -> int:
     return worst
 
 
+# --- Stdio ------------------------------------------------------------------------------------------------------------
+
+MAX_CALLS = 16  # requests of one session under way at a time: more than a model has hands
+
+
+class _Job:
+    """A request that is being answered on a thread, with a client that nobody else uses meanwhile."""
+
+    def __init__(self, client: Client) -> None:
+        self.client, self.cancelled = client, False
+        client.on_wait = self._look
+
+    def _look(self, seconds: float, reason: str) -> None:
+        """Before the client tries again: whether anybody still waits for it."""
+        if self.cancelled:
+            raise TimedOut("this is not wanted any more")
+
+    def cancel(self) -> None:
+        """Whatever it waits for, it waits no more."""
+        self.cancelled = True
+        self.client.close()
+
+
+class Stdio:
+    """MCP on stdin and stdout, one JSON object a line: the same tools as at the hub's /mcp, as steps that ask the hub.
+
+    What needs the hub has a thread of its own, so that a call that waits holds up no other. Where there is no hub the
+    rest works all the same, and a tool's result says what to do.
+    """
+
+    def __init__(self, identity: Identity, write: Callable[[bytes], Any]) -> None:
+        import threading
+
+        self._identity, self._write = identity, write
+        self._lock, self._who = threading.Lock(), threading.Lock()
+        self._idle: list[Client] = []
+        self._jobs: dict[Any, _Job] = {}
+        self._shown: dict[str, list[str]] = {}
+        self._alive: Any = None
+
+    def take(self, line: bytes) -> None:
+        """Begin to answer one message."""
+        id = None
+        try:
+            message = parse_json(line, LIMITS["max_depth"].default)
+            kind, id = kind_of(message), message.get("id")
+            if kind == "notification" and message["method"] == "notifications/cancelled":
+                self._cancel(message.get("params", {}).get("requestId"))
+            elif kind == "request":
+                self._begin(message)
+        except InvalidJson as error:
+            self.say(RpcError(PARSE_ERROR, error.message).wire(None))
+        except RpcError as error:
+            self.say(error.wire(id))
+
+    def say(self, message: dict) -> None:
+        """Write a message. Whether the client still reads shows on stdin."""
+        with self._lock, contextlib.suppress(OSError, ValueError):
+            self._write(dump(message).encode() + b"\n")
+
+    def _begin(self, message: dict) -> None:
+        method, params = message["method"], message.get("params", {})
+        meta = params.get("_meta")
+        modern = isinstance(meta, dict) and META + "protocolVersion" in meta
+        if modern:
+            check_envelope(message, None)
+        if modern and method == "subscriptions/listen":
+            granted, uris = filter_of(params, self._may_watch)
+            told = {"notifications": granted}
+            self.say(notification("notifications/subscriptions/acknowledged", told, message["id"]))
+            return self._start(message["id"], functools.partial(self._follow, uris, message["id"]))
+        self._keep_alive()
+        answer = functools.partial(self._answer, MODERN if modern else HANDSHAKE, message)
+        if method in ("tools/call", "resources/read"):
+            return self._start(message["id"], answer)
+        answer(None)
+        if method in ("resources/subscribe", "resources/unsubscribe") and not modern:
+            self._cancel(("watch", params.get("uri")))
+            if method == "resources/subscribe" and self._may_watch(params["uri"]):
+                self._start(("watch", params["uri"]), functools.partial(self._follow, [params["uri"]], None))
+
+    def _may_watch(self, uri: str) -> bool:
+        return not uri.startswith("hub://inbox/") or uri == f"hub://inbox/{self._identity.client.agent_id}"
+
+    # jobs
+
+    def _start(self, id: Any, work: Callable[[_Job], None]) -> None:
+        import threading
+
+        with self._lock:
+            if len(self._jobs) >= MAX_CALLS:
+                raise RpcError(REFUSED, f"{MAX_CALLS} requests are under way: wait until one is answered")
+            job = self._jobs[id] = _Job(self._idle.pop() if self._idle else self._identity.another_client())
+        threading.Thread(target=self._run, args=(id, job, work), daemon=True).start()
+
+    def _run(self, id: Any, job: _Job, work: Callable[[_Job], None]) -> None:
+        try:
+            work(job)
+        except Exception:
+            import traceback
+
+            traceback.print_exc()
+            self.say(RpcError(INTERNAL, "agenthub failed at this request; its stderr says why").wire(id))
+        with self._lock:
+            if self._jobs.get(id) is job:
+                del self._jobs[id]
+            if not job.cancelled:
+                self._idle.append(job.client)
+
+    def _cancel(self, id: Any) -> None:
+        with self._lock:
+            job = self._jobs.pop(id, None) if isinstance(id, (str, int, tuple)) else None
+        if job:
+            job.cancel()
+
+    def _answer(self, era: Era, message: dict, job: _Job | None) -> None:
+        """Go through the steps of an answer; who this is, is found out with the first that asks the hub."""
+        caller, found = Caller(self._identity.client.agent_id or "", False, self._shown), None
+        if job and not caller.agent_id:
+            try:
+                caller.agent_id = self._somebody()
+            except HubError as error:
+                return self.say(refusal(era, message, error))
+        steps = respond(era, message, caller)
+        while not (job and job.cancelled):
+            try:
+                caller.at = int(time.time() * 1000)
+                step = steps.throw(found) if isinstance(found, HubError) else steps.send(found)
+            except StopIteration as end:
+                return self.say(end.value)
+            try:
+                found = self._step(step, caller, job)
+            except HubError as error:
+                found = error
+
+    def _step(self, step: Ask | Tell, caller: Caller, job: _Job | None) -> dict | None:
+        if isinstance(step, Tell):
+            told = progress_of(caller, step)
+            return self.say(told) if told else None
+        assert job
+        return self._ask(step, caller.agent_id, job.client)
+
+    # the hub
+
+    def _somebody(self) -> str:
+        """The agent_id of this session, registered if it was not. Raises HubError."""
+        with self._who:
+            self._identity.act(lambda client: None)
+        return str(self._identity.client.agent_id)
+
+    def _ask(self, step: Ask, agent_id: str, client: Client) -> dict:
+        """A step as a call. Who is not known to the hub any more registers again, once."""
+        route = ROUTES_BY_PATH[step.method, step.path]
+        if route is REGISTER:
+            with self._who:
+                return self._identity.register(step.given.get("name"), step.given.get("capabilities"))
+        given = {**step.given, route.actor: agent_id} if route.actor else step.given
+        if any(field.name == "id" for field in route.body):  # a call whose line broke is repeated
+            given = {"id": new_message_id(), **given}
+        client.token = self._identity.client.token
+        try:
+            return client.call(step.method, step.path, given)
+        except (UnknownAgent, Unauthorized):
+            with self._who:
+                if client.token == self._identity.client.token:
+                    self._identity.client.token = ""
+                    self._identity.register()
+            client.token = self._identity.client.token
+            return client.call(step.method, step.path, given)
+
+    def _keep_alive(self) -> None:
+        """From the client's first word on the session is there: others see it, and it is active while this runs."""
+        if self._alive is None:
+            import threading
+
+            self._alive = threading.Thread(target=self._beat, args=(threading.Event(),), daemon=True)
+            self._alive.start()
+
+    def _beat(self, never: Any) -> None:
+        client = self._identity.another_client()
+        client.on_wait = lambda seconds, reason: None
+        while True:
+            with contextlib.suppress(HubError, OSError):
+                name = self._somebody()
+                self._ask(Ask("POST", "/api/v1/agents/{agent_id}/heartbeat", {}), name, client)
+            never.wait(HEARTBEAT_SECONDS)
+
+    def _follow(self, uris: list[str], subscription: Any, job: _Job) -> None:
+        """Tell of changes to resources, as the hub tells them. After a break any of them may have changed."""
+        tries = 0
+        while uris and not job.cancelled:
+            try:
+                job.client.agent_id, job.client.token = self._somebody(), self._identity.client.token
+                for uri in job.client.changes(uris, tries > 0):
+                    self.say(resource_changed(uri, subscription))
+                    tries = 1
+            except (HubError, OSError, EOFError):
+                tries += 1
+                time.sleep(0 if job.cancelled else _pause(tries))
+
+
+def _mcp_command(args: Any) -> int:
+    identity = Identity(args)
+    identity.client.name = identity.client.name or folder_name()
+    server = Stdio(identity, _write_out)
+    for line in sys.stdin.buffer:
+        if line.strip():
+            server.take(line)
+    return 0
+
+
+def _write_out(data: bytes) -> None:
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
 # --- Setup ------------------------------------------------------------------------------------------------------------
 
 
@@ -11678,6 +11938,7 @@ _COMMANDS: dict[str, tuple] = {
     "doctor": (_doctor_command, "find out why something does not work", (
         _arg("recipient", nargs="?", help="an agent you can't reach"),
     ), "agenthub doctor alpha"),
+    "mcp": (_mcp_command, "serve the tools to a model, over MCP on stdin and stdout", (), "agenthub mcp --as alpha"),
     "backup": (_backup_command, "copy a running hub's store to a file", (
         _arg("file", help="a new file"),
     ), "agenthub backup hub-copy.db"),

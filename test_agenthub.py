@@ -7228,6 +7228,9 @@ def test_the_doctor_finds_a_key_that_is_missing_or_wrong(live: object) -> None:
         assert done.returncode == code and ("fail identity" in done.stdout) == (code == 1), done.stdout
 
 
+# --- Stdio ------------------------------------------------------------------------------------------------------------
+
+
 # --- Setup ------------------------------------------------------------------------------------------------------------
 
 
@@ -7550,15 +7553,16 @@ MAY_USE = {  # what of the file a section's code may name, beside itself
     "Door": ["Constants", "Errors", "Reading", "Connections", "Sockets"],
     "Server": ["Constants", "Errors", "Changes", "Hub", "Store", "HTTP", "Reading", "Access", "API", "Readers", "Watching", "Batches", "Door"],
     "Calls": ["Constants", "Errors", "Model", "HTTP"], "Shared": ["Constants", "Errors", "HTTP", "Calls"],
-    "Client": ["Constants", "Errors", "HTTP", "Calls", "Shared"],
+    "Client": ["Constants", "Errors", "HTTP", "MCP", "Calls", "Shared"],
     "AgentClient": ["Constants", "Errors", "HTTP", "Calls", "Shared", "Client"],
     "Identity": ["Constants", "Errors", "Model", "Store", "Client"],
     "Commands": ["Constants", "Errors", "Model", "Fields", "Calls", "Identity"],
     "Together": ["Constants", "Errors", "Model", "Calls", "Client", "Identity", "Commands"],
     "Doctor": ["Constants", "Errors", "AgentClient", "Identity", "Commands"],
+    "Stdio": ["Constants", "Errors", "Model", "Fields", "Tools", "MCP", "Endpoint", "Routes", "API", "Calls", "Client", "Identity"],
     "Setup": ["Constants", "Errors", "Model", "Fields", "Store", "HTTP", "Reading", "Door", "Server", "Identity"],
     "Serve": ["Constants", "Errors", "Store", "Reading", "Server", "AgentClient", "Identity", "Setup"],
-    "CLI": ["Constants", "Errors", "Identity", "Commands", "Together", "Doctor", "Setup", "Serve"],
+    "CLI": ["Constants", "Errors", "Identity", "Commands", "Together", "Doctor", "Stdio", "Setup", "Serve"],
 }  # fmt: skip
 
 
