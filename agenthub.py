@@ -4671,6 +4671,7 @@ class Caller:
     def __init__(self, agent_id: str, free: bool, shown: dict[str, list[str]]) -> None:
         self.agent_id, self.free, self.shown, self.at = agent_id, free, shown, 0
         self.token: str | int | None = None  # of whoever wants to be told of progress
+        self.joins = False  # a tool has been called: whoever is new here is registered
 
 
 class Tool(NamedTuple):
@@ -4908,6 +4909,8 @@ def _agents_resource(caller: Caller, named: dict[str, str]) -> Steps:
 
 def _inbox_resource(caller: Caller, named: dict[str, str]) -> Steps:
     """What is unread there; reading it acknowledges nothing, and hides nothing from whoever reads to act on it."""
+    if not re.fullmatch(_ID, named["agent_id"]):
+        raise NotFound(f"{_shown(named['agent_id'])} is no agent_id: see hub://agents for who is here")
     if caller.agent_id and named["agent_id"] != caller.agent_id and not caller.free:
         raise Forbidden(f"you are `{caller.agent_id}`: the inbox of `{named['agent_id']}` is not yours to read")
     caller.agent_id = named["agent_id"]
@@ -5125,6 +5128,7 @@ def _run_tool(name: str, tool: Tool, given: dict[str, Any], caller: Caller) -> S
     if shown := caller.shown.get(caller.agent_id):
         yield Ask("POST", "/api/v1/messages/ack", {"ids": shown})
         del caller.shown[caller.agent_id]
+    caller.joins = True
     result = yield from tool.run(caller, checked)
     return {key: value for key, value in result.items() if key not in ("success", "next")}
 
@@ -7363,7 +7367,7 @@ class API(Access):
         route, name = ROUTES_BY_PATH[step.method, step.path], caller.agent_id
         if self.trouble and route.writes:
             self.probe()
-        if name and not self.hub.known(name) and route.handler not in (Handlers.register, Handlers.heartbeat):
+        if caller.joins and not self.hub.known(name) and route.handler not in (Handlers.register, Handlers.heartbeat):
             self._go(REGISTER, {"agent_id": name}, name, caller.at, call.address, "mcp")
         if self.hub.known(name):
             self.hub.apply(Touch(caller.at, name))
