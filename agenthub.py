@@ -9837,6 +9837,7 @@ class Client(_Shared):
 
     timeout = MAX_WAIT + 15.0  # seconds without a byte: longer than any poll
     _line: Any = None
+    _in_use: Any = None
     _streaming: Any = None
 
     def __enter__(self) -> Client:
@@ -9846,11 +9847,11 @@ class Client(_Shared):
         self.close()
 
     def close(self) -> None:
-        """Close the lines; `listen` ends, in another thread too."""
+        """Close the lines; `listen` ends, and a call that waits fails, in another thread too."""
         import socket
 
         self._closed = True
-        for line in filter(None, (self._line, self._streaming)):
+        for line in filter(None, (self._line, self._in_use, self._streaming)):
             try:
                 line.shutdown(socket.SHUT_RDWR)  # wakes whoever reads it
             except OSError:
@@ -9890,6 +9891,7 @@ class Client(_Shared):
     def _exchange(self, request: bytes) -> Any:
         """Send a request and read its answer. The line is kept only when the answer was read to its end."""
         line, self._line = self._line or self._connect(), None
+        self._in_use = line
         try:
             line.sendall(request)
             reader, body = ResponseReader(), b""
@@ -9901,6 +9903,8 @@ class Client(_Shared):
         except BaseException:
             line.close()
             raise
+        finally:
+            self._in_use = None
         if reader.keep and not self._closed:
             self._line = line
         else:

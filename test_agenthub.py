@@ -5433,6 +5433,48 @@ def test_the_browsers_last_event_id_is_newer_than_the_cursor_in_the_address(shar
 # --- Watching ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_session_or_a_subscription_is_told_once_of_each_change_to_what_it_watches(shared_hub: LiveHub) -> None:
+    sender = shared_hub.client("sender-3")
+    shared_hub.client("watched-1")
+    inbox = "hub://inbox/watched-1"
+    with RpcLine(shared_hub, "/mcp/watched-1", "2025-11-25") as old, RpcLine(shared_hub, "/mcp/watched-1") as new:
+        stream = RpcLine(shared_hub, "/mcp/watched-1")
+        stream.era, stream.session = old.era, old.session
+        stream.send("GET")
+        assert stream.head() == 200
+        assert "result" in old.ask("resources/subscribe", {"uri": inbox}).answer()
+        assert old.ask("resources/subscribe", {"uri": "hub://nix"}).answer()["error"]["code"] == ah.NO_RESOURCE
+        new.ask("subscriptions/listen", {"notifications": {"resourceSubscriptions": [inbox, "hub://agents"]}}, id="s")
+        assert new.event()["method"] == "notifications/subscriptions/acknowledged"
+        sender.send_message("watched-1", "hi")
+        changed = {"jsonrpc": "2.0", "method": "notifications/resources/updated", "params": {"uri": inbox}}
+        told = new.event()
+        assert told["params"].pop("_meta") == {ah.META + "subscriptionId": "s"} and told == changed == stream.event()
+        assert old.ask("resources/unsubscribe", {"uri": inbox}).answer()["result"] == {}
+        sender.set_status("busy")
+        assert new.event()["params"]["uri"] == "hub://agents"
+        old.send("DELETE")
+        assert old.head() == 204
+        assert stream.line.recv(65536).replace(b"3\r\n:\n\n\r\n", b"") == b"", "the stream ends with its session"
+        stream.line.close()
+
+
+def test_a_hub_that_stops_answers_who_waits_and_says_that_subscriptions_end(live: object) -> None:
+    hub = live()
+    with RpcLine(hub, "/mcp/alpha") as line, RpcLine(hub, "/mcp/alpha") as waiting:
+        line.ask("subscriptions/listen", {"notifications": {"resourceSubscriptions": ["hub://agents"]}}, id=7)
+        assert line.event()["method"] == "notifications/subscriptions/acknowledged"
+        assert waiting.call("read_messages", wait=50).head() == 200
+        until(lambda: hub.client().agents() and hub.client().agent("alpha")["connected"])
+        assert hub.stop() == 0
+        assert waiting.answer()["result"]["structuredContent"] == {"messages": [], "unread": 0}
+        last = line.event()
+        while "result" not in last:
+            last = line.event()
+        assert last["id"] == 7 and last["result"]["_meta"][ah.META + "subscriptionId"] == 7
+
+
+
 def lines_of(hub: object, target: str) -> object:
     """A stream's lines, as they come, from a line of one's own."""
     line = socket.create_connection(("127.0.0.1", hub.port), timeout=20)
@@ -5518,6 +5560,123 @@ def test_a_watcher_that_takes_nothing_is_told_how_much_it_missed() -> None:
 
 
 # --- Conversations ----------------------------------------------------------------------------------------------------
+
+
+class RpcLine:
+    """A line to a hub's /mcp: `ask` sends a request, `event` gives the next message of a stream, `answer` a whole one."""
+
+    def __init__(self, hub: LiveHub, at: str = "/mcp", era: str = "2026-07-28") -> None:
+        self.line, self.at, self.era, self.session = socket.create_connection(("127.0.0.1", hub.port), timeout=20), at, era, ""
+        if era in ah.HANDSHAKE_VERSIONS:
+            self.ask("initialize", {"protocolVersion": era})
+            self.answer()
+            self.session = self.reader.headers["mcp-session-id"]
+
+    def __enter__(self) -> RpcLine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.line.close()
+
+    def send(self, method: str, body: bytes = b"", **headers: str) -> None:
+        lines = {"Host": "localhost", "Accept": "application/json, text/event-stream", "MCP-Protocol-Version": self.era, **headers}
+        lines |= {"Mcp-Session-Id": self.session} if self.session else {}
+        lines |= {"Content-Type": "application/json", "Content-Length": str(len(body))} if body else {}
+        head = f"{method} {self.at} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+        self.reader, self.rest = ah.ResponseReader(), b""
+        self.line.sendall(head.encode() + b"\r\n" + body)
+
+    def ask(self, method: str, params: dict | None = None, id: object = 1) -> RpcLine:
+        params = dict(params or {})
+        if self.era not in ah.HANDSHAKE_VERSIONS:
+            params["_meta"] = {ah.META + "protocolVersion": self.era, ah.META + "clientCapabilities": {}, **params.get("_meta", {})}
+        body = {"jsonrpc": "2.0", "method": method, "params": params} | ({} if id is None else {"id": id})
+        self.send("POST", json.dumps(body).encode(), **{"Mcp-Method": method, "Mcp-Name": params.get("name", "")})
+        return self
+
+    def call(self, tool: str, **arguments: object) -> RpcLine:
+        return self.ask("tools/call", {"name": tool, "arguments": arguments})
+
+    def more(self) -> bool:
+        self.rest += self.reader.feed(self.line.recv(65536) or pytest.fail("closed"))
+        return True
+
+    def head(self) -> int:
+        while not self.reader.status and self.more():
+            pass
+        return self.reader.status
+
+    def event(self) -> dict:
+        while b"\n\n" not in self.rest and self.more():
+            pass
+        text, _, self.rest = self.rest.partition(b"\n\n")
+        return json.loads(text.partition(b"data: ")[2]) if b"data: " in text else self.event()
+
+    def answer(self) -> dict:
+        while not self.reader.done and self.more():
+            pass
+        text = self.rest.decode()
+        return json.loads(text.rpartition("data: ")[2] if text.startswith("event:") else text or "{}")
+
+
+def test_a_call_that_waits_streams_its_head_at_once_its_answer_when_there_is_one_and_leaves_the_line_usable(
+    shared_hub: LiveHub,
+) -> None:
+    with RpcLine(shared_hub, "/mcp/waiter-1") as line:
+        assert line.call("read_messages", wait=50).head() == 200
+        assert line.reader.headers["content-type"].startswith("text/event-stream") and not line.reader.done
+        assert "no-transform" in line.reader.headers["cache-control"] and line.reader.headers["x-accel-buffering"] == "no"
+        shared_hub.client("sender-1").send_message("waiter-1", "at last")
+        found = line.answer()["result"]["structuredContent"]
+        assert [m["message"] for m in found["messages"]] == ["at last"] and line.reader.done
+        assert line.call("send_message", to="sender-1", message="thanks").answer()["result"]["structuredContent"]["queued"] == 1
+        assert line.reader.headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize("era", ["2025-06-18", "2026-07-28"])
+def test_a_call_that_is_cancelled_takes_no_message_and_no_lock(shared_hub: LiveHub, era: str) -> None:
+    name, sender = f"fickle-{era}", shared_hub.client("sender-2")
+    assert sender.lock(["fickle.py"])
+    with RpcLine(shared_hub, f"/mcp/{name}", era) as line, RpcLine(shared_hub, f"/mcp/{name}", era) as other:
+        other.session = line.session
+        for tool, arguments in (("read_messages", {"wait": 50}), ("lock", {"action": "take", "paths": ["fickle.py"], "wait": 50})):
+            assert line.call(tool, **arguments).head() == 200
+            until(lambda: sender.agent(name)["connected"])
+            if era == "2025-06-18":
+                assert other.ask("notifications/cancelled", {"requestId": 1}, id=None).head() == 202
+                while not line.reader.done and line.more():
+                    pass
+                assert b"result" not in line.rest
+            else:
+                line.line.close()
+                line = RpcLine(shared_hub, f"/mcp/{name}", era)  # noqa: PLW2901
+            until(lambda: not sender.agent(name)["connected"])
+        sender.send_message(name, "still here")
+        assert len(line.call("read_messages").answer()["result"]["structuredContent"]["messages"]) == 1
+        sender.unlock(paths=["fickle.py"])
+        assert sender.lock(["fickle.py"]), "nobody took it meanwhile"
+        sender.unlock(paths=["fickle.py"])
+        line.line.close()
+
+
+def test_what_the_disk_does_not_take_is_a_result_for_the_model(pair: World) -> None:
+    body = json.dumps(request("tools/call", name="send_message", arguments={"to": "beta-2", "message": 1}, _meta=META_OK)).encode()
+    talk = pair.raw("POST", "/mcp/alpha-1", body, Content_Type="application/json", MCP_Protocol_Version="2026-07-28",
+                    Mcp_Method="tools/call", Mcp_Name="send_message")  # fmt: skip
+    talk.steps.send(None)
+    answer = pair.through(talk, ah.error_response(ah.StorageFull("the disk is full: make room")))
+    assert answer.body["result"]["isError"] and answer.body["result"]["structuredContent"]["error"]["code"] == "storage_full"
+
+
+def test_a_bug_in_a_tool_is_told_as_one_and_the_line_goes_on(world: World, monkeypatch: pytest.MonkeyPatch, caplog: object) -> None:
+    def broken(caller: object, given: dict) -> object:
+        raise ZeroDivisionError
+        yield
+
+    monkeypatch.setitem(ah.TOOLS, "broken", ah.Tool(broken, "fails"))
+    body = world.mcp("tools/call", {"name": "broken", "arguments": {"as": "alpha"}})[1]
+    assert body["error"]["code"] == ah.INTERNAL and "ZeroDivisionError" in caplog.text and "Zero" not in body["error"]["message"]
+
 
 
 # --- Connections ------------------------------------------------------------------------------------------------------
@@ -7618,6 +7777,158 @@ def test_the_doctor_finds_a_key_that_is_missing_or_wrong(live: object) -> None:
 
 
 # --- Stdio ------------------------------------------------------------------------------------------------------------
+
+
+class McpProcess:
+    """`agenthub mcp` as a client has it: JSON lines in and out."""
+
+    def __init__(self, hub: LiveHub, *words: str, **env: str) -> None:
+        command = [sys.executable, "-m", "agenthub", "mcp", *words]
+        env = hub.compiled_env() | env
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, env=env)
+        self.bound = threading.Timer(30, self.process.kill)  # for a test that fails: nothing is waited for any more
+        self.bound.start()
+
+    def __enter__(self) -> McpProcess:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bound.cancel()
+        self.process.stdin.close()
+        assert self.process.wait(10) == 0
+        self.rest = self.process.stdout.read()
+        self.process.stdout.close()
+        self.errors.seek(0)
+        errors = self.errors.read()
+        self.errors.close()
+        assert b"Traceback" not in errors, errors.decode()
+
+    def write(self, data: bytes) -> None:
+        self.process.stdin.write(data + b"\n")
+        self.process.stdin.flush()
+
+    def ask(self, method: str, params: dict | None = None, id: object = 1, modern: bool = False) -> None:
+        params = {**(params or {}), **({"_meta": META_OK} if modern else {})}
+        self.write(json.dumps({"jsonrpc": "2.0", "method": method, "params": params} | ({} if id is None else {"id": id})).encode())
+
+    def next(self) -> dict:
+        return json.loads(self.process.stdout.readline())
+
+    def result(self, *asked: object, **more: object) -> dict:
+        self.ask(*asked, **more)
+        return self.next()["result"]
+
+    def tool(self, name: str, id: object = 1, **arguments: object) -> dict:
+        return self.result("tools/call", {"name": name, "arguments": arguments}, id)["structuredContent"]
+
+
+def test_over_stdio_a_session_is_one_agent_for_its_tools_and_for_its_shell(shared_hub: LiveHub, tmp_path: Path) -> None:
+    env = {"CLAUDE_CODE_SESSION_ID": "01Stdio2Mjf2T", "CLAUDE_PROJECT_DIR": str(tmp_path / "My Project!"), "XDG_STATE_HOME": str(tmp_path)}
+    with McpProcess(shared_hub, **env) as model:
+        found = model.result("initialize", {"protocolVersion": "2025-06-18", "capabilities": {}})
+        assert found["protocolVersion"] == "2025-06-18" and found["serverInfo"]["name"] == "agenthub"
+        model.ask("notifications/initialized", id=None)
+        assert "as" not in str(model.result("tools/list")["tools"][0]["inputSchema"])
+        until(lambda: any(a["agent_id"] == "my-project-01Stdio2" for a in shared_hub.client().agents("active")))
+        sent = json.loads(shared_hub.here("send", "my-project-01Stdio2", "from its own shell", "--json", **env).stdout)
+        found = model.tool("read_messages")
+        assert [(m["id"], m["from"]) for m in found["messages"]] == [(sent["message_id"], "my-project-01Stdio2")]
+        assert found["unread"] == 0 and "not by your user" in found["notice"]
+        assert model.tool("register", doing="stdio")["agent_id"] == "my-project-01Stdio2"
+        assert shared_hub.client().agent("my-project-01Stdio2")["unread"] == 0, "acknowledged by the next call"
+        assert model.tool("register", agent_id="another")["error"]["code"] == "forbidden"
+        assert json.loads(model.result("resources/read", {"uri": "hub://agents"})["contents"][0]["text"])["total"] > 0
+    assert model.rest == b""
+
+
+def test_over_stdio_a_call_that_waits_holds_up_no_other_and_can_be_cancelled(shared_hub: LiveHub) -> None:
+    with McpProcess(shared_hub, "--as", "stdio-2") as model:
+        assert model.result("server/discover", modern=True)["supportedVersions"] == ["2026-07-28"]
+        model.ask("tools/call", {"name": "read_messages", "arguments": {"wait": 50}}, id="waits", modern=True)
+        sender = shared_hub.client("sender-4")
+        until(lambda: sender.agents() and any(a["agent_id"] == "stdio-2" and a["connected"] for a in sender.agents()))
+        assert model.result("ping", id=2) == {}
+        assert model.tool("send_message", id=3, to="sender-4", message="x")["queued"] == 1
+        sender.send_message("stdio-2", "one")
+        found = model.next()
+        assert found["id"] == "waits" and found["result"]["resultType"] == "complete"
+        assert [m["message"] for m in found["result"]["structuredContent"]["messages"]] == ["one"]
+        model.ask("tools/call", {"name": "read_messages", "arguments": {"wait": 50}}, id="gone")
+        until(lambda: sender.agent("stdio-2")["connected"])
+        model.ask("notifications/cancelled", {"requestId": "gone"}, id=None)
+        until(lambda: not sender.agent("stdio-2")["connected"])
+        sender.send_message("stdio-2", "two")
+        assert [m["message"] for m in model.tool("read_messages", id=4)["messages"]] == ["two"]
+        model.ask("tools/call", {"name": "ask_agent", "arguments": {"to": "sender-4", "message": "?"}, "_meta": {"progressToken": 9}}, id=5)
+        told = model.next()
+        assert told["method"] == "notifications/progress" and told["params"]["progressToken"] == 9
+        asked = sender.messages(unread=True)[-1]
+        sender.reply(asked, "!")
+        assert model.next()["result"]["structuredContent"]["answer"]["message"] == "!"
+
+
+def test_over_stdio_without_a_hub_a_result_says_what_to_do_and_with_one_it_works(live: object, tmp_path: Path) -> None:
+    port = steady_port()
+    hub = live(port=port)
+    hub.stop()
+    with McpProcess(hub, "--as", "early") as model:
+        assert model.result("initialize", {"protocolVersion": "2025-11-25"})["instructions"]
+        for name, arguments in (("list_agents", {}), ("send_message", {"to": "x", "message": "y"})):
+            found = model.result("tools/call", {"name": name, "arguments": arguments})
+            assert found["isError"] and "agenthub serve" in found["content"][0]["text"]
+        model.ask("resources/read", {"uri": "hub://agents"})
+        assert "agenthub serve" in model.next()["error"]["message"]
+        with pytest.raises(OSError):  # it starts none
+            socket.create_connection(("127.0.0.1", int(port)), timeout=1).close()
+        hub = live(port=port)
+        assert model.tool("send_message", to="early", message="me")["queued"] == 1
+        hub.stop()
+        hub = live(port=port, db="another.db")
+        assert model.tool("read_messages")["messages"] == [] and hub.client().agent("early")["status"] == "active"
+
+
+def test_over_stdio_what_is_no_request_is_told_and_the_rest_goes_on(shared_hub: LiveHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    with McpProcess(shared_hub, "--as", "stdio-3") as model:
+        for line, code in ((b"{", ah.PARSE_ERROR), (b"\xff", ah.PARSE_ERROR), (b"[]", ah.INVALID_MESSAGE), (b'"x"', ah.INVALID_MESSAGE)):
+            model.write(line)
+            assert model.next()["error"]["code"] == code
+        model.write(b"")
+        model.ask("nix", id=3)
+        assert model.next()["error"] == {"code": ah.NO_METHOD, "message": 'there is no method "nix" here'}
+        model.ask("tools/call", {"name": "nix"}, id=4)
+        assert model.next()["error"]["code"] == ah.INVALID_PARAMS
+        model.write(json.dumps(request("tools/list", _meta={ah.META + "protocolVersion": "2026-07-28"})).encode())
+        assert model.next()["error"]["code"] == ah.INVALID_PARAMS
+        for id in range(ah.MAX_CALLS):
+            model.ask("tools/call", {"name": "read_messages", "arguments": {"wait": 50}}, id=id)
+        model.ask("tools/call", {"name": "list_agents"}, id="more")
+        assert model.next()["id"] == "more"
+        assert model.result("ping") == {}
+
+
+def test_over_stdio_resources_that_change_are_told(shared_hub: LiveHub) -> None:
+    sender = shared_hub.client("sender-5")
+    with McpProcess(shared_hub, "--as", "stdio-4") as model:
+        inbox = "hub://inbox/stdio-4"
+        assert model.tool("read_messages")["messages"] == []
+        assert model.result("resources/subscribe", {"uri": inbox}) == {}
+        model.ask("subscriptions/listen", {"notifications": {"resourceSubscriptions": [inbox, "hub://inbox/other"]}}, "s", True)
+        told = model.next()
+        assert told["method"] == "notifications/subscriptions/acknowledged"
+        assert told["params"]["notifications"] == {"resourceSubscriptions": [inbox]}
+        until(lambda: sender.agent("stdio-4")["status"] == "active")
+        got: dict[object, int] = {}
+        for _ in range(200):  # until both listen, which nobody is told
+            if len(got) == 2:
+                break
+            sender.send_message("stdio-4", "hi")
+            told = model.next()
+            got[told["params"].get("_meta", {}).get(ah.META + "subscriptionId")] = 1
+        assert got == {None: 1, "s": 1}
+        model.ask("notifications/cancelled", {"requestId": "s"}, id=None)
+        assert model.process.poll() is None
+
 
 
 # --- Setup ------------------------------------------------------------------------------------------------------------
