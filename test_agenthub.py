@@ -3944,6 +3944,9 @@ def test_a_message_for_one_of_many_says_who_has_it_and_until_when(crew: World) -
     assert post(deliver="some")[0] == 400 and post(deliver="one", to="w1")[0] == 400
 
 
+# --- Guide ------------------------------------------------------------------------------------------------------------
+
+
 # --- Routes -----------------------------------------------------------------------------------------------------------
 
 
@@ -7383,6 +7386,9 @@ def test_the_log_is_a_line_of_text_or_of_json_and_no_name_breaks_out_of_it(live:
             assert "refused address=127.0.0.1" in lines[1] and 'route="POST /to/{recipient}"' in lines[1]
 
 
+# --- Demo -------------------------------------------------------------------------------------------------------------
+
+
 # --- CLI --------------------------------------------------------------------------------------------------------------
 
 
@@ -7523,7 +7529,8 @@ MAY_USE = {  # what of the file a section's code may name, beside itself
     "Reading": ["Constants", "Errors", "Model", "Changes", "Fields", "Pace", "Mail", "Hub", "Search", "HTTP"],
     "Handlers": ["Constants", "Errors", "Model", "Changes", "Fields", "Mail", "HTTP", "Reading"],
     "Teamwork": ["Constants", "Errors", "Model", "Changes", "Fields", "HTTP", "Reading", "Handlers"],
-    "Routes": ["Constants", "Errors", "Model", "Fields", "Hub", "HTTP", "Reading", "Handlers", "Teamwork"],
+    "Guide": ["Constants", "Model"],
+    "Routes": ["Constants", "Errors", "Model", "Fields", "Hub", "HTTP", "Reading", "Handlers", "Teamwork", "Guide"],
     "Access": ["Constants", "Errors", "Fields", "Pace", "Hub", "HTTP", "Reading", "Routes"],
     "API": ["Constants", "Errors", "Model", "Changes", "Fields", "HTTP", "Reading", "Handlers", "Routes", "Access"],
     "Readers": ["Constants", "Model", "Changes", "HTTP", "Reading"],
@@ -7536,17 +7543,18 @@ MAY_USE = {  # what of the file a section's code may name, beside itself
     "Calls": ["Constants", "Errors", "Model", "HTTP"], "Shared": ["Constants", "Errors", "HTTP", "Calls"],
     "Client": ["Constants", "Errors", "HTTP", "Calls", "Shared"],
     "AgentClient": ["Constants", "Errors", "HTTP", "Calls", "Shared", "Client"],
-    "Identity": ["Constants", "Errors", "Model", "Store", "Client"],
-    "Commands": ["Constants", "Errors", "Model", "Fields", "Calls", "Identity"],
+    "Identity": ["Constants", "Errors", "Model", "Store", "Guide", "Client"],
+    "Commands": ["Constants", "Errors", "Model", "Fields", "Guide", "Calls", "Identity"],
     "Together": ["Constants", "Errors", "Model", "Calls", "Client", "Identity", "Commands"],
     "Doctor": ["Constants", "Errors", "AgentClient", "Identity", "Commands"],
-    "Setup": ["Constants", "Errors", "Model", "Fields", "Store", "HTTP", "Reading", "Door", "Server", "Identity"],
-    "Serve": ["Constants", "Errors", "Store", "Reading", "Server", "AgentClient", "Identity", "Setup"],
-    "CLI": ["Constants", "Errors", "Identity", "Commands", "Together", "Doctor", "Setup", "Serve"],
+    "Setup": ["Constants", "Errors", "Model", "Fields", "Store", "HTTP", "Reading", "Guide", "Door", "Server", "Identity"],
+    "Serve": ["Constants", "Errors", "Store", "Reading", "Guide", "Server", "AgentClient", "Identity", "Setup"],
+    "Demo": ["Constants", "Errors", "Client", "Identity", "Commands", "Together"],
+    "CLI": ["Constants", "Errors", "Guide", "Identity", "Commands", "Together", "Doctor", "Setup", "Serve", "Demo"],
 }  # fmt: skip
 
 
-IMPURE = ("Constants", "Log", "Store", "Readers", "Watching", "Connections", "Sockets", "Batches", "Door", "Server", "Calls", "Shared", "Client", "AgentClient", "Identity", "Commands", "Together", "Doctor", "Setup", "Serve", "CLI")  # fmt: skip
+IMPURE = ("Constants", "Log", "Store", "Readers", "Watching", "Connections", "Sockets", "Batches", "Door", "Server", "Calls", "Shared", "Client", "AgentClient", "Identity", "Commands", "Together", "Doctor", "Setup", "Serve", "Demo", "CLI")  # fmt: skip
 
 
 def sections() -> dict[str, tuple[int, int]]:
