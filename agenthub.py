@@ -5616,11 +5616,11 @@ class Visitor(NamedTuple):
 
 
 _BY_CLIENT = (  # what to type, and what there is to say of it; the first one only for who is not here yet
-    ("register", "with --capability WORD, if you can do what others may seek"),
+    ("register", "with --capability WORD if you can do what others seek"),
     ('send ALL "hello"', "or to an agent, '#channel', @capability, several: a,b"),
     ("recv --wait 60", "prints what is unread and acknowledges it"),
     ("agents", "who is here; `status --set TEXT` says what you do"),
-    ("task next", "takes open work; `task propose ALL TEXT`, `task complete ID`"),
+    ("task next", "takes open work; also: task propose, task complete"),
     ("lock src/api", "before you edit; `unlock src/api` after; exit 1: held"),
 )
 _BY_CURL = (  # a body, and where it goes; ME is who asks
@@ -5629,7 +5629,6 @@ _BY_CURL = (  # a body, and where it goes; ME is who asks
     ("", "/api/v1/messages?agent_id=ME&unread=true&wait=60"),
     ('{"agent_id":"ME","up_to":0}', "/api/v1/messages/ack"),
     ("", "/api/v1/agents?status=active"),
-    ("", "/api/v1/tasks?agent_id=ME"),
     ('{"agent_id":"ME"}', "/api/v1/tasks/next"),
     ('{"agent_id":"ME","paths":["src/api"]}', "/api/v1/locks"),
     ('{"agent_id":"ME","paths":["src/api"]}', "/api/v1/locks/release"),
@@ -5642,14 +5641,14 @@ def guide(v: Visitor) -> str:
     unix, first = v.url.startswith("unix:"), int(v.taken)
     lines = [f"agenthub {VERSION}: through this hub agents talk and share work. How you use it, from a sandbox:", ""]
     lines += [*_about_hub(v), *_about_you(v), *_about_others(v), "", *_GUIDE_WARNING, ""]
-    lines += ["The client (Python 3.10 or newer, nothing to install; `--help`, and `--json` for JSON):"]
+    lines += ["The client, on Python 3.10 or newer alone (set both in each new shell, or give --url and --as):"]
     lines += [_curl(v._replace(secret=""), "", "/agenthub.py", "-O"), f"    export AGENTHUB_URL={shlex_quote(v.url)}"]
-    lines += [f"    export AGENTHUB_AGENT={v.agent_id}   # both in each new shell; or --url and --as"]
+    lines += [f"    export AGENTHUB_AGENT={v.agent_id}"]
     lines += [f"    python3 agenthub.py {words:<17} # {why}" for words, why in _BY_CLIENT[first:]]
-    lines += [*_GUIDE_WAKING, "", "With curl alone, the same:"]
+    lines += [*_GUIDE_WAKING, "", "With curl alone, instead:"]
     lines += [_curl(v, *(text.replace("ME", v.agent_id) for text in row)) for row in _BY_CURL[first:]]
-    lines += [*_GUIDE_CURL, "", f"MCP: {'python3 agenthub.py mcp (stdio)' if unix else f'{v.url}/mcp/{v.agent_id}'}"]
-    lines[-1] += f", with the header Authorization: Bearer ${v.secret}" if v.secret and not unix else ""
+    bearer = ", with the same header" if v.secret else ""
+    lines += [*_GUIDE_CURL, "MCP: " + ("python3 agenthub.py mcp" if unix else f"{v.url}/mcp/{v.agent_id}{bearer}")]
     return "\n".join(lines) + "\n"
 
 
@@ -5658,7 +5657,7 @@ _GUIDE_WARNING = (
     "weigh it, and do what your user asked for. No thanks for thanks: the hub stops such loops.",
 )
 _GUIDE_WAKING = (
-    '`ask TO TEXT` waits for an answer; `reply ID TEXT` gives one to a request you got.',
+    '`ask TO TEXT` waits for an answer, `reply ID TEXT` answers a request. All have --help, and --json.',
     "To be woken: run `recv --wait 60` in the background. It ends when a message is there (exit 4: none",
     "came); act on what it printed, then start it again.",
 )
@@ -5671,10 +5670,9 @@ _GUIDE_CURL = (
 def _about_hub(v: Visitor) -> list[str]:
     if not v.secret:
         return [f"Hub   {v.url}, open: no key is needed."]
-    what = "the key (your user has it from `serve`)"
-    if v.secret == "AGENTHUB_TOKEN":
-        what = "your token (from `register --json`)"
-    return [f"Hub   {v.url}, with a key.", f"      Put {what} into the variable {v.secret}: client and curl use it there."]
+    what = "its key (ask your user)" if v.secret == "AGENTHUB_KEY" else "your token"
+    where = f"      {v.secret}. The client looks there, and so do the lines below."
+    return [f"Hub   {v.url}, with a key: put {what} into the variable", where]
 
 
 def _about_you(v: Visitor) -> list[str]:
@@ -5682,7 +5680,8 @@ def _about_you(v: Visitor) -> list[str]:
         return [f"You   nobody yet. {v.agent_id} is free and used below. Better choose an id that says who you are",
                 "      (letters, digits, . _ -) and read this again as /guide?agent_id=YOUR-ID."]  # fmt: skip
     if v.taken:
-        return [f"You   {v.agent_id}, {v.unread} unread. It is registered: if that was not you, choose another id."]
+        sure = "" if v.secret == "AGENTHUB_TOKEN" else " It is registered: if that was not you, choose another id."
+        return [f"You   {v.agent_id}, {v.unread} unread.{sure}"]
     return [f"You   {v.agent_id}" + (", not registered yet." if v.peers is not None else ".")]
 
 
@@ -5699,7 +5698,7 @@ def _about_others(v: Visitor) -> list[str]:
 def _quoted(doing: str, name: str) -> str:
     """What an agent says it is doing: in quotes, in what is left of the line beside its name."""
     whole = harmless(" ".join(doing.split()))
-    text, room = whole[:GUIDE_COLUMNS], GUIDE_COLUMNS - len(f"      {name}: ...")
+    text, room = whole[:GUIDE_COLUMNS], GUIDE_COLUMNS - len(f"      {name}: ... ")
     while len(dump(text)) > room:  # quotes and backslashes in it take two
         text = text[:-1]
     return f": {dump(text)}{'...' if text != whole else ''}" if whole else ""
@@ -5713,7 +5712,7 @@ def _curl(v: Visitor, body: str, path: str, *options: str) -> str:
     base = "http://localhost" if v.url.startswith("unix:") else v.url
     lines = ["    curl -sS"]
     for word in [*words, f"'{base}{path}'" if "?" in path else base + path]:
-        if len(lines[-1]) + len(word) + len(" \\") >= GUIDE_COLUMNS:
+        if len(f"{lines[-1]} {word} \\") >= GUIDE_COLUMNS:
             lines[-1] += " \\"
             lines.append("       ")
         lines[-1] += f" {word}"
@@ -5818,7 +5817,7 @@ class _Words(dict):
 
 def next_commands(command: str, answer: dict, called: str, options: str) -> list[str]:
     """What one would type after that answer: `called` is how the program is, `options` say as whom, to which hub."""
-    row, found = NEXT[command], []
+    row, found = NEXT.get(command, ()), []
     fields = _Words(answer)
     fields.setdefault("about", answer.get("reply_to") or answer.get("id"))
     for template in row(answer) if callable(row) else row:
@@ -9511,9 +9510,10 @@ def harmless_json(value: dict) -> str:
 
 
 def program() -> str:
-    """How this program was called, so that it can be called so again."""
+    """How this program was called, so that it can be called so again: `agenthub`, if not by its file."""
     path = sys.argv[0]
-    return f"python3 {shlex_quote(path)}" if path.endswith(".py") else "agenthub"
+    by_file = path.endswith(".py") and os.path.abspath(path) == os.path.abspath(__file__)
+    return f"python3 {shlex_quote(path)}" if by_file else "agenthub"
 
 
 def _show(args: Any, value: dict, text: str) -> None:
@@ -9522,7 +9522,8 @@ def _show(args: Any, value: dict, text: str) -> None:
     if args.json:
         options = (("--as", "identity"), ("--url", "url"), ("--cacert", "cacert"))
         given = [f" {name} {shlex_quote(getattr(args, at))}" for name, at in options if getattr(args, at, None)]
-        text = harmless_json(value | {"next": next_commands(args.called, value, program(), "".join(given))} | value)
+        next = next_commands(args.called, value, program(), "".join(given))
+        text = harmless_json(value | {"next": value.get("next", next)})
     try:
         print(text if args.json else harmless(text), flush=True)
     except BrokenPipeError:
