@@ -7890,7 +7890,7 @@ def test_the_readmes_shell_commands_work(live: object, tmp_path: Path) -> None:
     def answer() -> None:
         """What stands beside `ask` in the README: alpha answers."""
         alpha = ah.Client(hub.url, "alpha")
-        until(lambda: ran)
+        until(lambda: any(agent["agent_id"] == "alpha" for agent in alpha.agents()))
         for request in alpha.messages(unread=True, wait=60, type="request"):
             alpha.reply(request, "yes")
 
