@@ -7512,24 +7512,25 @@ def hub_of_demo(line: str) -> tuple[str, int]:
     return found[1], int(found[2])
 
 
-def test_the_demo_shows_what_really_happened_and_leaves_nothing(tmp_path: Path) -> None:
+def test_the_demo_shows_what_really_happened_and_leaves_nothing(
+    tmp_path: Path, bare_python: str, shared_hub: LiveHub
+) -> None:
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "TMPDIR": str(tmp_path), "AGENTHUB_KEY": "of-another-hub"}
-    command = [sys.executable, str(FILE), "demo"]
-    plain = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=30)
-    assert (plain.returncode, plain.stderr) == (0, ""), plain
-    task = re.search(r"\$ python3 \S+ task accept (\S+) --as alpha\n +\1 accepted by alpha", plain.stdout)[1]
-    assert f"refused, task_taken: task {task} is held by alpha" in plain.stdout
-    assert "refused, lock_held: src/** is locked by alpha (exclusive, src/net.py)" in plain.stdout
-    assert f"\n    {task} completed by alpha" in plain.stdout and f"alpha to beta (task_complete {task}): " in plain.stdout
-    for typed in re.findall(r"\$ python3 (.+)", plain.stdout):
-        assert ah._read(shlex.split(typed)[1:]).identity in ("alpha", "beta")
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(hub_of_demo(plain.stdout))
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_demo_as_json_is_a_step_a_line(shared_hub: LiveHub) -> None:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    demo = subprocess.Popen([bare_python, str(FILE), "demo"], text=True, env=env, cwd=tmp_path, **pipes)
     first, *steps, last = map(json.loads, shared_hub.here("demo", "--json").stdout.splitlines())
+    text, errors = demo.communicate(timeout=30)
+    assert (demo.returncode, errors) == (0, ""), text
+    task = re.search(r"\$ python3 \S+ task accept (\S+) --as alpha\n +\1 accepted by alpha", text)[1]
+    assert f"refused, task_taken: task {task} is held by alpha" in text
+    assert "refused, lock_held: src/** is locked by alpha (exclusive, src/net.py)" in text
+    assert f"\n    {task} completed by alpha" in text and f"alpha to beta (task_complete {task}): " in text
+    for typed in re.findall(r"\$ python3 (.+)", text):
+        assert ah._read(shlex.split(typed)[1:]).identity in ("alpha", "beta")
+    for line in (text, first["hub"]):
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(hub_of_demo(line))
+    assert not list(tmp_path.iterdir())
     assert [step["step"] for step in steps] == list(range(1, len(ah.STEPS) + 1))
     assert [step["error"]["code"] for step in steps if "error" in step] == ["task_taken", "lock_held"]
     (won,) = [step for step in steps if " task accept " in step["command"] and "result" in step]
@@ -7853,7 +7854,6 @@ def test_a_bare_interpreter_runs_a_hub_and_every_client_command(bare_python: str
         ("status",),
         ("history", "--as", "bob"),
         ("register", "carl"),
-        ("demo",),
     ):
         assert hub.cli(*words, python=bare_python).returncode == 0, words
     assert hub.talk(
@@ -7905,7 +7905,7 @@ def test_the_readmes_shell_commands_work(live: object, tmp_path: Path) -> None:
                 .strip()
             )
             if not line or re.match(
-                r"(AGENTHUB_\S+ )*python agenthub.py serve|python -m pytest|pip install|uv run", line
+                r"(AGENTHUB_\S+ )*python agenthub.py (serve|demo)|python -m pytest|pip install|uv run", line
             ):
                 continue
             stays = re.search(r"\blisten\b|\bwatch\b|stream\?", line)
