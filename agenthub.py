@@ -54,7 +54,7 @@ Read from top to bottom; a section uses only sections above it, and a test holds
     Doctor      the one that looks for what is wrong
     Setup       where a hub listens, its key, its certificate, its log
     Serve       the one that runs a hub
-    Demo        the one that shows two agents at work
+    Demo        those with a hub of their own: two agents at work, and how fast it is
     CLI         the table of commands, main
 """
 
@@ -5803,8 +5803,9 @@ NEXT: dict[str, tuple[str, ...] | Callable[[dict], tuple[str, ...]]] = {
     "backup": (),
     "guide": lambda answer: (answer["start"], "demo") if "start" in answer else ("agents", "recv --wait 60"),
     "demo": lambda step: ("serve", "guide") if "winner" in step else (),
+    "bench": (),
 }  # fmt: skip
-OF_NO_HUB = ("serve", "demo")  # commands that ask none, and so take neither --as nor --url
+OF_NO_HUB = ("serve", "demo", "bench")  # commands that ask none, and so take neither --as nor --url
 
 
 class _Words(dict):
@@ -10668,6 +10669,38 @@ def _own(name: str, **options: Any) -> tuple[tuple[str, ...], dict]:
 # --- Demo -------------------------------------------------------------------------------------------------------------
 
 DEMO_PAUSE = 0.25  # seconds after each step where a person looks on: 4 s in all
+BENCH_SECONDS = 1.5  # for each of four figures: 7 s with all that is around them
+BENCH_GROUP = 64  # messages of one WebSocket that are under way, and rows of one commit to compare it with
+BENCH_TEXT = "x" * 100  # a short message, and as much in a row
+
+
+@contextlib.contextmanager
+def own_hub(*options: str) -> Iterator[str]:
+    """A hub in a process of its own that ends with this, also where a SIGTERM ends it. Gives its URL. Raises
+    HubError."""
+    import signal
+    import subprocess
+
+    env = {k: v for k, v in os.environ.items() if not k.startswith("AGENTHUB_") and k != "PORT"}
+    command = [sys.executable, os.path.abspath(__file__), "serve", "--host", HOST, "--port", "0", *options]
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    hub = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
+    try:
+        found = re.search(r" at (http://\S+),", hub.stdout.readline() if hub.stdout else "")
+        if not found:
+            raise HubError("the hub did not start: `agenthub serve --port 0 --db :memory:` says why")
+        yield found[1]
+    finally:
+        hub.terminate()
+        try:
+            hub.wait(2 * STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            hub.kill()
+            hub.wait()
+        signal.signal(signal.SIGTERM, before)
+
+
+# two agents at work
 
 
 class Step(NamedTuple):
@@ -10728,14 +10761,8 @@ STEPS = (
 
 def demo_command(args: Any) -> int:
     """Two agents talk, share out work and lock files on a hub of their own, which ends with it. Every line is real."""
-    import signal
-
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # else the hub would stay
-    try:
-        with own_hub() as url:
-            kept = _play(args, url)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with own_hub("--db", ":memory:") as url:
+        kept = _play(args, url)
     task = kept["won"]["task"]
     text = f"{task['holder']} did task {task['task_id']}, not {task['proposer']}, and this hub is gone. For yours: "
     _show(args, {"task_id": task["task_id"], "winner": task["holder"]}, f"{text}{program()} serve")
@@ -10769,26 +10796,90 @@ def _take(step: Step, client: Client, kept: dict) -> tuple[dict, str]:
     return {"result": result}, step.text(result)
 
 
-@contextlib.contextmanager
-def own_hub() -> Iterator[str]:
-    """A hub in a process of its own that keeps nothing and ends with this. Gives its URL. Raises HubError."""
-    import subprocess
+# how fast it is
 
-    env = {k: v for k, v in os.environ.items() if not k.startswith("AGENTHUB_") and k != "PORT"}
-    command = [sys.executable, os.path.abspath(__file__), "serve", "--host", HOST, "--port", "0", "--db", ":memory:"]
-    hub = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
-    try:
-        found = re.search(r" at (http://\S+),", hub.stdout.readline() if hub.stdout else "")
-        if not found:
-            raise HubError("the hub did not start: `agenthub serve --port 0 --db :memory:` says why")
-        yield found[1]
-    finally:
-        hub.terminate()
-        try:
-            hub.wait(2 * STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            hub.kill()
-            hub.wait()
+
+def bench_command(args: Any) -> int:
+    """Durable messages a second, beside what SQLite alone makes durable in the same folder, in the same run."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="agenthub-bench-") as folder:
+        options = ("--db", os.path.join(folder, "hub.db"), "--rate-limit", "0", "--max-inbox", "0")
+        with own_hub(*options) as url, contextlib.closing(Store(os.path.join(folder, "raw.db"))) as store:
+            Client(url, "bench-reader").register()
+            for group, what, measure in BENCHES:
+                alone = _sqlite_rate(store, group)
+                _show_rate(args, f"SQLite alone, {group} a commit", alone)
+                if measure is not _socket_rate or has_websockets():
+                    _show_rate(args, what, measure(url), alone)
+                else:
+                    _say("websockets is not installed: no figure for a WebSocket")
+    return 0
+
+
+def _show_rate(args: Any, what: str, rate: float, alone: float = 0) -> None:
+    ratio = {"ratio": round(rate / alone, 3)} if alone else {}
+    text = f"{what:<32}{rate:>10,.0f} a second" + (f"{rate / alone:>8.2f} of SQLite alone" if alone else "")
+    _show(args, {"what": what, "per_second": round(rate, 1), **ratio}, text)
+
+
+def _rate(once: Callable[[], int]) -> float:
+    """How many a second, where each call does as many as it returns."""
+    done, start = 0, time.perf_counter()
+    while (took := time.perf_counter() - start) < BENCH_SECONDS:
+        done += once()
+    return done / took
+
+
+def _sqlite_rate(store: Store, group: int) -> float:
+    line = store.connect()
+    line.execute("PRAGMA synchronous = FULL")
+    line.execute("CREATE TABLE IF NOT EXISTS bench (text)")
+
+    def commit() -> int:
+        line.execute("BEGIN")
+        line.executemany("INSERT INTO bench VALUES (?)", [(BENCH_TEXT,)] * group)
+        line.execute("COMMIT")
+        return group
+
+    with contextlib.closing(line):
+        return _rate(commit)
+
+
+def _http_rate(url: str) -> float:
+    with Client(url, "bench-http") as client:
+        client.register()
+        return _rate(lambda: len(client.send_message("bench-reader", BENCH_TEXT)["recipients"]))
+
+
+def _socket_rate(url: str) -> float:
+    import asyncio
+    import socket
+
+    Client(url, "bench-socket").register()
+    return asyncio.run(_send_on_socket(socket.create_connection((HOST, int(url.rpartition(":")[2])))))
+
+
+async def _send_on_socket(sock: Any) -> float:
+    from websockets.asyncio.client import connect
+
+    frame = dump({"to": "bench-reader", "message": BENCH_TEXT})
+    async with connect("ws://localhost/ws/bench-socket", sock=sock, compression=None) as line:
+        for _ in range(BENCH_GROUP):
+            await line.send(frame)
+        done, under_way, took, start = 0, BENCH_GROUP, 0.0, time.perf_counter()
+        while under_way:  # to the last answer, or the close would stand behind them
+            if '"type":"sent"' not in str(await line.recv()):
+                continue
+            done, took = done + 1, time.perf_counter() - start
+            if took < BENCH_SECONDS:
+                await line.send(frame)
+            else:
+                under_way -= 1
+    return done / took
+
+
+BENCHES = ((1, "HTTP, one connection", _http_rate), (BENCH_GROUP, f"WebSocket, {BENCH_GROUP} under way", _socket_rate))
 
 
 # --- CLI --------------------------------------------------------------------------------------------------------------
@@ -10970,6 +11061,9 @@ _COMMANDS: dict[str, tuple] = {
     "demo": (demo_command, "two agents at work on a hub of their own, for a few seconds", (
         _arg("--json", action="store_true", help="one JSON object a line"),
     ), "python agenthub.py demo"),
+    "bench": (bench_command, "how many messages a second a hub makes durable here, beside SQLite alone; takes 7 s", (
+        _arg("--json", action="store_true", help="one JSON object a line"),
+    ), "TMPDIR=/where/the/store/is python agenthub.py bench"),
     "doctor": (_doctor_command, "find out why something does not work", (
         _arg("recipient", nargs="?", help="an agent you can't reach"),
     ), "agenthub doctor alpha"),

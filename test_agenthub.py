@@ -7537,6 +7537,18 @@ def test_the_demo_shows_what_really_happened_and_leaves_nothing(
     assert (last["task_id"], last["winner"]) == (won["result"]["task_id"], "alpha") and last["next"][0].endswith(" serve")
 
 
+def test_the_bench_has_a_figure_for_each_way_and_one_of_sqlite_beside_it(
+    shared_hub: LiveHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(ah, "BENCH_SECONDS", 0.01)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    rows = [json.loads(line) for line in shared_hub.here("bench", "--json").stdout.splitlines()]
+    ways = 2 if ah.has_websockets() else 1
+    assert [("ratio" in row, row["what"].startswith("SQLite")) for row in rows] == [(False, True), (True, False)] * ways + [
+        (False, True)] * (2 - ways)  # fmt: skip
+    assert all(row["per_second"] > 0 for row in rows) and not list(tmp_path.iterdir())
+
+
 def test_a_demo_that_is_interrupted_takes_its_hub_along(tmp_path: Path) -> None:
     """On a terminal it goes slowly, so that there is something to interrupt."""
     import pty
@@ -7728,7 +7740,7 @@ MAY_USE = {  # what of the file a section's code may name, beside itself
     "Doctor": ["Constants", "Errors", "AgentClient", "Identity", "Commands"],
     "Setup": ["Constants", "Errors", "Model", "Fields", "Store", "HTTP", "Reading", "Guide", "Door", "Server", "Identity"],
     "Serve": ["Constants", "Errors", "Store", "Reading", "Guide", "Server", "AgentClient", "Identity", "Setup"],
-    "Demo": ["Constants", "Errors", "Client", "Identity", "Commands", "Together"],
+    "Demo": ["Constants", "Errors", "Model", "Store", "Client", "AgentClient", "Identity", "Commands", "Together"],
     "CLI": ["Constants", "Errors", "Guide", "Identity", "Commands", "Together", "Doctor", "Setup", "Serve", "Demo"],
 }  # fmt: skip
 
