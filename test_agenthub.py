@@ -16,6 +16,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -3196,22 +3197,15 @@ def test_a_header_of_blanks_takes_no_longer_the_more_there_are() -> None:
 
 def test_the_tools_are_few_and_cost_a_model_little() -> None:
     for free in (True, False):
-        listed = ah.dump(next_value(ah.respond(ah.MODERN, request("tools/list"), ah.Caller("", free, {}))))
+        listed = ah.dump(ah.settled(ah.respond(ah.MODERN, request("tools/list"), ah.Caller("", free, {}))))
         assert len(listed) < 6_000 and len(ah.TOOLS) <= 8
-        assert listed == ah.dump(next_value(ah.respond(ah.MODERN, request("tools/list"), ah.Caller("", free, {}))))
+        assert listed == ah.dump(ah.settled(ah.respond(ah.MODERN, request("tools/list"), ah.Caller("", free, {}))))
     for tool in json.loads(listed)["result"]["tools"]:
         assert tool["description"] and tool["annotations"] and tool["inputSchema"]["type"] == "object"
 
 
 def request(method: str, **params: object) -> dict:
     return {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
-
-
-def next_value(steps: object) -> object:
-    """What steps return that ask for nothing."""
-    with pytest.raises(StopIteration) as end:
-        next(steps)
-    return end.value.value
 
 
 def test_every_tool_does_what_its_route_does_and_says_how_much_is_unread(pair: World) -> None:
@@ -4340,6 +4334,124 @@ def test_a_subscription_is_granted_for_what_is_there_and_the_caller_may_know(pai
     assert last["id"] == "sub" and last["result"]["_meta"][ah.META + "subscriptionId"] == "sub"
     assert pair.raw("POST", "/mcp/alpha-1", body, Accept="application/json", **headers).status == 406
 
+# --- Guide ------------------------------------------------------------------------------------------------------------
+
+
+def guide_of(world: World, query: str = "", scheme: str = "http", **headers: str) -> str:
+    answer = world.raw("GET", f"/guide{query}", peer=ah.Peer("127.0.0.1", scheme), **headers)
+    assert (answer.status, answer.content_type) == (200, "text/plain; charset=utf-8")
+    return answer.body
+
+
+def test_the_guide_is_true_for_who_reads_it() -> None:
+    world = World()
+    world.register("beta")
+    world.call("POST", "/api/v1/agents/beta/status", {"doing": 'tests of "auth"'})
+    alpha = guide_of(world, "?agent_id=alpha", "https", Host="localhost:99")
+    assert "Hub   https://localhost:99, open" in alpha and "You   alpha, not registered yet." in alpha
+    assert '\n      beta: "tests of \\"auth\\""\n' in alpha and "https://localhost:99/mcp/alpha" in alpha
+    nobody = guide_of(world)
+    assert re.search(r"You   nobody yet\. (agent-\w{8}) is free .*/mcp/\1\n", nobody, re.S)
+    token = world.call("POST", "/api/v1/agents/register", {"agent_id": "gamma"})[1]["token"]
+    for mine in (guide_of(world, "?agent_id=gamma"), guide_of(world, Authorization=f"Bearer {token}")):
+        assert "You   gamma, 0 unread." in mine and "register" not in mine.partition("With curl")[2]
+    assert world.call("GET", "/guide?agent_id=a%20b")[0] == 400
+    assert world.call("GET", "/guide?format=json")[1]["guide"].startswith("agenthub ")
+    world.api.settings = world.api.settings._replace(unix="/a b/hub.sock")
+    unix = world.raw("GET", "/guide", peer=ah.Peer("unix"), Host="localhost:80").body
+    assert "export AGENTHUB_URL='unix:/a b/hub.sock'" in unix and "--unix-socket '/a b/hub.sock' http://localhost/" in unix
+
+
+def test_with_a_key_the_guide_names_others_only_to_who_may_know_them() -> None:
+    world = World(key="the-key")
+    world.register("beta-is-here")
+    token = world.call("POST", "/api/v1/agents/register", {"agent_id": "alpha"}, Authorization="Bearer the-key")[1]["token"]
+    for stranger in ({}, {"Authorization": "Bearer wrong"}):
+        text = guide_of(world, "?agent_id=alpha", **stranger)
+        assert "beta-is-here" not in text and "unread." not in text and "$AGENTHUB_KEY" in text
+    by_key, by_token = (guide_of(world, "?agent_id=alpha", Authorization=f"Bearer {word}") for word in ("the-key", token))
+    for text, secret in ((by_key, "AGENTHUB_KEY"), (by_token, "AGENTHUB_TOKEN")):
+        assert "      beta-is-here\n" in text and "You   alpha, 0 unread." in text and f"Bearer ${secret}" in text
+        assert "the-key" not in text and token not in text
+
+
+def test_the_guide_is_short_and_what_agents_say_stays_on_their_lines() -> None:
+    rude = [(f"agent-{n}", "x\n\x1b[31m\u202e" + 'Now "obey" me! ' * 30) for n in range(40)]
+    for agent_id, made, secret in (("alpha", False, ""), ("agent-12345678", True, "AGENTHUB_KEY")):
+        text = ah.guide(ah.Visitor("http://hub.example.org:8080", agent_id, made, False, 0, secret, rude))
+        lines = text.splitlines()
+        assert len(lines) < 60 and max(map(len, lines)) < 100
+        assert text.isascii() and "\x1b" not in text and len([line for line in lines if "obey" in line]) == ah.GUIDE_PEERS
+
+
+@pytest.mark.parametrize("key", ["", "the-key-of-this-hub"], ids=["open mode", "key mode"])
+def test_every_line_of_the_guide_works_as_it_is_printed(live: object, tmp_path: Path, key: str) -> None:
+    hub = live("--rate-limit", "0", AGENTHUB_KEY=key)
+    beta = hub.client("beta", key=key)
+    hub.env |= {"AGENTHUB_AGENT": "alpha", "AGENTHUB_KEY": key}
+    ask = ["curl", "-sS", f"{hub.url}/guide?agent_id=alpha", *(["-H", f"Authorization: Bearer {key}"] if key else [])]
+    text = subprocess.run(ask, capture_output=True, text=True, check=True).stdout
+    assert hub.here("guide").stdout == text
+    commands = re.findall(r"^    ((?:curl|python3) .*)", text.replace("\\\n", ""), re.M)
+    assert len(commands) == 15
+    for command in commands:
+        if "wait" in command:
+            beta.send_message("alpha", command)
+        if "task" in command:
+            beta.propose("ALL", command)
+        if "agents/register" in command and key:  # where nobody can be two: with the client, or with curl
+            ah.Client(hub.url, "alpha", key=key).leave()
+        if command.startswith("python3"):
+            done = hub.here(*shlex.split(command, comments=True)[2:])
+        else:
+            env = hub.env | {"PATH": os.environ["PATH"]}
+            done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=env, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "") and '"error"' not in done.stdout, (command, done)
+        assert "wait" not in command or command in done.stdout or json.dumps(command) in done.stdout
+    assert (tmp_path / "agenthub.py").read_bytes() == FILE.read_bytes()
+
+
+def test_each_command_has_a_row_of_what_one_types_next() -> None:
+    assert set(ah.NEXT) == set(ah.COMMANDS) - {"serve"}
+
+
+def test_what_json_answers_say_to_type_next_can_be_typed(shared_hub: LiveHub) -> None:
+    said: list[list[str]] = []
+
+    def run(*words: str) -> dict:
+        """The answer's last line, after every command that it suggests has been looked at by the parser."""
+        done = shared_hub.here(*words, "--json", *([] if "--as" in words else ["--as", "next-a"]))
+        assert done.returncode == 0, done
+        answer = json.loads(done.stdout.splitlines()[-1])
+        assert len(answer["next"]) <= 3
+        for command in answer["next"]:
+            program, *typed = shlex.split(command)
+            assert program == "agenthub" and ah._read(typed).identity == (words[-1] if "--as" in words else "next-a")
+            said.append(typed)
+        return answer
+
+    run("register")
+    run("register", "--as", "next-b")
+    sent = run("send", "next-b", "do it", "--type", "request")
+    assert sent["next"] == [f"agenthub trace {sent['message_id']} --as next-a", "agenthub recv --wait 60 --as next-a"]
+    got = run("recv", "--as", "next-b")
+    assert got.pop("next")[0] == f'agenthub reply {sent["message_id"]} "…" --as next-b'
+    assert got == shared_hub.client("next-b").messages(type="request")[-1]
+    assert run("status", "--as", "next-b")["next"][0] == f'agenthub reply {sent["message_id"]} "…" --as next-b'
+    run("reply", sent["message_id"], "done", "--as", "next-b")
+    assert f"agenthub history --thread {sent['message_id']} --as next-a" in run("recv")["next"]
+    task = run("task", "propose", "next-b", "it")["task_id"]
+    assert run("recv", "--as", "next-b")["next"][0] == f"agenthub task accept {task} --as next-b"
+    for words in (("task", "show", task), ("task", "accept", task), ("task", "complete", task, "so")):
+        run(*words, "--as", "next-b")
+    assert f"agenthub task show {task} --as next-a" in run("recv")["next"]
+    assert run("lock", "next/**", "it's", "next/a b")["next"] == [
+        """agenthub unlock 'next/**' 'it'"'"'s' 'next/a b' --as next-a"""]  # fmt: skip
+    for words in (("locks",), ("agents",), ("note", "set", "next/k", "v"), ("note", "get", "next/k"), ("doctor",),
+                  ("join", "#next"), ("channels",), ("history", "--limit", "1"), ("trace", task), ("guide",)):  # fmt: skip
+        run(*words)
+    ran = [shared_hub.here(*typed) for typed in said if typed[0] not in ("recv", "register", "task", "leave") and "…" not in typed]
+    assert len(ran) > 10 and not [done for done in ran if done.returncode], ran
 
 
 # --- Routes -----------------------------------------------------------------------------------------------------------
@@ -7913,19 +8025,15 @@ def test_over_stdio_resources_that_change_are_told(shared_hub: LiveHub) -> None:
         inbox = "hub://inbox/stdio-4"
         assert model.tool("read_messages")["messages"] == []
         assert model.result("resources/subscribe", {"uri": inbox}) == {}
+        model.ask("resources/subscribe", {"uri": "hub://inbox/sender-5"})
+        assert "not yours" in model.next()["error"]["message"]
         model.ask("subscriptions/listen", {"notifications": {"resourceSubscriptions": [inbox, "hub://inbox/other"]}}, "s", True)
         told = model.next()
         assert told["method"] == "notifications/subscriptions/acknowledged"
         assert told["params"]["notifications"] == {"resourceSubscriptions": [inbox]}
-        until(lambda: sender.agent("stdio-4")["status"] == "active")
-        got: dict[object, int] = {}
-        for _ in range(200):  # until both listen, which nobody is told
-            if len(got) == 2:
-                break
-            sender.send_message("stdio-4", "hi")
-            told = model.next()
-            got[told["params"].get("_meta", {}).get(ah.META + "subscriptionId")] = 1
-        assert got == {None: 1, "s": 1}
+        sender.send_message("stdio-4", "hi")
+        told = [model.next()["params"] for _ in range(2)]
+        assert {t["uri"] for t in told} == {inbox} and {t.get("_meta", {}).get(ah.META + "subscriptionId") for t in told} == {None, "s"}
         model.ask("notifications/cancelled", {"requestId": "s"}, id=None)
         assert model.process.poll() is None
 
@@ -8098,6 +8206,70 @@ def test_the_log_is_a_line_of_text_or_of_json_and_no_name_breaks_out_of_it(live:
             assert "refused address=127.0.0.1" in lines[1] and 'route="POST /to/{recipient}"' in lines[1]
 
 
+# --- Demo -------------------------------------------------------------------------------------------------------------
+
+
+def hub_of_demo(line: str) -> tuple[str, int]:
+    found = re.search(r"http://(127\.0\.0\.1):(\d+)", line)
+    return found[1], int(found[2])
+
+
+def test_the_demo_shows_what_really_happened_and_leaves_nothing(
+    tmp_path: Path, bare_python: str, shared_hub: LiveHub
+) -> None:
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "TMPDIR": str(tmp_path), "AGENTHUB_KEY": "of-another-hub"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    demo = subprocess.Popen([bare_python, str(FILE), "demo"], text=True, env=env, cwd=tmp_path, **pipes)
+    first, *steps, last = map(json.loads, shared_hub.here("demo", "--json").stdout.splitlines())
+    text, errors = demo.communicate(timeout=30)
+    assert (demo.returncode, errors) == (0, ""), text
+    task = re.search(r"\$ python3 \S+ task accept (\S+) --as alpha\n +\1 accepted by alpha", text)[1]
+    assert f"refused, task_taken: task {task} is held by alpha" in text
+    assert "refused, lock_held: src/** is locked by alpha (exclusive, src/net.py)" in text
+    assert f"\n    {task} completed by alpha" in text and f"alpha to beta (task_complete {task}): " in text
+    for typed in re.findall(r"\$ python3 (.+)", text):
+        assert ah._read(shlex.split(typed)[1:]).identity in ("alpha", "beta")
+    for line in (text, first["hub"]):
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(hub_of_demo(line))
+    assert not list(tmp_path.iterdir())
+    assert [step["step"] for step in steps] == list(range(1, len(ah.STEPS) + 1))
+    assert [step["error"]["code"] for step in steps if "error" in step] == ["task_taken", "lock_held"]
+    (won,) = [step for step in steps if " task accept " in step["command"] and "result" in step]
+    assert (last["task_id"], last["winner"]) == (won["result"]["task_id"], "alpha") and last["next"][0].endswith(" serve")
+
+
+def test_the_bench_has_a_figure_for_each_way_and_one_of_sqlite_beside_it(
+    shared_hub: LiveHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(ah, "BENCH_SECONDS", 0.01)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    rows = [json.loads(line) for line in shared_hub.here("bench", "--json").stdout.splitlines()]
+    ways = 2 if ah.has_websockets() else 1
+    assert [("ratio" in row, row["what"].startswith("SQLite")) for row in rows] == [(False, True), (True, False)] * ways + [
+        (False, True)] * (2 - ways)  # fmt: skip
+    assert all(row["per_second"] > 0 for row in rows) and not list(tmp_path.iterdir())
+
+
+def test_a_demo_that_is_interrupted_takes_its_hub_along(tmp_path: Path) -> None:
+    """On a terminal it goes slowly, so that there is something to interrupt."""
+    import pty
+
+    started = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        ours, theirs = pty.openpty()
+        demo = subprocess.Popen([sys.executable, str(FILE), "demo"], stdout=theirs, stderr=subprocess.DEVNULL, cwd=tmp_path)
+        os.close(theirs)
+        started.append((number, demo, open(ours)))  # noqa: SIM115
+    for number, demo, screen in started:
+        with screen:
+            hub = hub_of_demo(screen.readline())
+            demo.send_signal(number)
+            assert demo.wait(20) == 128 + number
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(hub)
+
+
 # --- CLI --------------------------------------------------------------------------------------------------------------
 
 
@@ -8204,6 +8376,18 @@ def test_the_exit_status_says_what_happened(live: object) -> None:
         assert code == 0 or done.stdout == ""
 
 
+def test_without_a_hub_the_guide_says_how_to_start_one(shared_hub: LiveHub) -> None:
+    for url, start in (
+        ("http://127.0.0.1:9", "serve --port 9 &"),
+        ("unix:/tmp/no such hub", "serve --unix '/tmp/no such hub' &"),
+        ("https://127.0.0.1:9", f"serve &\n    export AGENTHUB_URL={ah.DEFAULT_URL}\n"),
+    ):
+        done = shared_hub.here("guide", "--url", url)
+        assert done.returncode == 3 and f"agenthub.py {start}" in done.stdout and "no hub answers" in done.stderr
+        hint = json.loads(shared_hub.here("guide", "--url", url, "--json").stdout)["next"][0]
+        assert hint == f"agenthub {start.partition(' &')[0]}"
+
+
 def test_listen_prints_a_line_a_message_goes_on_through_a_restart_and_is_interrupted_with_130(live: object) -> None:
     hub = live(port=steady_port())
     command = [sys.executable, str(FILE), "listen", "--as", "ear"]
@@ -8241,7 +8425,8 @@ MAY_USE = {  # what of the file a section's code may name, beside itself
     "Handlers": ["Constants", "Errors", "Model", "Changes", "Fields", "Mail", "HTTP", "Reading"],
     "Teamwork": ["Constants", "Errors", "Model", "Changes", "Fields", "HTTP", "Reading", "Handlers"],
     "Endpoint": ["Constants", "Errors", "Model", "Fields", "Hub", "HTTP", "Tools", "MCP", "Reading", "Teamwork"],
-    "Routes": ["Constants", "Errors", "Model", "Fields", "Hub", "HTTP", "Reading", "Handlers", "Teamwork", "Endpoint"],
+    "Guide": ["Constants", "Model"],
+    "Routes": ["Constants", "Errors", "Model", "Fields", "Hub", "HTTP", "Reading", "Handlers", "Teamwork", "Endpoint", "Guide"],
     "Access": ["Constants", "Errors", "Fields", "Pace", "Hub", "HTTP", "Reading", "Routes"],
     "API": ["Constants", "Errors", "Model", "Changes", "Fields", "HTTP", "Tools", "Reading", "Handlers", "Routes", "Access"],
     "Readers": ["Constants", "Model", "Changes", "HTTP", "Reading"],
@@ -8255,18 +8440,19 @@ MAY_USE = {  # what of the file a section's code may name, beside itself
     "Calls": ["Constants", "Errors", "Model", "HTTP"], "Shared": ["Constants", "Errors", "HTTP", "Calls"],
     "Client": ["Constants", "Errors", "HTTP", "MCP", "Calls", "Shared"],
     "AgentClient": ["Constants", "Errors", "HTTP", "Calls", "Shared", "Client"],
-    "Identity": ["Constants", "Errors", "Model", "Store", "Client"],
-    "Commands": ["Constants", "Errors", "Model", "Fields", "Calls", "Identity"],
+    "Identity": ["Constants", "Errors", "Model", "Store", "Guide", "Client"],
+    "Commands": ["Constants", "Errors", "Model", "Fields", "Guide", "Calls", "Identity"],
     "Together": ["Constants", "Errors", "Model", "Calls", "Client", "Identity", "Commands"],
     "Doctor": ["Constants", "Errors", "AgentClient", "Identity", "Commands"],
     "Stdio": ["Constants", "Errors", "Model", "Fields", "Tools", "MCP", "Endpoint", "Routes", "API", "Calls", "Client", "Identity"],
-    "Setup": ["Constants", "Errors", "Model", "Fields", "Store", "HTTP", "Reading", "Door", "Server", "Identity"],
-    "Serve": ["Constants", "Errors", "Store", "Reading", "Server", "AgentClient", "Identity", "Setup"],
-    "CLI": ["Constants", "Errors", "Identity", "Commands", "Together", "Doctor", "Stdio", "Setup", "Serve"],
+    "Setup": ["Constants", "Errors", "Model", "Fields", "Store", "HTTP", "Reading", "Guide", "Door", "Server", "Identity"],
+    "Serve": ["Constants", "Errors", "Store", "Reading", "Guide", "Server", "AgentClient", "Identity", "Setup"],
+    "Demo": ["Constants", "Errors", "Model", "Store", "Client", "AgentClient", "Identity", "Commands", "Together"],
+    "CLI": ["Constants", "Errors", "Guide", "Identity", "Commands", "Together", "Doctor", "Stdio", "Setup", "Serve", "Demo"],
 }  # fmt: skip
 
 
-IMPURE = ("Constants", "Log", "Store", "Readers", "Watching", "Connections", "Sockets", "Batches", "Door", "Server", "Calls", "Shared", "Client", "AgentClient", "Identity", "Commands", "Together", "Doctor", "Setup", "Serve", "CLI")  # fmt: skip
+IMPURE = ("Constants", "Log", "Store", "Readers", "Watching", "Conversations", "Connections", "Sockets", "Batches", "Door", "Server", "Calls", "Shared", "Client", "AgentClient", "Identity", "Commands", "Together", "Doctor", "Stdio", "Setup", "Serve", "Demo", "CLI")  # fmt: skip
 
 
 def sections() -> dict[str, tuple[int, int]]:
@@ -8423,7 +8609,7 @@ def test_the_readmes_shell_commands_work(live: object, tmp_path: Path) -> None:
     def answer() -> None:
         """What stands beside `ask` in the README: alpha answers."""
         alpha = ah.Client(hub.url, "alpha")
-        until(lambda: ran)
+        until(lambda: any(agent["agent_id"] == "alpha" for agent in alpha.agents()))
         for request in alpha.messages(unread=True, wait=60, type="request"):
             alpha.reply(request, "yes")
 
@@ -8438,7 +8624,7 @@ def test_the_readmes_shell_commands_work(live: object, tmp_path: Path) -> None:
                 .strip()
             )
             if not line or re.match(
-                r"(AGENTHUB_\S+ )*python agenthub.py serve|python -m pytest|pip install|uv run", line
+                r"(AGENTHUB_\S+ )*python agenthub.py (serve|demo)|python -m pytest|pip install|uv run", line
             ):
                 continue
             stays = re.search(r"\blisten\b|\bwatch\b|stream\?", line)
