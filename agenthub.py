@@ -8168,13 +8168,14 @@ class _Calls:
     """What both clients can do: the routes, in their order and with their names.
 
     A method gives what `_run` makes of its plan: the result for `Client`, an awaitable of it for `AgentClient`. A plan
-    yields calls (method, path, body, query) and gets the answers. All raise HubError's kinds, and Unreachable.
+    yields calls (method, path, body, query) and gets the answers. All raise HubError's kinds, and Unreachable. A call
+    is repeated for `patience` seconds where that may help; with 0 it is made once.
     """
 
     def __init__(
         self, server_url: str | None = None, agent_id: str | None = None, session_id: str | None = None,
         name: str | None = None, capabilities: Iterable[str] | None = None, metadata: dict | None = None,
-        token: str | None = None, key: str | None = None, cacert: str | None = None,
+        token: str | None = None, key: str | None = None, cacert: str | None = None, patience: float = RETRY_SECONDS,
     ) -> None:  # fmt: skip
         self._aim(server_url or os.environ.get("AGENTHUB_URL") or DEFAULT_URL)
         self.agent_id, self.session_id, self.name = agent_id, session_id, name
@@ -8182,6 +8183,7 @@ class _Calls:
         self.token = _secret("AGENTHUB_TOKEN", token)
         self.key = _secret("AGENTHUB_KEY", key)
         self._cacert = cacert or os.environ.get("AGENTHUB_CACERT") or ""
+        self.patience = patience
         self.on_wait: Callable[[float, str], None] = lambda seconds, reason: None
         self._seen: dict[str, None] = {}
         self._closed = self._left = self._lost = self._met = False
@@ -8448,7 +8450,7 @@ class _Calls:
             except (RateLimited, ShuttingDown, Unreachable, OSError, EOFError) as error:
                 reason = error if isinstance(error, HubError) else self._unreachable(error)
             pause = float(reason.details.get("retry_after", _pause(tries)))
-            end = end or time.monotonic() + RETRY_SECONDS  # from the first failure on: a poll may have waited long
+            end = end or time.monotonic() + self.patience  # from the first failure on: a poll may have waited long
             never_there = tries == 0 and not self._met and reason.details.get("at_once")
             if never_there or time.monotonic() + pause > end:
                 raise reason
@@ -8672,7 +8674,7 @@ class Client(_Shared):
     """A blocking client on the standard library: `Client(agent_id="beta").send_message("alpha", "hi")`.
 
     It waits where the hub says it is too fast (`on_wait(seconds, reason)` hears of it), and repeats a call whose line
-    broke, for RETRY_SECONDS at most: every call can be repeated. One thread at a time; `close` when done.
+    broke, for `patience` seconds at most: every call can be repeated. One thread at a time; `close` when done.
     """
 
     timeout = MAX_WAIT + 15.0  # seconds without a byte: longer than any poll

@@ -6498,6 +6498,15 @@ def test_the_blocking_client_asks_replies_and_gets_the_hubs_errors_as_classes(sh
         ah.Client("ftp://x")
 
 
+def test_a_client_without_patience_asks_once(live: object) -> None:
+    hub = live("--rate-limit", "1", "--rate-burst", "1")
+    with ah.Client(hub.url, "hasty", patience=0) as client:
+        client.on_wait = lambda seconds, reason: pytest.fail(reason)
+        client.register()
+        with pytest.raises(ah.RateLimited):
+            client.set_status("here"), client.set_status("there")
+
+
 def test_listening_acknowledges_what_was_worked_through_and_survives_a_restart(live: object) -> None:
     hub = live(port=steady_port())
     client = hub.client("listener")
