@@ -7225,6 +7225,12 @@ def test_the_doctor_finds_a_key_that_is_missing_or_wrong(live: object) -> None:
         assert done.returncode == code and ("fail identity" in done.stdout) == (code == 1), done.stdout
 
 
+# --- Session ----------------------------------------------------------------------------------------------------------
+
+
+# --- Hooks ------------------------------------------------------------------------------------------------------------
+
+
 # --- Setup ------------------------------------------------------------------------------------------------------------
 
 
@@ -7549,13 +7555,15 @@ MAY_USE = {  # what of the file a section's code may name, beside itself
     "Commands": ["Constants", "Errors", "Model", "Fields", "Calls", "Identity"],
     "Together": ["Constants", "Errors", "Model", "Calls", "Client", "Identity", "Commands"],
     "Doctor": ["Constants", "Errors", "AgentClient", "Identity", "Commands"],
+    "Session": ["Store", "Client", "Identity", "Commands", "Together"],
+    "Hooks": ["Errors", "Model", "Patterns", "Store", "Calls", "Identity", "Commands", "Session"],
     "Setup": ["Constants", "Errors", "Model", "Fields", "Store", "HTTP", "Reading", "Door", "Server", "Identity"],
     "Serve": ["Constants", "Errors", "Store", "Reading", "Server", "AgentClient", "Identity", "Setup"],
-    "CLI": ["Constants", "Errors", "Identity", "Commands", "Together", "Doctor", "Setup", "Serve"],
+    "CLI": ["Constants", "Errors", "Identity", "Commands", "Together", "Doctor", "Session", "Hooks", "Setup", "Serve"],
 }  # fmt: skip
 
 
-IMPURE = ("Constants", "Log", "Store", "Readers", "Watching", "Connections", "Sockets", "Batches", "Door", "Server", "Calls", "Shared", "Client", "AgentClient", "Identity", "Commands", "Together", "Doctor", "Setup", "Serve", "CLI")  # fmt: skip
+IMPURE = ("Constants", "Log", "Store", "Readers", "Watching", "Connections", "Sockets", "Batches", "Door", "Server", "Calls", "Shared", "Client", "AgentClient", "Identity", "Commands", "Together", "Doctor", "Session", "Hooks", "Setup", "Serve", "CLI")  # fmt: skip
 
 
 def sections() -> dict[str, tuple[int, int]]:
