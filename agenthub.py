@@ -10060,7 +10060,7 @@ def shown_ids(answer: Any) -> list[str]:
 
 # --- Hooks ------------------------------------------------------------------------------------------------------------
 
-HOOK_SECONDS = 0.15  # a hook may take from its session with nothing to say, or no hub; starting it comes on top
+HOOK_SECONDS = 0.12  # a hook may take from its session with no hub; starting it takes as long, and 0.25 is the most
 ACK_SECONDS = 1.0  # more it may take to acknowledge what it has shown, which would come again otherwise
 CLAIM_SECONDS = 2  # what one hook reads no other gets meanwhile: ten times what it needs, should it die over it
 WAITER_SECONDS = 3_600  # a waiter stays: by then its session has stopped again, or nobody is there
@@ -10224,10 +10224,12 @@ class Hook:
             self._deny(names[0], more | {"remaining": error.details["retry_after"]})
 
     def _deny(self, name: str, lock: dict) -> None:
+        import shlex
+
         holder, paths = lock["agent_id"], ", ".join(lock["paths"])[:SHOWN_LINE]
         note = f', for "{harmless(indented(lock["note"]))[:SHOWN_LINE]}"' if "note" in lock else ""
         what = f"agenthub: {name} is locked by {holder} ({paths}, {lock['mode']}, {ago(lock['remaining'])} left{note})."
-        help = f'Work on something else, ask: agenthub send {holder} "…", or wait: agenthub lock {name} --wait 60'
+        help = f'Work on something else, ask: agenthub send {holder} "…", or wait: agenthub lock {shlex.quote(name)} --wait 60'
         self._answer(permissionDecision="deny", permissionDecisionReason=f"{what} {help}")
 
 
