@@ -9941,12 +9941,12 @@ class HookIdentity(Identity):
             hub = state.setdefault(self.client.url, {})
             follows, sessions = hub.setdefault("follows", {}), hub.setdefault("sessions", {})
             when, _, before = hub.setdefault("handovers", {}).pop(self._place(), "0 ").partition(" ")
-            here = follows.get(session, session)
+            here, other = follows.get(session, session), follows.get(shell, shell)
             if source in GOES_ON and here not in sessions and time.time() - float(when) < HANDOVER_SECONDS:
-                here = follows[session] = before
-            other = follows.get(shell, shell)
-            if other != here:
-                follows.update({session: other} if other in sessions and here not in sessions else {shell: here})
+                here = before
+            elif here not in sessions and other in sessions:
+                here = other
+            follows.update({name: here for name in (session, shell) if name != here})
             self._save(state)
         self.session = session
         self.client.agent_id, self.saved_token = self._saved()

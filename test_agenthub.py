@@ -7293,6 +7293,8 @@ def test_a_session_comes_in_learns_who_is_here_and_its_shell_is_the_same_agent(
         assert status["agent_id"] == "my-proj-s1-of-it"
     hub.here("register", "known", AGENTHUB_SESSION="shell")
     assert "you are known on" in shown(run_hook(hub, "SessionStart", session="s2", env={"AGENTHUB_SESSION": "shell"}))
+    run_hook(hub, "SessionStart", env={"AGENTHUB_SESSION": "tab-5"})
+    assert json.loads(hub.here("status", "--json", AGENTHUB_SESSION="tab-5").stdout)["agent_id"] == "my-proj-s1-of-it"
     assert "you are known on" in shown(run_hook(hub, "SessionStart", "--as", "other", session="s2", source="compact"))
     assert "you are chosen on" in shown(run_hook(hub, "SessionStart", session="s3", env={"AGENTHUB_AGENT": "chosen"}))
     assert json.loads(hub.here("status", "--json", AGENTHUB_SESSION="s3").stdout)["agent_id"] == "chosen"
@@ -7355,21 +7357,18 @@ def test_each_message_reaches_exactly_one_of_all_that_look_at_the_same_time(hook
 def test_a_newer_waiter_ends_the_older_and_what_comes_in_that_moment_is_told_once(hooked: LiveHub) -> None:
     beta, path = hooked.client("beta"), Path(hooked.env["XDG_STATE_HOME"]) / "agenthub"
     held = lambda process: until(lambda: str(process.pid) in [f.read_text() for f in path.glob("waiter-*")])  # noqa: E731
-    sent = [f"<{n}>" for n in range(1000)]
-    left = iter(sent)
     with hook_process(hooked, "Stop", "--wait") as older:
         held(older)
         with hook_process(hooked, "Stop", "--wait", "1h") as newer:
-            while older.poll() is None:
-                beta.send_message("alpha", next(left))
-            told = older.communicate(timeout=20)[1]
-            assert older.returncode == (2 if told else 0)
-            beta.send_message("alpha", next(left))
-            told += newer.communicate(timeout=20)[1]
-            assert newer.returncode == 2
-    while hooked.client("alpha").heartbeat()["unread"]:
-        told += shown(run_hook(hooked, "Stop"))
-    assert sorted(re.findall("<.+?>", told)) == sorted(sent[: sent.index(next(left))])
+            assert older.communicate(timeout=20) == ("", "") and older.returncode == 0
+            held(newer)
+            sending = threading.Thread(target=beta.send_message, args=("alpha", "<in that moment>"))
+            sending.start()
+            newer.send_signal(signal.SIGTERM)  # as the next one does
+            told = newer.communicate(timeout=20)[1]
+            assert newer.returncode == (2 if told else 0)
+            sending.join(20)
+    assert told.count("<in that moment>") + hooked.client("alpha").heartbeat()["unread"] == 1
     with hook_process(hooked, "Stop", "--wait") as last:
         held(last)
         run_hook(hooked, "SessionEnd", reason="other")
@@ -7452,10 +7451,10 @@ def test_an_edit_of_what_another_has_locked_is_denied_with_who_and_how_long(hook
 
 def test_a_cleared_session_goes_on_as_the_same_agent(hooked: LiveHub) -> None:
     who = lambda session: json.loads(hooked.here("status", "--json", AGENTHUB_SESSION=session).stdout)["agent_id"]  # noqa: E731
-    for old, new in (("s1-of-it", "s2"), ("s2", "s3")):
-        run_hook(hooked, "SessionEnd", session=old, reason="clear")
+    for old, new, env in (("s1-of-it", "s2", {}), ("s2", "s3", {"CLAUDE_PID": "5", "AGENTHUB_SESSION": "tab-6"})):
+        run_hook(hooked, "SessionEnd", session=old, env=env, reason="clear")
         assert hooked.client().agent("alpha")["status"] == "active"
-        assert "you are alpha on" in shown(run_hook(hooked, "SessionStart", session=new, source="clear"))
+        assert "you are alpha on" in shown(run_hook(hooked, "SessionStart", session=new, env=env, source="clear"))
         assert (who(old), who(new), who("s1-of-it")) == ("alpha",) * 3
     hooked.client("beta").send_message("alpha", "still there?")
     assert "still there?" in shown(run_hook(hooked, "UserPromptSubmit", session="s3"))
@@ -7476,9 +7475,9 @@ def test_a_subagent_is_shown_nothing_and_what_our_own_tool_has_shown_is_read(hoo
     answers = ({"structuredContent": {"messages": [one]}}, [{"type": "text", "text": json.dumps({"messages": [two]})}],
                json.dumps({"content": [], "structuredContent": {"messages": [trick]}}))  # fmt: skip
     names = ("mcp__agenthub__read_messages", "mcp__plugin_agenthub_agenthub__read_messages")
-    assert run_hook(hooked, "PostToolBatch", tool_calls=[
-        {"tool_name": name, "tool_response": answer} for name, answer in zip((*names, names[0]), answers)
-    ]) and hooked.client("alpha").heartbeat()["unread"] == 0  # fmt: skip
+    calls = [{"tool_name": name, "tool_response": answer} for name, answer in zip((*names, names[0]), answers)]
+    assert re.findall("beta to alpha: (.+)", shown(run_hook(hooked, "PostToolBatch", tool_calls=calls))) == ["Stop"]
+    assert hooked.client("alpha").heartbeat()["unread"] == 0
     for answer in (*answers, "{", {"messages": 5}, {"content": [5, {"text": None}]}, [None]):
         beta.send_message("alpha", "new")
         text = shown(run_hook(hooked, "PostToolUse", tool_name=names[0], tool_response=answer))
