@@ -9926,7 +9926,7 @@ class HookIdentity(Identity):
 
     def _register(self) -> dict:
         if not self.client.agent_id:  # the hub makes one of name and session
-            base = re.sub(r"[^A-Za-z0-9._-]+", "-", os.path.basename(self.folder)).strip("-._")
+            base = re.sub(r"[^A-Za-z0-9._-]+", "-", os.path.basename(os.path.normpath(self.folder))).strip("-._")
             self.client.name = os.environ.get("AGENTHUB_NAME") or base[:50] or "agent"
         return super()._register()
 
@@ -9939,11 +9939,12 @@ class HookIdentity(Identity):
         with self._locked():
             state = self._load()
             hub = state.setdefault(self.client.url, {})
-            follows, sessions = hub.setdefault("follows", {}), hub.setdefault("sessions", {})
-            when, _, before = hub.setdefault("handovers", {}).pop(self._place(), "0 ").partition(" ")
+            follows, sessions, handovers = (hub.setdefault(k, {}) for k in ("follows", "sessions", "handovers"))
+            when, _, before = handovers.get(self._place(), "0 ").partition(" ")
             here, other = follows.get(session, session), follows.get(shell, shell)
             if source in GOES_ON and here not in sessions and time.time() - float(when) < HANDOVER_SECONDS:
                 here = before
+                del handovers[self._place()]
             elif here not in sessions and other in sessions:
                 here = other
             follows.update({name: here for name in (session, shell) if name != here})
@@ -10071,7 +10072,6 @@ AUTO_LOCK_SECONDS = 120  # for an edit: as long as a person may take to allow it
 EDITS = ("Edit", "MultiEdit", "NotebookEdit", "Write")  # tools that write to a path
 
 
-
 class Hook:
     """One call: the event's JSON on stdin, and what the session's program does with the answer on stdout."""
 
@@ -10128,13 +10128,13 @@ class Hook:
             self.shown = True
 
     def _answer(self, **fields: Any) -> None:
-        self._say(dump({"hookSpecificOutput": {"hookEventName": self.event, **fields}}), sys.stdout)
+        self._say(json.dumps({"hookSpecificOutput": {"hookEventName": self.event, **fields}}), sys.stdout)
 
     def _context(self, text: str) -> None:
         self._answer(additionalContext=text)
 
     def _block(self, text: str) -> None:
-        self._say(dump({"decision": "block", "reason": text}), sys.stdout)
+        self._say(json.dumps({"decision": "block", "reason": text}), sys.stdout)
 
     # mail
 
@@ -10211,7 +10211,7 @@ class Hook:
         theirs = [lock for lock in over if lock["agent_id"] != self.identity.client.agent_id]
         if theirs:
             self._deny(names[0], theirs[0])
-        elif self.args.auto_lock and not over:
+        elif self.args.auto_lock and not any(lock["remaining"] > AUTO_LOCK_SECONDS for lock in over):
             self._lock(names)
 
     def _lock(self, names: list[str]) -> None:
@@ -10220,8 +10220,9 @@ class Hook:
         try:
             client.lock([_exact(names[0])], AUTO_LOCK_SECONDS, note="editing", auto_renew=False)
         except LockHeld as error:
-            more = {"agent_id": error.details["holder"], "paths": [error.details["pattern"]], "mode": "exclusive"}
-            self._deny(names[0], more | {"remaining": error.details["retry_after"]})
+            more = {"agent_id": error.details["holder"], "paths": [error.details["pattern"]]}
+            more |= {"mode": error.details.get("mode", "exclusive"), "remaining": error.details["retry_after"]}
+            self._deny(names[0], more)
 
     def _deny(self, name: str, lock: dict) -> None:
         import shlex
@@ -10229,8 +10230,9 @@ class Hook:
         holder, paths = lock["agent_id"], ", ".join(lock["paths"])[:SHOWN_LINE]
         note = f', for "{harmless(indented(lock["note"]))[:SHOWN_LINE]}"' if "note" in lock else ""
         what = f"agenthub: {name} is locked by {holder} ({paths}, {lock['mode']}, {ago(lock['remaining'])} left{note})."
-        help = f'Work on something else, ask: agenthub send {holder} "…", or wait: agenthub lock {shlex.quote(name)} --wait 60'
-        self._answer(permissionDecision="deny", permissionDecisionReason=f"{what} {help}")
+        wait = f"agenthub lock {shlex.quote(name)} --wait 60"
+        what += f' Work on something else, ask: agenthub send {holder} "…", or wait: {wait}'
+        self._answer(permissionDecision="deny", permissionDecisionReason=what)
 
 
 def _exact(path: str) -> str:
@@ -10274,7 +10276,8 @@ class Waiter(Hook):
         """Wait until there is something, the time is over, a newer one has come, or nobody would hear of it."""
         import signal
 
-        if self.identity is None or "agent_id" in self.given:
+        alone = os.environ.get("CLAUDE_CODE_SESSION_ATTENDED") == "0"  # `claude -p` would wait for us before it ends
+        if self.identity is None or "agent_id" in self.given or alone:
             return
         end = time.monotonic() + self.args.wait
         self.parent, self.owner = os.getppid(), os.environ.get("CLAUDE_PID", "")
@@ -10308,7 +10311,7 @@ class Waiter(Hook):
                 tries, wait = 0, POLL_SECONDS
             except (UnknownAgent, Unauthorized):  # it has left
                 return
-            except (RateLimited, ShuttingDown, StorageFull, Unreachable):
+            except HubError:
                 if self.shown:  # and not acknowledged: better twice than never
                     return
                 time.sleep(_pause(tries))
@@ -10374,7 +10377,7 @@ def hook_command(args: Any) -> int:
         hook.within(args.within, hook.run)
         return 0
     waiter = Waiter(args, event)
-    waiter.within(args.within, waiter.read)
+    waiter.within(POLL_SECONDS, waiter.read)  # nobody waits for it
     waiter.late = False
     waiter.quietly(waiter.wait)
     return 2 if waiter.shown else 0
