@@ -9949,8 +9949,10 @@ class HookIdentity(Identity):
                 here = other
             follows.update({name: here for name in (session, shell) if name != here})
             self._save(state)
-        self.session = session
+        self.session, saved = session, self.saved_token
         self.client.agent_id, self.saved_token = self._saved()
+        if self.client.token == saved:  # none, or another agent's
+            self.client.token = self.saved_token
 
     def hand_over(self) -> None:
         """Note that the session that begins here next goes on for this one."""

@@ -7468,6 +7468,13 @@ def test_a_cleared_session_goes_on_as_the_same_agent(hooked: LiveHub) -> None:
     assert "you are alpha on" in shown(run_hook(hooked, "SessionStart", session="s3", source="resume"))
 
 
+def test_a_token_is_enough_for_a_session_that_goes_on(live: object) -> None:
+    hub = live("--key", "a-key-for-registering")
+    for id, given in (("s1", {"env": {"AGENTHUB_KEY": "a-key-for-registering"}}), ("s2", {"source": "clear"})):
+        assert "you are alpha on" in shown(run_hook(hub, "SessionStart", "--as", "alpha", session=id, **given))
+        run_hook(hub, "SessionEnd", session=id, reason="clear")
+
+
 def test_a_subagent_is_shown_nothing_and_what_our_own_tool_has_shown_is_read(hooked: LiveHub) -> None:
     beta = hooked.client("beta")
     for event in ("UserPromptSubmit", "PostToolUse", "PostToolBatch", "Stop"):
