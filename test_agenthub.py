@@ -7470,9 +7470,10 @@ def test_a_cleared_session_goes_on_as_the_same_agent(hooked: LiveHub) -> None:
 
 def test_a_token_is_enough_for_a_session_that_goes_on(live: object) -> None:
     hub = live("--key", "a-key-for-registering")
-    for id, given in (("s1", {"env": {"AGENTHUB_KEY": "a-key-for-registering"}}), ("s2", {"source": "clear"})):
-        assert "you are alpha on" in shown(run_hook(hub, "SessionStart", "--as", "alpha", session=id, **given))
-        run_hook(hub, "SessionEnd", session=id, reason="clear")
+    key = {"AGENTHUB_KEY": "a-key-for-registering"}
+    assert "you are alpha on" in shown(run_hook(hub, "SessionStart", "--as", "alpha", env=key))
+    run_hook(hub, "SessionEnd", reason="clear")
+    assert "you are alpha on" in shown(run_hook(hub, "SessionStart", session="s2", source="clear"))
 
 
 def test_a_subagent_is_shown_nothing_and_what_our_own_tool_has_shown_is_read(hooked: LiveHub) -> None:
