@@ -7383,6 +7383,15 @@ def test_the_log_is_a_line_of_text_or_of_json_and_no_name_breaks_out_of_it(live:
             assert "refused address=127.0.0.1" in lines[1] and 'route="POST /to/{recipient}"' in lines[1]
 
 
+# --- Editing ----------------------------------------------------------------------------------------------------------
+
+
+# --- Entries ----------------------------------------------------------------------------------------------------------
+
+
+# --- Install ----------------------------------------------------------------------------------------------------------
+
+
 # --- CLI --------------------------------------------------------------------------------------------------------------
 
 
@@ -7542,11 +7551,13 @@ MAY_USE = {  # what of the file a section's code may name, beside itself
     "Doctor": ["Constants", "Errors", "AgentClient", "Identity", "Commands"],
     "Setup": ["Constants", "Errors", "Model", "Fields", "Store", "HTTP", "Reading", "Door", "Server", "Identity"],
     "Serve": ["Constants", "Errors", "Store", "Reading", "Server", "AgentClient", "Identity", "Setup"],
-    "CLI": ["Constants", "Errors", "Identity", "Commands", "Together", "Doctor", "Setup", "Serve"],
+    "Editing": ["Errors"], "Entries": ["Errors", "Setup", "Editing"],
+    "Install": ["Constants", "Errors", "Fields", "Store", "Client", "Identity", "Setup", "Editing", "Entries"],
+    "CLI": ["Constants", "Errors", "Identity", "Commands", "Together", "Doctor", "Setup", "Serve", "Entries", "Install"],
 }  # fmt: skip
 
 
-IMPURE = ("Constants", "Log", "Store", "Readers", "Watching", "Connections", "Sockets", "Batches", "Door", "Server", "Calls", "Shared", "Client", "AgentClient", "Identity", "Commands", "Together", "Doctor", "Setup", "Serve", "CLI")  # fmt: skip
+IMPURE = ("Constants", "Log", "Store", "Readers", "Watching", "Connections", "Sockets", "Batches", "Door", "Server", "Calls", "Shared", "Client", "AgentClient", "Identity", "Commands", "Together", "Doctor", "Setup", "Serve", "Entries", "Install", "CLI")  # fmt: skip
 
 
 def sections() -> dict[str, tuple[int, int]]:
