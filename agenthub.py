@@ -10695,6 +10695,7 @@ def without_ours(text: str, before: Any) -> str:
 
 # Codex' settings are TOML. Codex writes its own tables in front of a comment at the end: one in front must do.
 
+_MARK = "# agenthub: written by `agenthub install codex`"
 _TABLE = re.compile(
     r"(?:\A|(?:\r?\n)?\r?\n)(?:# agenthub[^\r\n]*\r?\n)?\[mcp_servers\.agenthub(?:\.[^\]\r\n]*)?\][^\r\n]*"
     r"(?:\r?\n(?![ \t]*(?:[\[#\r\n]|\Z))[^\r\n]*)*"
@@ -10702,7 +10703,9 @@ _TABLE = re.compile(
 
 
 def _is_our_table(text: str) -> bool:
-    return bool(_OURS(re.sub(r"""[",\[\]=]|\bargs\b""", " ", text)))
+    lines = sorted(re.findall(r"^(command|args)[ \t]*=(.*)", text, re.M), reverse=True)
+    words = re.findall(r"""["']([^"']*)["']""", " ".join([value for _, value in lines]))
+    return _MARK in text or bool(_OURS(" ".join(words)))
 
 
 def read_toml(text: str) -> dict:
@@ -10723,7 +10726,7 @@ def with_toml_server(text: str, entry: dict) -> str:
     entry = {**entry, "env_vars": [f"AGENTHUB_{name}" for name in PASSED_ON]}
     lines = {key: f"{key} = {json.dumps(item, ensure_ascii=False)}" for key, item in entry.items()}
     if not found and _at(value, "mcp_servers", "agenthub") is None:
-        new = ["# agenthub: written by `agenthub install codex`", "[mcp_servers.agenthub]", *lines.values()]
+        new = [_MARK, "[mcp_servers.agenthub]", *lines.values()]
         end = len(text) - len(re.search(r"\r?\n\Z|\Z", text)[0])  # type: ignore[index]
         block = _newline(text).join([*(["", ""] if text else []), *new])
         text = text[:end] + block + (text[end:] if text else "\n")

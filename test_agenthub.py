@@ -7469,6 +7469,8 @@ def test_codex_settings_keep_their_bytes_and_what_others_wrote_meanwhile() -> No
     assert ah.without_toml_server(theirs) == text + "\n[mcp_servers.other]\ncommand = 'y'\n"
     kept = ah.with_toml_server(edited.replace("args =", "tool_timeout_sec = 9\nargs ="), {**entry, "args": ["mcp", "-x"]})
     assert "tool_timeout_sec = 9\n" in kept and '"-x"' in kept
+    rewritten = "[mcp_servers.agenthub]\nargs = ['mcp']\nstartup_timeout_sec = 3\ncommand = '/old/agenthub'\n"
+    assert ah.without_toml_server("a = 1\n\n" + rewritten) == "a = 1\n"
     with pytest.raises(ah.HubError, match="another MCP server"):
         ah.with_toml_server('[mcp_servers.agenthub]\ncommand = "other"\n', entry)
     if sys.version_info >= (3, 11):
