@@ -10795,7 +10795,8 @@ class Change(NamedTuple):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         new = f"{path}.{os.urandom(4).hex()}"
         try:
-            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, self.mode), "wb") as file:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+            with open(os.open(new, flags, self.mode), "wb") as file:
                 file.write(self.after)
                 file.flush()
                 os.fsync(file.fileno())

@@ -7533,7 +7533,7 @@ def home(tmp_path: Path) -> Home:
 
 
 def test_after_uninstall_every_file_is_as_it_was_before_install(home: Home) -> None:
-    for text in (*AWKWARD, "", "\n", None):
+    for text in (*AWKWARD, "", "\n", "\ufeff", None):
         for name in CLAUDE if text is not None else ():
             home.write(name, text)
         before = home.files()
@@ -7991,6 +7991,7 @@ def test_the_readmes_shell_commands_work(live: object, tmp_path: Path) -> None:
     python.write_text(f'#!/bin/sh\ntest "$1" = agenthub.py && shift && exec {sys.executable} -m agenthub "$@"\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     env = hub.compiled_env() | {"PATH": f"{python.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    env |= {"HOME": str(tmp_path)}  # where `install` writes
     ran = 0
 
     def answer() -> None:
