@@ -10758,6 +10758,7 @@ def without_toml_server(text: str) -> str:
 # --- Install ----------------------------------------------------------------------------------------------------------
 
 _EMPTY = "\ufeff" + _BLANK
+LONG_LINE = 500  # characters: of a file with such a line only what differs is shown, not its lines
 BACKUP = ".agenthub-backup"  # what stood in a file before our first change to it
 
 
@@ -10780,7 +10781,12 @@ class Change(NamedTuple):
         """What is changed, with as little as can be of what is not ours: there may be secrets beside it."""
         import difflib
 
-        sides = [(side or b"").decode(errors="replace").split("\n") for side in (self.before, self.after)]
+        texts = [(side or b"").decode(errors="replace") for side in (self.before, self.after)]
+        if None not in (self.before, self.after) and max(map(len, texts[0].split("\n"))) > LONG_LINE:
+            for step in (1, -1):
+                same = len(os.path.commonprefix([text[::step] for text in texts]))
+                texts = [text[same:] if step > 0 else text[: len(text) - same] for text in texts]
+        sides = [text.split("\n") for text in texts]
         lines = difflib.unified_diff(*sides, self.file, self.file, n=0, lineterm="")
         return {"file": self.file, "action": self.action, "diff": "\n".join([line.rstrip("\r") for line in lines])}
 

@@ -7623,6 +7623,14 @@ def test_a_dry_run_and_a_refusal_change_nothing(home: Home) -> None:
     assert home.run("install", "claude", "--url", "nonsense", code=1) and home.run("install", "claude", "--as", "a b", code=2)
 
 
+def test_what_is_shown_of_a_change_is_what_is_ours(home: Home) -> None:
+    for text in ('{"secret":"s3cret","a":"' + "x" * 600 + '"}', '{\n  "secret": "s3cret",\n  "a": 1\n}\n'):
+        home.write(".claude.json", text)
+        for words in (("install", "claude"), ("uninstall", "claude")):
+            shown = home.run(*words).stdout
+            assert "mcpServers" in shown and "s3cret" not in shown and "xxxx" not in shown
+
+
 def test_a_link_is_followed_and_the_mode_kept_and_a_change_in_between_refused(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
