@@ -8040,7 +8040,9 @@ def test_a_newer_waiter_ends_the_older_and_what_comes_in_that_moment_is_told_onc
             told = newer.communicate(timeout=20)[1]
             assert newer.returncode == (2 if told else 0)
             sending.join(20)
-    assert told.count("<in that moment>") + hooked.client("alpha").heartbeat()["unread"] == 1
+    alpha = hooked.client("alpha")
+    assert told.count("<in that moment>") + alpha.heartbeat()["unread"] == 1
+    alpha.ack(up_to=1 << 40)
     with hook_process(hooked, "Stop", "--wait") as last:
         held(last)
         run_hook(hooked, "SessionEnd", reason="other")
@@ -8484,6 +8486,305 @@ def test_the_log_is_a_line_of_text_or_of_json_and_no_name_breaks_out_of_it(live:
             assert "refused address=127.0.0.1" in lines[1] and 'route="POST /to/{recipient}"' in lines[1]
 
 
+# --- Editing ----------------------------------------------------------------------------------------------------------
+
+AWKWARD = (  # settings that people and programs write
+    "{}", "{}\n", "{ }", "{\n}\n", "{\r\n}\r\n", '{"a":1}', '{"a": 1}\n', '{\n  "a": 1\n}', '{\n\t"a": [1.50, 1E5, -0.0]\n}\n',
+    '{\r\n    "a": "\\u00e9\\/"\r\n}\r\n', '\ufeff{\n  "a": "é"\n}\n', '{\n  "a": 1, // why\n  /* b */\n}\n', '{ // c\n}',
+    '{"a": 1 // c\n}', '{"a":1,"a":2}', '{\n"a": {"b": {}},\n"hooks": {},\n"mcpServers": {}\n}\n', '{\n  "hooks": {"Stop": []}\n}\n',
+    '{\n  "mcpServers": {"x": {"command": "y"}},\n  "hooks": {\n    "Stop": [\n      {"hooks": [{"type": "command", "command": "say done"}]}\n    ]\n  }\n}\n',
+    '{"hooks":{"Stop":[{"hooks":[]}]},"z":"}"}', '{\n  "env": {\n  },\n\n\n  "permissions": {"allow": ["Bash(ls:*)"]} }\n\n',
+)  # fmt: skip
+
+
+def test_what_is_put_into_json_and_cut_out_again_leaves_every_byte_as_it_was() -> None:
+    for text in AWKWARD:
+        for path in (("new",), ("mcpServers", "agenthub"), ("hooks", "New", None)):
+            edited, had = ah.put_in(text, path, {"command": "x", "args": ["é", 1]}), ah.read_settings(text).value
+            made = next(path[:length] for length in (1, 2) if ah._at(had, *path[:length]) is None)
+            assert ah.cut_out(edited, made) == text, (text, edited)
+    assert ah.put_in('{"a":1}', ("b",), [1]) == '{"a":1,"b":[1]}'
+    assert ah.put_in('{\n    "a": 1\n}', ("b",), [1]) == '{\n    "a": 1,\n    "b": [\n        1\n    ]\n}'
+    assert ah.put_in('{"a": {"b": 1}}', ("a", "b"), 2) == '{"a": {"b": 2}}'
+    assert ah.cut_out('{ // c\n  "a": 1}', ("a",)) == "{ // c\n  }"  # a comment keeps its end of line
+
+
+def test_random_json_keeps_its_bytes_and_means_what_it_should() -> None:
+    dice = random.Random(7)
+    blank = lambda: "".join(dice.choices(" \t\n", k=dice.choice((0, 0, 1, 3))))  # noqa: E731
+
+    def value(depth: int) -> object:
+        kinds = [dice.randrange(-9, 9), dice.random(), True, None, dice.choice(("", "ü\\\"/{", "a,b: [1]"))]
+        if depth:
+            kinds += [[value(depth - 1) for _ in range(dice.randrange(4))]] * 3
+            kinds += [{dice.choice("abcdef"): value(depth - 1) for _ in range(dice.randrange(4))}] * 6
+        return dice.choice(kinds)
+
+    def written(what: object) -> str:
+        if isinstance(what, dict):
+            pairs = [f"{blank()}{json.dumps(k)}{blank()}:{blank()}{written(v)}{blank()}" for k, v in what.items()]
+            return "{" + (",".join(pairs) or blank()) + "}"
+        if isinstance(what, list):
+            return "[" + (",".join(blank() + written(v) + blank() for v in what) or blank()) + "]"
+        return json.dumps(what, ensure_ascii=dice.random() < 0.5)
+
+    for _ in range(300):
+        whole = {"a": value(3), "b": value(2)}
+        text = blank() + written(whole) + blank()
+        assert ah.read_settings(text).value == whole
+        for path in (("new",), ("a", "new"), ("b", None)):
+            parent = whole if len(path) == 1 else whole[path[0]]
+            if not isinstance(parent, list if path[-1] is None else dict):
+                continue
+            added = value(2)
+            edited, expected = ah.put_in(text, path, added), json.loads(json.dumps(whole))
+            target = expected if len(path) == 1 else expected[path[0]]
+            target.append(added) if path[-1] is None else target.update({path[-1]: added})
+            assert json.loads(edited) == expected
+            at = (*path[:-1], len(parent)) if path[-1] is None else path
+            assert ah.cut_out(edited, at) == text, (text, edited)
+
+
+def test_what_is_not_json_is_refused_with_its_line() -> None:
+    for text, line in (
+        ("", 1), ("{", 1), ('{"a": 1\n"b": 2}', 2), ("{,}", 1), ('{"a" 1}', 1), ("{\n\n'a': 1}", 3), ('{"a": NaN}', 1), ("{} {}", 1), ('{"a": 01}', 1),
+        ('{"a": "\n"}', 1), ('{"a": "\\x"}', 1), ("{/* }", 1), ("[" * 100_000, 1), ("{1: 2}", 1), ('{\n"a": tru}', 2), ('{"a": 1}}', 1),
+    ):  # fmt: skip
+        with pytest.raises(ah.InvalidJson, match=f"^line {line} "):
+            ah.read_settings(text)
+    with pytest.raises(ah.InvalidJson, match="line 2 should have an object as hooks"):
+        ah.put_in('{\n"hooks": []}', ("hooks", "Stop", None), {})
+
+
+# --- Entries ----------------------------------------------------------------------------------------------------------
+
+
+def test_codex_settings_keep_their_bytes_and_what_others_wrote_meanwhile() -> None:
+    entry = {"command": "/a b/agenthub", "args": ["mcp"]}
+    for text in ("", "\n", 'model = "x"', 'model = "x"\n', 'a = 1\r\n\r\n[mcp_servers.z]\r\ncommand = "z"\r\n', "[t]\na = '''\nx'''\n\n\n# end\n"):
+        edited = ah.with_toml_server(text, entry)
+        assert ah.with_toml_server(edited, entry) == edited
+        assert ah.without_toml_server(edited) == text or not text
+        assert text.rstrip("\r\n") in edited and ("\r\n" in text) == ("\r\n" in edited)
+        moved = ah.with_toml_server(edited, {"command": "/c/agenthub", "args": ["mcp", "--as", "x"]})
+        assert "/a b/" not in moved and moved.count("agenthub]") == 1 and ah.without_toml_server(moved) in (text, "\n")
+    theirs = edited + "\n[mcp_servers.agenthub.env]\nA = '1'\n\n[mcp_servers.other]\ncommand = 'y'\n"
+    assert ah.without_toml_server(theirs) == text + "\n[mcp_servers.other]\ncommand = 'y'\n"
+    kept = ah.with_toml_server(edited.replace("args =", "tool_timeout_sec = 9\nargs ="), {**entry, "args": ["mcp", "-x"]})
+    assert "tool_timeout_sec = 9\n" in kept and '"-x"' in kept
+    rewritten = "[mcp_servers.agenthub]\nargs = ['mcp']\nstartup_timeout_sec = 3\ncommand = '/old/agenthub'\n"
+    assert ah.without_toml_server("a = 1\n\n" + rewritten) == "a = 1\n"
+    with pytest.raises(ah.HubError, match="another MCP server"):
+        ah.with_toml_server('[mcp_servers.agenthub]\ncommand = "other"\n', entry)
+    if sys.version_info >= (3, 11):
+        with pytest.raises(ah.InvalidJson, match="is not TOML.*line 2"):
+            ah.with_toml_server("a = 1\nb =\n", entry)
+        with pytest.raises(ah.HubError, match="where none can be added"):
+            ah.with_toml_server("mcp_servers = {}\n", entry)
+
+
+def test_hooks_of_others_stay_and_an_older_version_of_ours_is_replaced() -> None:
+    group = lambda *lines: {"hooks": [{"type": "command", "command": line} for line in lines]}  # noqa: E731
+    old = {"Stop": [group("say done"), group("'/a b/agenthub' hook Stop", "say more")], "Old": [group("python agenthub.py hook Old")],
+           "SessionEnd": [group("agenthub hook SessionEnd && say bye"), group("my-agenthub hook x")]}  # fmt: skip
+    text = json.dumps({"hooks": old}, indent=1)
+    wanted = {"Stop": [group("/new/agenthub hook Stop")]}
+    edited = ah.with_hooks(text, wanted)
+    assert json.loads(edited)["hooks"] == {
+        "Stop": [group("say done"), group("say more"), *wanted["Stop"]],
+        "Old": [],
+        "SessionEnd": old["SessionEnd"],
+    }
+    assert ah.with_hooks(edited, wanted) == edited
+    assert json.loads(ah.without_ours(edited, None))["hooks"]["Stop"] == [group("say done"), group("say more")]
+
+
+# --- Install ----------------------------------------------------------------------------------------------------------
+
+CLAUDE = (".claude.json", ".claude/settings.json")
+
+
+class Home:
+    """A user's home, in which the commands run in this process, and all the files in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "home"
+        self.folder.mkdir()
+        self.env = {"HOME": str(self.folder), "PATH": os.environ["PATH"], "XDG_DATA_HOME": str(folder / "da ta"),
+                    "XDG_STATE_HOME": str(folder / "state")}  # fmt: skip
+        self.launcher = folder / "da ta" / "agenthub" / "agenthub"
+
+    def run(self, *words: str, code: int = 0, **env: str) -> subprocess.CompletedProcess:
+        done = LiveHub.here(self, *words, **env)  # type: ignore[arg-type]
+        assert done.returncode == code, done
+        return done
+
+    def files(self) -> dict[str, object]:
+        found = sorted(self.folder.rglob("*"))
+        return {str(p.relative_to(self.folder)): p.read_bytes() if p.is_file() else None for p in found}
+
+    def write(self, name: str, text: str) -> Path:
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(text.encode())
+        return path
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path)
+
+
+def test_after_uninstall_every_file_is_as_it_was_before_install(home: Home) -> None:
+    for text in (*AWKWARD, "", "\n", "\ufeff", None):
+        for name in CLAUDE if text is not None else ():
+            home.write(name, text)
+        before = home.files()
+        first = home.run("install", "claude")
+        installed, times = home.files(), [os.stat(home.folder / name).st_mtime_ns for name in CLAUDE]
+        again = home.run("install", "claude")
+        assert again.stdout.count(": nothing to change\n") == 3 == again.stdout.count("\n"), again.stdout
+        assert home.files() == installed and times == [os.stat(home.folder / name).st_mtime_ns for name in CLAUDE]
+        assert f"+++ {home.folder}/.claude.json" in first.stdout and "hook Stop --wait" in first.stdout
+        value = ah.read_settings(installed[CLAUDE[1]].decode()).value  # type: ignore[union-attr]
+        assert len(value["hooks"]) >= 6 and value["hooks"]["Stop"][-1]["hooks"][0]["asyncRewake"] is True
+        home.run("uninstall", "claude")
+        assert home.files() == before, text
+        assert not home.launcher.parent.exists()
+        for name in CLAUDE if text is not None else ():
+            (home.folder / name).unlink()
+        shutil.rmtree(home.folder / ".claude", ignore_errors=True)
+
+
+def test_what_others_write_between_install_and_uninstall_stays(home: Home) -> None:
+    path = home.write(".claude/settings.json", '{\n  "model": "x"\n}\n')
+    home.run("install", "claude", "--as", "al", "--url", "http://127.0.0.1:9", "--auto-lock")
+    assert (home.folder / ".claude/settings.json.agenthub-backup").read_text() == '{\n  "model": "x"\n}\n'
+    value = json.loads(path.read_text())
+    line = value["hooks"]["PreToolUse"][0]["hooks"][0]["command"]
+    assert line == f"'{home.launcher}' hook PreToolUse --auto-lock --as al --url http://127.0.0.1:9"
+    value["hooks"]["Stop"].append({"hooks": [{"type": "command", "command": "say done"}]})
+    value["theme"] = "dark"
+    path.write_text(json.dumps(value))
+    home.run("install", "claude")
+    assert "--auto-lock" not in path.read_text()
+    home.run("uninstall", "claude")
+    stop = [{"hooks": [{"type": "command", "command": "say done"}]}]
+    assert json.loads(path.read_text()) == {"model": "x", "hooks": {"Stop": stop}, "theme": "dark"}
+    assert [*home.folder.rglob("*backup")] == []
+
+
+def test_each_product_gets_what_it_understands_and_the_last_one_takes_the_launcher_along(home: Home) -> None:
+    files = {"claude": CLAUDE, "codex": (".codex/config.toml", ".codex/hooks.json"), "gemini": (".gemini/settings.json",), "cursor": (".cursor/mcp.json",)}
+    for product, names in files.items():
+        done = home.run("install", product, "--json")
+        rows = [json.loads(line) for line in done.stdout.splitlines()]
+        assert [row["file"] for row in rows] == [str(home.launcher), *[str(home.folder / name) for name in names]]
+        assert {row["action"] for row in rows[1:]} == {"created"} and done.stderr.count("\n") == 1
+        assert all(f'"{home.launcher}"' in row["diff"] for row in rows[1:2])
+    assert "env_vars" in (home.folder / ".codex/config.toml").read_text()
+    hooks = json.loads((home.folder / ".gemini/settings.json").read_text())["hooks"]
+    assert hooks["BeforeAgent"][0]["hooks"][0]["command"].endswith(" hook UserPromptSubmit")
+    assert hooks["AfterTool"][0]["hooks"][0]["timeout"] == 5000  # milliseconds there
+    assert "asyncRewake" not in (home.folder / ".codex/hooks.json").read_text()
+    assert home.run("install", "codex", "--auto-lock", code=2).stderr.count("\n") == 1
+    for product in files:
+        assert home.launcher.exists()
+        home.run("uninstall", product)
+    assert home.files() == {} and not home.launcher.exists()
+
+
+def test_projects_and_moved_settings_have_files_of_their_own(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path / "home")
+    home.run("install", "claude", "--project"), home.run("install", "cursor", "--project")
+    assert set(home.files()) == {".claude", ".claude/settings.json", ".mcp.json", ".cursor", ".cursor/mcp.json"}
+    home.run("install", "claude", CLAUDE_CONFIG_DIR=str(home.folder / "cc"))
+    home.run("install", "codex", CODEX_HOME=str(home.folder / "cx"))
+    home.run("install", "gemini", GEMINI_CLI_HOME=str(home.folder / "g"))
+    assert {"cc/.claude.json", "cc/settings.json", "cx/config.toml", "g/.gemini/settings.json"} <= set(home.files())
+
+
+def test_a_dry_run_and_a_refusal_change_nothing(home: Home) -> None:
+    dry = home.run("install", "claude", "--dry-run")
+    assert "would be created" in dry.stdout and home.files() == {} and not home.launcher.parent.exists()
+    for text, words in (
+        ('{\n  "a": 1,\n  b\n}', "line 3 is not JSON"), ('{"mcpServers": 1}', "line 1 should have an object as mcpServers"),
+        ('{"mcpServers": {"agenthub": {"type": "http", "url": "http://x"}}}', "has another MCP server called agenthub"), ("{\udcff}", "is not UTF-8"),
+    ):  # fmt: skip
+        path = home.folder / ".claude.json"
+        path.write_bytes(text.encode(errors="surrogateescape"))
+        before = home.files()
+        done = home.run("install", "claude", code=1)
+        assert f"{path} {words}" in done.stderr and done.stderr.count("\n") == 1 and done.stdout == ""
+        assert home.files() == before and not home.launcher.parent.exists()
+    path.write_text("{}")
+    home.run("install", "claude")
+    before = home.files()
+    assert "would be changed" in home.run("uninstall", "claude", "--dry-run").stdout and home.files() == before
+    assert home.run("install", "claude", "--url", "nonsense", code=1) and home.run("install", "claude", "--as", "a b", code=2)
+
+
+def test_what_is_shown_of_a_change_is_what_is_ours(home: Home) -> None:
+    for text in ('{"secret":"s3cret","a":"' + "x" * 600 + '"}', '{\n  "secret": "s3cret",\n  "a": 1\n}\n'):
+        home.write(".claude.json", text)
+        for words in (("install", "claude"), ("uninstall", "claude")):
+            shown = home.run(*words).stdout
+            assert "mcpServers" in shown and "s3cret" not in shown and "xxxx" not in shown
+
+
+def test_a_link_is_followed_and_the_mode_kept_and_a_change_in_between_refused(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = home.write("dotfiles.json", "{}")
+    real.chmod(0o640)
+    (home.folder / ".claude.json").symlink_to(real)
+    home.run("install", "claude")
+    assert (home.folder / ".claude.json").is_symlink() and real.stat().st_mode & 0o777 == 0o640
+    assert "mcpServers" in real.read_text() and (home.folder / ".claude/settings.json").stat().st_mode & 0o777 == 0o600
+    change = ah.Change(str(real), b"something else", b"new")
+    with pytest.raises(ah.HubError, match="changed while"):
+        change.write()
+    monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("disk full")))
+    before = home.files()
+    assert "disk full" in home.run("uninstall", "claude", code=1).stderr and home.files() == before
+
+
+def test_the_launcher_runs_the_file_where_it_lies_and_says_when_it_has_gone(home: Home, tmp_path: Path) -> None:
+    home.run("install", "cursor")
+    env = home.env | {"PYTHONPYCACHEPREFIX": COMPILED.name}
+    run = lambda *words: subprocess.run([str(home.launcher), *words], capture_output=True, text=True, env=env)  # noqa: E731
+    assert (run("--version").stdout, run("nonsense").returncode) == (f"agenthub {ah.VERSION}\n", 2)
+    text = home.launcher.read_text().replace(repr(str(FILE.parent)), repr(str(tmp_path)))
+    assert str(tmp_path) in text
+    home.launcher.write_text(text)
+    gone = run("send", "a", "b")
+    assert gone.returncode == 1 and f"is not at {tmp_path} any more" in gone.stderr and gone.stderr.count("\n") == 1
+    hook = run("hook", "Stop")
+    assert (hook.returncode, hook.stdout, hook.stderr) == (0, "", "")
+
+
+def test_a_plugin_is_written_that_claude_accepts(home: Home, tmp_path: Path) -> None:
+    folder = tmp_path / "plug in"
+    home.run("plugin", str(folder), "--url", "http://127.0.0.1:9")
+    assert home.run("plugin", str(folder)).stdout.count("changed") == 2  # without the URL
+    assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()) == [
+        ".claude-plugin/plugin.json", ".mcp.json", "hooks/hooks.json", "skills/agenthub/SKILL.md",
+    ]  # fmt: skip
+    for word in re.findall(r"`agenthub (\w+)", (folder / "skills/agenthub/SKILL.md").read_text()):
+        assert word in {name.partition(" ")[0] for name in ah.COMMANDS}
+    other = tmp_path / "other"
+    other.mkdir(), (other / "mine").touch()
+    assert "holds something else" in home.run("plugin", str(other), code=1).stderr
+    claude = shutil.which("claude")
+    if not claude:
+        pytest.fail("claude is missing") if os.environ.get("CI") else pytest.skip("claude is not installed")
+    command = [claude, "plugin", "validate", "--strict", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=home.env, timeout=60)
+    assert done.returncode == 0 and "passed" in done.stdout, done
+
+
 # --- Demo -------------------------------------------------------------------------------------------------------------
 
 
@@ -8546,8 +8847,6 @@ def test_a_demo_that_is_interrupted_takes_its_hub_along(tmp_path: Path) -> None:
             assert demo.wait(20) == 128 + number
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(hub)
-
-
 # --- CLI --------------------------------------------------------------------------------------------------------------
 
 
@@ -8727,12 +9026,14 @@ MAY_USE = {  # what of the file a section's code may name, beside itself
     "Stdio": ["Constants", "Errors", "Model", "Fields", "Tools", "MCP", "Endpoint", "Routes", "API", "Calls", "Client", "Identity"],
     "Setup": ["Constants", "Errors", "Model", "Fields", "Store", "HTTP", "Reading", "Guide", "Door", "Server", "Identity"],
     "Serve": ["Constants", "Errors", "Store", "Reading", "Guide", "Server", "AgentClient", "Identity", "Setup"],
+    "Editing": ["Errors"], "Entries": ["Errors", "Hooks", "Setup", "Editing"],
+    "Install": ["Constants", "Errors", "Fields", "Guide", "Store", "Client", "Identity", "Setup", "Editing", "Entries"],
     "Demo": ["Constants", "Errors", "Model", "Store", "Client", "AgentClient", "Identity", "Commands", "Together"],
-    "CLI": ["Constants", "Errors", "Guide", "Identity", "Commands", "Together", "Doctor", "Session", "Hooks", "Stdio", "Setup", "Serve", "Demo"],
+    "CLI": ["Constants", "Errors", "Guide", "Identity", "Commands", "Together", "Doctor", "Session", "Hooks", "Stdio", "Setup", "Serve", "Entries", "Install", "Demo"],
 }  # fmt: skip
 
 
-IMPURE = ("Constants", "Log", "Store", "Readers", "Watching", "Conversations", "Connections", "Sockets", "Batches", "Door", "Server", "Calls", "Shared", "Client", "AgentClient", "Identity", "Commands", "Together", "Doctor", "Session", "Hooks", "Stdio", "Setup", "Serve", "Demo", "CLI")  # fmt: skip
+IMPURE = ("Constants", "Log", "Store", "Readers", "Watching", "Conversations", "Connections", "Sockets", "Batches", "Door", "Server", "Calls", "Shared", "Client", "AgentClient", "Identity", "Commands", "Together", "Doctor", "Session", "Hooks", "Stdio", "Setup", "Serve", "Entries", "Install", "Demo", "CLI")  # fmt: skip
 
 
 def sections() -> dict[str, tuple[int, int]]:
@@ -8740,6 +9041,13 @@ def sections() -> dict[str, tuple[int, int]]:
     marks = [(number, line.strip("# -")) for number, line in enumerate(LINES, 1) if line.startswith("# ---")]
     ends = [number - 1 for number, _ in marks[1:]] + [len(LINES)]
     return {name: (start, end) for (start, name), end in zip(marks, ends)}
+
+
+def test_no_name_of_the_module_is_defined_twice() -> None:
+    names = [name.id for node in TREE.body if isinstance(node, (ast.Assign, ast.AnnAssign)) for target in getattr(node, "targets", [getattr(node, "target", None)])
+             for name in ast.walk(target) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)]  # fmt: skip
+    names += [node.name for node in TREE.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
+    assert not {name for name in names if names.count(name) > 1}
 
 
 def test_each_section_uses_only_what_the_floor_plan_lets_it() -> None:
@@ -8884,6 +9192,7 @@ def test_the_readmes_shell_commands_work(live: object, tmp_path: Path) -> None:
     python.write_text(f'#!/bin/sh\ntest "$1" = agenthub.py && shift && exec {sys.executable} -m agenthub "$@"\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     env = hub.compiled_env() | {"PATH": f"{python.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    env |= {"HOME": str(tmp_path)}  # where `install` writes
     ran = 0
 
     def answer() -> None:
