@@ -3835,10 +3835,11 @@ class Log:
         )  # fmt: skip
         found: list[Message] = []
         for row in rows:
+            message = self._message(row)
+            most -= len(message.payload)
             if most < 0 and found:
                 return found, True
-            found.append(self._message(row))
-            most -= len(found[-1].payload)
+            found.append(message)
         return found, False
 
     def seqs(self, table: str, name: str, after: int, before: int, limit: int, newest: bool = False) -> list[int]:
@@ -4939,7 +4940,7 @@ RESOURCES: dict[str, Resource] = {
 HANDSHAKE_VERSIONS = ("2025-11-25", "2025-06-18", "2025-03-26")
 MODERN_VERSIONS = ("2026-07-28",)
 PARSE_ERROR, INVALID_MESSAGE, NO_METHOD, INVALID_PARAMS, INTERNAL = -32700, -32600, -32601, -32602, -32603
-REFUSED, NO_RESOURCE, HEADER_MISMATCH, UNSUPPORTED_VERSION = -32000, -32002, -32020, -32022
+REFUSED, NO_RESOURCE, HEADER_MISMATCH, MISSING_CAPABILITY, UNSUPPORTED_VERSION = -32000, -32002, -32020, -32021, -32022
 LIST_TTL = 3_600_000  # milliseconds a client may keep the lists: they change with the program only
 META = "io.modelcontextprotocol/"
 INSTRUCTIONS = (
@@ -5246,7 +5247,7 @@ def _discover(caller: Caller, params: dict) -> dict:
 _CACHED = {
     "server/discover": (LIST_TTL, "public"),
     "tools/list": (LIST_TTL, "public"),
-    "resources/list": (LIST_TTL, "private"),
+    "resources/list": (0, "private"),  # a client has one more when it has registered
     "resources/templates/list": (LIST_TTL, "public"),
     "resources/read": (0, "private"),
 }
@@ -5275,8 +5276,8 @@ def check_envelope(message: dict, headers: dict[str, str] | None) -> None:
     version = meta[META + "protocolVersion"]
     if headers is not None:
         _check_headers(message, version, params, headers)
-    if not isinstance(version, str):
-        raise RpcError(INVALID_PARAMS, f"{META}protocolVersion must be a string")
+    if not isinstance(version, str) or not isinstance(meta[META + "clientCapabilities"], dict):
+        raise RpcError(INVALID_PARAMS, f"{META}protocolVersion must be a string, {META}clientCapabilities an object")
     check_version(version)
 
 
@@ -5293,7 +5294,8 @@ def _check_headers(message: dict, version: Any, params: dict, headers: dict[str,
     said = [("mcp-protocol-version", version), ("mcp-method", method)]
     said += [("mcp-name", params[name])] if name and params.get(name) is not None else []
     for header, value in said:
-        if _decoded(headers.get(header)) != value:
+        found = headers.get(header)
+        if (_decoded(found) if header == "mcp-name" else found) != value:
             raise RpcError(HEADER_MISMATCH, f"the header {header} must be there and say what the body does")
 
 
@@ -6356,7 +6358,7 @@ MAX_WATCHED = 1_000  # resources that one session or subscription watches
 
 # HTTP's status for JSON-RPC's errors: the modern revisions have one for each, the others only for what is no request.
 _RPC_STATUS = {NO_METHOD: 404, **dict.fromkeys((INVALID_MESSAGE, PARSE_ERROR, INVALID_PARAMS), 400)}
-_RPC_STATUS |= {HEADER_MISMATCH: 400, UNSUPPORTED_VERSION: 400}
+_RPC_STATUS |= dict.fromkeys((HEADER_MISMATCH, MISSING_CAPABILITY, UNSUPPORTED_VERSION), 400)
 
 
 class McpSession:
@@ -7381,6 +7383,8 @@ class Access(About):
     def _greet(self, route: Route, head: Head, peer: Peer, at: int) -> tuple[str, bool]:
         """The same where all may ask: whoever is wrong is nobody. A proxy in front may have a scheme of its own."""
         try:
+            if not self.settings.key:  # there is nothing to guess
+                return self.holder(self._token(head), at) or "", False
             return self._identify(route, head, peer, at) if self._token(head) else ("", False)
         except (Unauthorized, RateLimited):
             return "", False
