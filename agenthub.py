@@ -339,7 +339,9 @@ class StorageFull(HubError, status=507):
 
 
 class Unreachable(HubError, status=0):
-    """No hub answers at the address."""
+    """No hub answers at the address; where there was none to begin with, nobody need try again (`at_once`)."""
+
+    at_once = False
 
 
 class TimedOut(HubError, status=0):
@@ -9912,7 +9914,7 @@ class _Calls:
                 reason = error if isinstance(error, HubError) else self._unreachable(error)
             pause = float(reason.details.get("retry_after", _pause(tries)))
             end = end or time.monotonic() + self.patience  # from the first failure on: a poll may have waited long
-            never_there = tries == 0 and not self._met and reason.details.get("at_once")
+            never_there = tries == 0 and not self._met and getattr(reason, "at_once", False)
             if never_there or time.monotonic() + pause > end:
                 raise reason
             tries += 1
@@ -9946,19 +9948,21 @@ class _Calls:
         return context
 
     def _unreachable(self, error: BaseException, at_once: bool = False) -> Unreachable:
-        """The error for a line that could not be opened (`at_once`: nobody need try again) or that broke."""
+        """The error for a line that could not be opened (`at_once`) or that broke."""
         reason = getattr(error, "strerror", None) or str(error) or "no answer"
-        more, words = {"at_once": True} if at_once else {}, getattr(error, "verify_message", "")
-        if words:  # an ssl.SSLCertVerificationError
-            advice = "name its certificate, or that of whoever signed it, with --cacert or AGENTHUB_CACERT"
-            return Unreachable(f"the certificate of {self.url} can't be trusted ({words}): {advice}", **more)
+        words = getattr(error, "verify_message", "")
         if hasattr(error, "library"):  # another ssl.SSLError
             reason = f"no TLS: {reason}; if it has none, write http://"
         elif isinstance(error, EOFError) and not (self._met or self._tls or self._path):
             reason += "; if it has TLS, write https://"
-        return Unreachable(
-            f"no hub answers at {self.url} ({reason}): start one with `agenthub serve`, or set AGENTHUB_URL", **more
+        found = Unreachable(
+            f"no hub answers at {self.url} ({reason}): start one with `agenthub serve`, or set AGENTHUB_URL"
         )
+        if words:  # an ssl.SSLCertVerificationError
+            advice = "name its certificate, or that of whoever signed it, with --cacert or AGENTHUB_CACERT"
+            found = Unreachable(f"the certificate of {self.url} can't be trusted ({words}): {advice}")
+        found.at_once = at_once
+        return found
 
 
 def _secret(variable: str, given: str | None) -> str:
