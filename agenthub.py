@@ -9600,6 +9600,7 @@ class Server:
 # --- Calls ------------------------------------------------------------------------------------------------------------
 
 HEARTBEAT_SECONDS = 30  # a third of ACTIVE_SECONDS: two may get lost
+SHOWING = 30  # seconds for which what one reads to show it is kept from others that would; acknowledging takes one
 IDLE_LINES = 8  # kept by an AgentClient: as many calls as one agent has under way at a time, most likely
 RECEIVE = 64 * 1024  # bytes asked of a line at a time
 SEEN_IDS = 4_096  # ids a listening client remembers, to hand nothing to its handler twice after a reconnect
@@ -9749,6 +9750,7 @@ class _Calls:
         while (left := end - time.monotonic()) > 0:
             query = {"agent_id": me, "after": after, "wait": min(MAX_WAIT, round(left + 0.001, 3))}
             query["thread"] = receipt.get("thread", id)  # other mail is not ours to take, and is not told as pushed
+            query["claim"] = SHOWING  # or a hook that waits would show the same
             page = yield "GET", "/api/v1/messages", None, query, None
             after = page["next"]
             for answer in page["messages"]:
@@ -10881,7 +10883,8 @@ def _ping_command(args: Any) -> int:
 
 def _recv_command(args: Any) -> int:
     identity = Identity(args)
-    found = identity.act(lambda client: client.messages(unread=True, limit=args.limit, wait=args.wait))
+    claim = None if args.peek else SHOWING  # or a hook that waits would show the same
+    found = identity.act(lambda client: client.messages(unread=True, limit=args.limit, wait=args.wait, claim=claim))
     for envelope in found:
         _show_message(args, envelope)
     if found and not args.peek:
