@@ -8151,11 +8151,15 @@ def test_each_message_reaches_exactly_one_of_all_that_look_at_the_same_time(hook
     with contextlib.ExitStack() as stack:
         waiter = stack.enter_context(hook_process(hooked, "Stop", "--wait"))
         some = [stack.enter_context(hook_process(hooked, event)) for event in events]
+        model = stack.enter_context(McpProcess(hooked, CLAUDE_CODE_SESSION_ID="s1-of-it"))
         for thread in sending:
             thread.start()
-        texts = [process.communicate(timeout=30)[0] for process in some]
+        texts = [ah.dump(model.tool("read_messages", limit=3, wait=5)) for _ in range(2)]
+        texts.append(hooked.cli("recv", "--limit", "3", "--wait", "5", CLAUDE_CODE_SESSION_ID="s1-of-it").stdout)
+        texts += [process.communicate(timeout=30)[0] for process in some]
         for thread in sending:
             thread.join(20)
+        assert model.tool("list_agents")["you"] == "alpha"
         senders[0].send_message("alpha", "<for the waiter>")
         woken = waiter.communicate(timeout=30)
         assert waiter.returncode == 2 and woken[0] == "" and woken[1].startswith("agenthub: new messages for you (alpha)")
