@@ -5951,9 +5951,20 @@ def test_tools_may_be_called_side_by_side(shared_hub: LiveHub, at: str) -> None:
             assert sender.agent(f"many-{at}")["unread"] == 0
 
 
-def test_a_line_that_is_gone_or_refused_leaves_nothing_behind_in_its_session(world: World) -> None:
-    session = world.api.sessions[session_of(world)]
-    assert not session.running and not session.streams
+def test_a_session_knows_of_a_call_from_its_beginning_to_its_end_and_of_no_other(pair: World) -> None:
+    id = session_of(pair, "/mcp/alpha-1")
+    session = pair.api.sessions[id]
+    body = json.dumps(request("tools/call", name="read_messages", arguments={"wait": 5})).encode()
+    headers = {"Content_Type": "application/json", "Accept": "application/json, text/event-stream", "Mcp_Session_Id": id}
+    talk = pair.raw("POST", "/mcp/alpha-1", body, **headers)
+    assert not session.running, "a line may refuse it yet"
+    talk.begin()
+    assert session.running == {1: talk}
+    for id in ([], {}, None, "other"):
+        notice = {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": id}}
+        assert pair.raw("POST", "/mcp/alpha-1", json.dumps(notice).encode(), **headers).status == 202
+    pair.through(talk)
+    assert not session.running
 
 
 def test_a_bug_in_a_tool_is_told_as_one_and_the_line_goes_on(world: World, monkeypatch: pytest.MonkeyPatch, caplog: object) -> None:
