@@ -4314,6 +4314,7 @@ class Response(NamedTuple):
 
     `settled` says that it shows nothing that is still on its way to the disk, so that it need not wait for it;
     `changes` that the GET it answers changed something, so that it can't just be asked again where the disk refuses.
+    `undo`, given the time, takes back what it gave, where it turns out that nobody is there to get it.
     """
 
     body: Any = b""
@@ -4322,6 +4323,7 @@ class Response(NamedTuple):
     settled: bool = False
     changes: bool = False
     content_type: str = "application/json"
+    undo: Callable[[int], Any] | None = None
 
     def encode(self, date: str, keep: bool = True, head_only: bool = False, extra: Headers = ()) -> bytes:
         """The bytes on the wire, with `extra` headers. Raises HubError where the body's function does."""
@@ -4647,7 +4649,7 @@ def parse_query(query: str) -> dict[str, str]:
 
 # --- Tools ------------------------------------------------------------------------------------------------------------
 
-TOOL_CLAIM = 300  # seconds for which nobody else shows what a model was just shown; its next call acknowledges it
+TOOL_CLAIM = 60  # seconds for which nobody else shows what a model was just shown; its next call acknowledges it
 TOOL_BYTES = 32 * 1024  # of messages in one result: 8,000 tokens, a third of what clients let through; or of the first
 TOOL_PAGE = 20  # messages or tasks in one result that names no limit
 PEER_WORDS = (
@@ -4688,6 +4690,7 @@ class Caller:
         self.token: str | int | None = None  # of whoever wants to be told of progress
         self.joins = False  # a tool has been called: whoever is new here is registered
         self.keeps = True  # who registers is remembered for the next call
+        self.fresh: list[str] = []  # ids of what this call shows, if it comes to its end
 
 
 class Tool(NamedTuple):
@@ -4717,7 +4720,7 @@ def _read_tool(caller: Caller, given: dict[str, Any]) -> Steps:
     asked = {"limit": TOOL_PAGE, "max_bytes": TOOL_BYTES, "claim": TOOL_CLAIM} | given
     page = yield Ask("GET", "/api/v1/messages", asked)
     found = page["messages"]
-    caller.shown.setdefault(caller.agent_id, []).extend([envelope["id"] for envelope in found])
+    caller.fresh += [envelope["id"] for envelope in found]
     return _marked({"messages": found, "unread": max(0, page["unread"] - len(found))})
 
 
@@ -4742,7 +4745,7 @@ def _ask_tool(caller: Caller, given: dict[str, Any]) -> Steps:
         query = {"after": after, "thread": thread, "wait": left, "claim": TOOL_CLAIM}
         page = yield Ask("GET", "/api/v1/messages", query)
         after = page["next"]
-        caller.shown.setdefault(caller.agent_id, []).extend([envelope["id"] for envelope in page["messages"]])
+        caller.fresh += [envelope["id"] for envelope in page["messages"]]
         for envelope in page["messages"]:  # each of them is shown, because each was claimed
             if answers(envelope, receipt) and not told.get("answer"):
                 told["answer"] = envelope
@@ -4750,7 +4753,7 @@ def _ask_tool(caller: Caller, given: dict[str, Any]) -> Steps:
                 told.setdefault("messages", []).append(envelope)
         if told.get("answer"):
             return _marked(told)
-        if not left:
+        if not left or not page["messages"]:  # its time is over, or the hub stops
             late = f"no answer within {wait:g} s: it will come to your inbox, see read_messages"
             return _marked(told | {"answer": None, "warning": late})
 
@@ -5131,7 +5134,10 @@ def _call_tool(caller: Caller, params: dict) -> Steps:
     if caller.agent_id and not isinstance(failed, Unreachable):
         with contextlib.suppress(HubError):  # what was asked for is done, or refused, all the same
             beat = yield Ask("POST", "/api/v1/agents/{agent_id}/heartbeat", {})
-            result["unread"] = max(0, beat["unread"] - len(caller.shown.get(caller.agent_id, ())))
+            shown = len(caller.shown.get(caller.agent_id, ())) + len(caller.fresh)
+            result["unread"] = max(0, beat["unread"] - shown)
+    if caller.fresh:  # now, and no sooner: whoever gives up before gets it again
+        caller.shown.setdefault(caller.agent_id, []).extend(caller.fresh)
     return _tool_result(result, failed)
 
 
@@ -5166,7 +5172,8 @@ def _run_tool(name: str, tool: Tool, given: dict[str, Any], caller: Caller) -> S
         raise InvalidRequest(f"say who you are: give `as`, an id of your choice, in this and each later call{first}")
     caller.joins = True
     if shown := caller.shown.pop(caller.agent_id, None):  # before the step: calls run side by side
-        yield Ask("POST", "/api/v1/messages/ack", {"ids": shown})
+        with contextlib.suppress(UnknownAgent):  # it has left meanwhile, and its mail with it
+            yield Ask("POST", "/api/v1/messages/ack", {"ids": shown})
     result = yield from tool.run(caller, checked)
     return {key: value for key, value in result.items() if key not in ("success", "next")}
 
@@ -5566,17 +5573,25 @@ class Reading:
             new = want["unread"] or after is not None  # of what is read again out of interest, nothing is redelivered
             texts = [m.envelope(bool(new) and self.hub.was_pushed(name, m.seq)) for m in found]
             seqs = tuple([message.seq for message in found])
+            until, undo = at + int(claim * 1000), None
             if claim and seqs:
-                self.hub.apply(Claim(at, name, seqs, at + int(claim * 1000)))
+                self.hub.apply(Claim(at, name, seqs, until))
+                undo = functools.partial(self._unclaim, name, seqs, until)
             if claim or wait:
                 self.hub.apply(Push(at, name, seqs, "poll"))
             text = (
                 f'{{"messages":[{",".join(texts)}],"next":{cursor},"unread":{self.hub.unread(name)}{previous}{extra}}}'
             )
-            return Response(text.encode(), settled=not claim, changes=bool(claim))
+            return Response(text.encode(), settled=not claim, changes=bool(claim), undo=undo)
 
         found = attempt(not wait, call.at)
         return found if found else Wait(name, wait, attempt, bool(claim))
+
+    def _unclaim(self, name: str, seqs: tuple[int, ...], until: int, at: int) -> None:
+        """What was claimed until then is for others again."""
+        claims = self.hub.inboxes[name].claims if name in self.hub.inboxes else {}
+        if held := tuple([seq for seq in seqs if claims.get(seq) == until]):
+            self.hub.apply(Claim(at, name, held, at))
 
     def _since(self, name: str, want: dict[str, Any]) -> int:
         """The seq after which a member may read what was said in a channel."""
@@ -6186,8 +6201,14 @@ class Teamwork(Handlers):
             known = self._find_given(id) if id else None
             receipt = self.hub.apply(TakeTask(at, call.agent_id, id, digest, known, call.via))
             if receipt:
-                return self._task_answer(receipt, at)._replace(changes=True)
+                answer = self._task_answer(receipt, at)._replace(changes=True)
+                return answer if receipt.duplicate else answer._replace(undo=functools.partial(undone, receipt))
             return Response({"success": True, "task": None}, settled=True) if final else None
+
+        def undone(receipt: Receipt, at: int) -> None:
+            given = {"to": "", "reply_to": receipt.message.reply_to, "message": "who took it was gone before it heard"}
+            with contextlib.suppress(HubError):  # it may have left, or the task have ended
+                self._post(call.agent_id, given, "task_release", at, call.via)
 
         return attempt(not wait, call.at) or Wait(call.agent_id, wait, _refusing(attempt), False)
 
@@ -6275,7 +6296,12 @@ class Teamwork(Handlers):
                 if not keep:
                     give_up()
                 raise
-            return Response({"success": True, **self._shown_lock(lock, at)}) if lock else None
+            undo = undone if lock and lock.taken_at == at else None
+            return Response({"success": True, **self._shown_lock(lock, at)}, undo=undo) if lock else None
+
+        def undone(at: int) -> None:
+            with contextlib.suppress(HubError):  # it may have left
+                hub.apply(Unlock(at, name, id))
 
         def give_up() -> None:
             hub.apply(LeaveQueue(call.at, name, id))
@@ -6389,6 +6415,7 @@ class McpSession:
     def __init__(self, agent_id: str) -> None:
         self.agent_id = agent_id
         self.uris: dict[str, None] = {}
+        self.shown: dict[str, list[str]] = {}
         self.running: dict[str | int, Talk] = {}
         self.streams: set[Callable[[], None]] = set()
 
@@ -6475,7 +6502,7 @@ class Endpoint(Teamwork):
 
     def _answer_rpc(self, era: Era, message: dict, call: Call, session: McpSession | None) -> Any:
         name = call.agent_id or (session.agent_id if session else "")
-        caller = Caller(name, not call.agent_id, self.shown)
+        caller = Caller(name, not call.agent_id, session.shown if session else self.shown)
         caller.keeps = session is not None
         accepted = call.head.headers.get("accept", "")
         try:
@@ -6488,9 +6515,13 @@ class Endpoint(Teamwork):
             return self._listen(message, caller, accepted)
         if session and message["method"] == "resources/subscribe" and len(session.uris) >= MAX_WATCHED:
             raise RpcError(REFUSED, f"this session watches {MAX_WATCHED} resources: unsubscribe from one first")
-        events = "text/event-stream" in accepted and ("json" not in accepted or waits(message))
+        plain = "json" in accepted or message["method"] == "initialize"  # whose answer has a header of its own
+        events = "text/event-stream" in accepted and (waits(message) or not plain)
         talk = Talk(self._steps_of(era, message, caller, call, session), events)
-        talk.begin = lambda: session.running.__setitem__(message["id"], talk) if session and events else None
+        if session:
+            if message["id"] in session.running:
+                raise RpcError(INVALID_MESSAGE, "a request of that id is under way: give each its own")
+            talk.begin = functools.partial(session.running.__setitem__, message["id"], talk)
         return talk
 
     def _steps_of(
@@ -6518,10 +6549,10 @@ class Endpoint(Teamwork):
             log_exception(method)
             response = RpcError(INTERNAL, "the hub failed at this request; its log says why").wire(message["id"])
         finally:
-            if session:
-                session.running.pop(message["id"], None)
+            if session and message["id"] in session.running:
+                del session.running[message["id"]]
         headers: Headers = ()
-        if method in ("initialize", "server/discover"):  # a new client: what the one before was shown may be lost
+        if method == "server/discover":  # a new client: what the one before was shown may be lost
             self.shown.pop(caller.agent_id, None)
         if method == "initialize" and "result" in response:
             headers = self._open_session(call.agent_id)
@@ -7689,6 +7720,7 @@ class API(Access):
             self.probe()
         if caller.joins and not self.hub.known(name) and route.handler not in (Handlers.register, Handlers.heartbeat):
             self._go(REGISTER, {"agent_id": name}, name, caller.at, call.address, "mcp")
+        caller.joins = False  # who leaves while a call of it waits has left
         if self.hub.known(name):
             self.hub.apply(Touch(caller.at, name))
         given = {**step.given, route.actor: name} if route.actor else step.given
@@ -8251,20 +8283,26 @@ class Conversation:
     def __init__(self, line: Any, asked: Exchange, talk: Talk) -> None:
         self._line, self._asked, self._talk, self._server = line, asked, talk, line.server
         self._poll: Poll | None = None
+        self._undo: list[Callable[[int], Any]] = []  # what takes back the steps so far
         self._over = False
         talk.end = self.close
         talk.begin()
 
+    @property
+    def waits(self) -> bool:
+        """Whether it waits for something to come."""
+        return self._poll is not None
+
     def go(self, found: Response | None = None) -> None:
         """Begin the next step, with what became of the one before."""
-        if self._line.transport.is_closing():
-            return self.close()  # and what was found for it is not shown, so nothing is lost with it
-        if self._over:
-            return
+        self._poll = None
+        self._undo += [found.undo] if found and found.undo else []
+        if self._over or self._line.transport.is_closing():
+            return self.close()
         try:
             step = self._talk.steps.send(found and (found, self._server.clock()))
         except StopIteration as end:
-            self._over = True
+            self._over, self._undo = True, []
             return self._line.answered(self._asked, end.value, self._talk.events)
         self.HOW[type(step)](self, step)
 
@@ -8303,7 +8341,11 @@ class Conversation:
         return False
 
     def close(self) -> None:
-        """Go no further, and leave whatever queue this waits in."""
+        """Go no further, leave whatever queue this waits in, and take back what nobody will hear of."""
+        undo, self._undo = self._undo, []
+        for take_back in undo if not self._server.api.trouble else ():
+            take_back(self._server.clock())
+        self._server.schedule()
         if not self._over:
             self._over = True
             if self._poll:
@@ -8447,7 +8489,7 @@ class HttpConnection:
         self.ended = True
         busy = self._stuck() or self._pumping
         self.last = self.last or not busy
-        more = bool(self.slots or busy) and not (self.poll or self.stream)
+        more = bool(self.slots or busy) and not (self.poll or self.stream or self.talk and self.talk.waits)
         return more and self.transport.can_write_eof()  # TLS has no half of a line
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -8509,6 +8551,9 @@ class HttpConnection:
     def _answer_response(self, asked: Exchange, answer: Response) -> None:
         def leave(error: HubError | None) -> None:
             final = answer
+            if answer.undo and not error and self.transport.is_closing():
+                answer.undo(self.server.clock())
+                self.server.schedule()
             if error and asked.request.head.method == "GET" and not answer.changes:  # so it can simply be asked again
                 final, _ = self.server.process_request(self, asked.request)
                 final = final if isinstance(final, Response) else error_response(error)
@@ -8551,8 +8596,9 @@ class HttpConnection:
         self._comment = _chunk(":\n\n" if format == "sse" else "\n")
 
     def _answer_talk(self, asked: Exchange, talk: Talk) -> None:
-        if talk.events and not self._alone("stream an answer"):
-            return
+        talk.events = talk.events and len(self.slots) == 1  # behind others it is an answer like theirs
+        if talk.events:
+            self._alone("stream an answer")
         self.blocked = True
         self.talk = Conversation(self, asked, talk)
         if talk.events:
@@ -12002,6 +12048,7 @@ def hook_command(args: Any) -> int:
 # --- Stdio ------------------------------------------------------------------------------------------------------------
 
 MAX_CALLS = 16  # requests of one session under way at a time: more than a model has hands
+MAX_OWED = 1_000  # answers to a client that reads none of them; then none of its requests are read either
 
 
 class _Job:
@@ -12055,9 +12102,8 @@ class Stdio:
             self.say(error.wire(id))
 
     def say(self, message: dict) -> None:
-        """Write a message. Whether the client still reads shows on stdin."""
-        with self._lock, contextlib.suppress(OSError, ValueError):
-            self._write(dump(message).encode() + b"\n")
+        """Have a message written."""
+        self._write(dump(message).encode() + b"\n")
 
     def _begin(self, message: dict) -> None:
         method, params = message["method"], message.get("params", {})
@@ -12082,6 +12128,8 @@ class Stdio:
         import threading
 
         with self._lock:
+            if key in self._jobs:
+                raise RpcError(INVALID_MESSAGE, "a request of that id is under way: give each its own")
             if len(self._jobs) >= MAX_CALLS:
                 raise RpcError(REFUSED, f"{MAX_CALLS} requests are under way: wait until one is answered")
             job = self._jobs[key] = _Job(self._idle.pop() if self._idle else self._identity.another_client(), id)
@@ -12224,16 +12272,40 @@ def _mcp_command(args: Any) -> int:
     identity = Identity(args, next(filter(None, map(os.environ.get, SESSION_VARIABLES)), folder_session()))
     identity.client.name = None if identity.client.agent_id else folder_name()
     identity.client.metadata = about_session()
-    server = Stdio(identity, _write_out)
+    written = Writer(1)
+    server = Stdio(identity, written.put)
     for line in sys.stdin.buffer:
         if line.strip():
             server.take(line)
+    written.end()
     return 0
 
 
-def _write_out(data: bytes) -> None:
-    sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()
+class Writer:
+    """Writes to a file descriptor on a thread of its own: a client that reads nothing must not keep us from seeing that
+    it has gone, and nothing is left in a buffer that the process would wait for at its end."""
+
+    def __init__(self, file: int) -> None:
+        import queue
+        import threading
+
+        self._file, self._queue = file, queue.Queue(MAX_OWED)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        self.put = self._queue.put
+
+    def _run(self) -> None:
+        while (data := self._queue.get()) is not None:
+            with contextlib.suppress(OSError):  # nobody reads any more
+                while data:
+                    data = data[os.write(self._file, data) :]
+
+    def end(self) -> None:
+        """Write what is left, if somebody takes it."""
+        self._queue.put(None)
+        self._thread.join(STOP_SECONDS)
+
+
 # --- Setup ------------------------------------------------------------------------------------------------------------
 
 
