@@ -3308,7 +3308,10 @@ def test_an_answer_is_waited_for_and_other_mail_is_left_alone(pair: World) -> No
     pair.commit()
     answer = json.loads(ah.dump(pair.through(talk, again.attempt(False, pair.clock())).body))["result"]["structuredContent"]
     assert answer["answer"]["message"] == "yes" and answer["notice"]
+    assert [m["message"] for m in answer["messages"]] == ["seen"], "what it kept from others it shows"
+    assert pair.hub.unread("alpha-1") == 3
     assert [m["message"] for m in pair.tool("read_messages", "alpha-1")["messages"]] == ["by the way"]
+    assert pair.hub.unread("alpha-1") == 1, "the answer was acknowledged by the next call"
 
 
 def test_an_answer_that_does_not_come_in_time_or_can_not_is_told(pair: World) -> None:
@@ -3379,6 +3382,8 @@ META_OK = {ah.META + "protocolVersion": "2026-07-28", ah.META + "clientCapabilit
     ({"name": "lock"}, {}, 400, ah.INVALID_PARAMS),
     ({"name": "lock", "_meta": {ah.META + "protocolVersion": "2026-07-28"}}, {}, 400, ah.INVALID_PARAMS),
     ({"name": "lock", "_meta": META_OK}, {"Mcp-Method": "ping"}, 400, ah.HEADER_MISMATCH),
+    ({"name": "lock", "_meta": META_OK}, {"Mcp-Method": "=?base64?dG9vbHMvY2FsbA==?="}, 400, ah.HEADER_MISMATCH),
+    ({"name": "lock", "_meta": {**META_OK, ah.META + "clientCapabilities": None}}, {}, 400, ah.INVALID_PARAMS),
     ({"name": "lock", "_meta": META_OK}, {"Mcp-Method": ""}, 400, ah.HEADER_MISMATCH),
     ({"name": "lock", "_meta": META_OK}, {"Mcp-Name": "task"}, 400, ah.HEADER_MISMATCH),
     ({"name": "lock", "_meta": META_OK}, {"Mcp-Name": "=?base64?bG9jaw=?="}, 400, ah.HEADER_MISMATCH),
@@ -4248,10 +4253,26 @@ def test_a_session_remembers_who_registered_in_it_and_ends_when_it_is_told(world
     assert "say who you are" in call(session, "read_messages")["error"]["message"]
     assert call(session, "register", name="Beta", doing="x")["agent_id"].startswith("beta-")
     assert call(session, "read_messages")["messages"] == [] and call(other, "read_messages")["error"]
+    assert call(session, "register", **{"as": "ghost", "name": "\n"})["error"]
+    assert call(session, "list_agents")["you"].startswith("beta-"), "who was refused is nobody else"
     assert world.call("DELETE", "/mcp", Mcp_Session_Id=session) == (204, {})
     assert world.mcp("ping", era="2025-11-25", Mcp_Session_Id=session)[0] == 404
     assert world.mcp("ping", era="2025-11-25", Mcp_Session_Id=other)[:2] == (200, {"jsonrpc": "2.0", "id": 1, "result": {}})
     assert world.mcp("ping", era="2025-11-25")[0] == 400, "no session is named"
+
+
+def test_no_more_is_watched_than_may_be_and_no_more_is_promised(pair: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ah, "MAX_WATCHED", 1)
+    session = session_of(pair)
+    subscribe = lambda uri: pair.mcp("resources/subscribe", {"uri": uri}, era="2025-11-25", Mcp_Session_Id=session)[1]  # noqa: E731
+    assert subscribe("hub://agents")["result"] == {} and "unsubscribe" in subscribe("hub://inbox/alpha-1")["error"]["message"]
+    params = {"notifications": {"resourceSubscriptions": ["hub://agents", "hub://inbox/alpha-1"]}}
+    assert ah.filter_of(params, ah.Caller("", True, {})) == ({"resourceSubscriptions": ["hub://agents"]}, ["hub://agents"])
+
+
+def test_who_registers_where_nothing_is_remembered_is_told_how_to_go_on(world: World) -> None:
+    assert "`as`: `alpha`" in world.tool("register", agent_id="alpha")["note"]
+    assert "note" not in world.tool("register", "alpha") and "register first" not in world.tool("read_messages")["error"]["message"]
 
 
 def test_a_session_belongs_to_the_agent_it_was_opened_as(pair: World) -> None:
@@ -5918,6 +5939,60 @@ def test_a_call_that_is_cancelled_takes_no_message_and_no_lock(shared_hub: LiveH
         assert sender.lock(["fickle.py"]), "nobody took it meanwhile"
         sender.unlock(paths=["fickle.py"])
         line.line.close()
+
+
+@pytest.mark.parametrize("tool", ["read", "lock", "task"])
+def test_what_a_wait_brought_that_nobody_heard_of_is_given_back(pair: World, tool: str) -> None:
+    """Whoever waited has gone in the moment in which it came."""
+    if tool == "lock":
+        first = pair.apply(ah.TakeLock, "beta-2", "b1", ("x.py",), "exclusive", 600_000, "", 0, True, True)
+    wait = {"read": ("GET", "/api/v1/messages?agent_id=alpha-1&claim=60&wait=5", None),
+            "lock": ("POST", "/api/v1/locks", {"agent_id": "alpha-1", "paths": ["x.py"], "wait": 5}),
+            "task": ("POST", "/api/v1/tasks/next", {"agent_id": "alpha-1", "wait": 5})}[tool]  # fmt: skip
+    wait = pair.raw(wait[0], wait[1], json.dumps(wait[2]).encode() if wait[2] else b"", Content_Type="application/json")
+    if tool == "read":
+        pair.send("beta-2", "alpha-1", '"hi"')
+    elif tool == "lock":
+        pair.apply(ah.Unlock, "beta-2", first.lock_id, ())
+    else:
+        pair.send("beta-2", "ALL", '"do it"', "task_proposal")
+    pair.commit()
+    answer = wait.attempt(False, pair.clock())
+    pair.commit()
+    held = lambda: (pair.call("GET", "/api/v1/messages?agent_id=alpha-1&claim=1&limit=1")[1]["messages"] == [], bool(pair.hub.locks.held), [t.holder for t in pair.hub.tasks.values()])  # noqa: E731, E501
+    assert held() == {"read": (True, False, []), "lock": (True, True, []), "task": (False, False, ["alpha-1"])}[tool]
+    pair.clock.advance(2)
+    answer.undo(pair.clock())
+    pair.commit()
+    assert held() == {"read": (False, False, []), "lock": (True, False, []), "task": (False, False, [""])}[tool]
+    answer.undo(pair.clock())  # and once more does no harm
+    pair.commit()
+    assert pair.is_what_the_store_says()
+
+
+def test_a_hub_that_stops_says_what_became_of_a_request_that_waits_for_its_answer(live: object) -> None:
+    hub = live()
+    hub.client("beta")
+    with RpcLine(hub, "/mcp/alpha") as line:
+        assert line.call("ask_agent", to="beta", message="?").head() == 200
+        until(lambda: hub.client().agent("alpha")["connected"])
+        assert hub.stop() == 0
+        found = line.answer()["result"]["structuredContent"]
+        assert found["message_id"] and found["answer"] is None
+
+
+def test_a_call_behind_another_request_is_answered_in_its_turn(shared_hub: LiveHub) -> None:
+    body = json.dumps(request("tools/call", name="read_messages", arguments={"wait": 0.01}, _meta=META_OK)).encode()
+    headers = "".join(f"{name}: {value}\r\n" for name, value in {
+        "Host": "localhost", "Content-Type": "application/json", "Accept": "application/json, text/event-stream",
+        "MCP-Protocol-Version": "2026-07-28", "Mcp-Method": "tools/call", "Mcp-Name": "read_messages", "Content-Length": len(body),
+    }.items())  # fmt: skip
+    send = json.dumps({"from": "operator", "to": "behind", "message": "first"})
+    first = f"POST /api/v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(send)}\r\n\r\n{send}"
+    call = f"POST /mcp/behind HTTP/1.1\r\n{headers}\r\n".encode() + body
+    last = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    text = shared_hub.talk(first.encode() + call + last, close=False)
+    assert text.count(b"HTTP/1.1 200 OK") == 3 and text.index(b"message_id") < text.index(b'"first"') < text.index(b'"version"')
 
 
 def test_what_the_disk_does_not_take_is_a_result_for_the_model(pair: World) -> None:
