@@ -11731,12 +11731,13 @@ class Hook:
     def end(self) -> None:
         """SessionEnd: leave, unless another goes on; and have nobody wait any more."""
         client = self.identity.client
-        if client.agent_id:
-            end_waiter(waiter_path(self.identity.client))
+        self.shown = True  # or it may be cut short before the rest
         if self.given.get("reason") in GOES_ON:
             self.identity.hand_over()
         elif client.agent_id:
             client.leave()
+        if client.agent_id:
+            end_waiter(waiter_path(client))  # last: what it is just showing may take a while
 
     # files
 
