@@ -11590,6 +11590,7 @@ def shown_ids(answer: Any) -> list[str]:
 # --- Hooks ------------------------------------------------------------------------------------------------------------
 
 HOOK_SECONDS = 0.12  # a hook may take from its session with no hub; starting it takes as long, and 0.25 is the most
+LOCAL_SECONDS = 1.0  # and before that what needs no hub, on a busy machine: who the session is must not be lost
 ACK_SECONDS = 1.0  # more it may take to acknowledge what it has shown, which would come again otherwise
 CLAIM_SECONDS = 2  # what one hook reads no other gets meanwhile: ten times what it needs, should it die over it
 WAITER_SECONDS = 86_400  # a waiter stays, if its session does: it must be woken after a night, too
@@ -11611,6 +11612,7 @@ class Hook:
         self.args, self.event, self.given = args, event, {}  # type: Any, str, dict
         self.identity: HookIdentity | None = None
         self.late, self.shown, self._turn = False, False, threading.Lock()
+        self.ready = threading.Event()  # what needs no hub is done
 
     def within(self, seconds: float, do: Callable[[], None]) -> None:
         """Do something for so many seconds; then go on, whatever it hangs in, and have it say no more. To acknowledge
@@ -11619,6 +11621,7 @@ class Hook:
 
         worker = threading.Thread(target=self.quietly, args=(do,), daemon=True)
         worker.start()
+        self.ready.wait(LOCAL_SECONDS)
         worker.join(seconds)
         with self._turn:
             self.late = not self.shown
@@ -11634,6 +11637,8 @@ class Hook:
                 import traceback
 
                 traceback.print_exc()
+        finally:
+            self.ready.set()
 
     def read(self) -> None:
         """Take in what the session's program says, and who the session is. What is no JSON object is no hook's."""
@@ -11643,6 +11648,12 @@ class Hook:
     def run(self) -> None:
         """Do what the event asks for."""
         self.read()
+        if self.event == "SessionStart":
+            self.identity.enter(_word(self.given, "session_id"), _word(self.given, "source"))
+            _on_path()
+        elif self.event == "SessionEnd" and self.given.get("reason") in GOES_ON:
+            self.identity.hand_over()
+        self.ready.set()
         HOOKS[self.event](self)
 
     def _say(self, text: str, file: Any) -> None:
@@ -11718,8 +11729,6 @@ class Hook:
 
     def start(self) -> None:
         """SessionStart: come in, and learn who is here."""
-        self.identity.enter(_word(self.given, "session_id"), _word(self.given, "source"))
-        _on_path()
         try:
             self.identity.register()
         except AgentIdTaken as error:
@@ -11732,9 +11741,7 @@ class Hook:
         """SessionEnd: leave, unless another goes on; and have nobody wait any more."""
         client = self.identity.client
         self.shown = True  # or it may be cut short before the rest
-        if self.given.get("reason") in GOES_ON:
-            self.identity.hand_over()
-        elif client.agent_id:
+        if client.agent_id and self.given.get("reason") not in GOES_ON:
             client.leave()
         if client.agent_id:
             end_waiter(waiter_path(client))  # last: what it is just showing may take a while
