@@ -11716,7 +11716,7 @@ class Hook:
         unheard, so that the mail has to stay where it is; where there is a waiter, it comes by that."""
         if "agent_id" in self.given or not self.identity.client.agent_id:
             return
-        path = os.path.join(state_folder("STATE"), "blocks-" + self.identity.client.agent_id)
+        path = waiter_path(self.identity.client) + "-blocks"
         count = 0
         if self.given.get("stop_hook_active") is True:
             with contextlib.suppress(OSError, ValueError), open(path) as file:
@@ -11974,8 +11974,9 @@ def end_waiter(path: str) -> None:
     with contextlib.suppress(FileNotFoundError), open(path, "r+") as file:
         _take_over(file)
         os.unlink(path)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path + "-held")
+        for more in ("-held", "-blocks"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path + more)
 
 
 def hook_command(args: Any) -> int:
