@@ -11974,9 +11974,9 @@ def end_waiter(path: str) -> None:
     with contextlib.suppress(FileNotFoundError), open(path, "r+") as file:
         _take_over(file)
         os.unlink(path)
-        for more in ("-held", "-blocks"):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path + more)
+    for more in ("-held", "-blocks"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path + more)
 
 
 def hook_command(args: Any) -> int:
@@ -12904,8 +12904,9 @@ PRODUCTS = {
         "Claude Code", ("CLAUDE_CONFIG_DIR", "~", ".claude.json"), ".mcp.json",
         ("CLAUDE_CONFIG_DIR", "~/.claude", "settings.json"), ".claude/settings.json",
         (("SessionStart", "", "SessionStart"), ("SessionStart", "", "SessionStart --wait"),
-         ("UserPromptSubmit", "", "UserPromptSubmit"), ("PreToolUse", "|".join(EDITS), "PreToolUse"), ("PostToolUse", "", "PostToolUse"), ("Stop", "", "Stop"),
-         ("Stop", "", "Stop --wait"), ("SessionEnd", "", "SessionEnd")),
+         ("UserPromptSubmit", "", "UserPromptSubmit"), ("PreToolUse", "|".join(EDITS), "PreToolUse"),
+         ("PostToolUse", "", "PostToolUse"), ("Stop", "", "Stop"), ("Stop", "", "Stop --wait"),
+         ("SessionEnd", "", "SessionEnd")),
         1, "sessions that begin from now on have it",
     ),
     "codex": Product(
