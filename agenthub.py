@@ -10823,6 +10823,32 @@ def folder_session(folder: str = "") -> str:
     return "folder:" + os.path.realpath(folder or os.getcwd())
 
 
+def waiter_path(client: Client) -> str:
+    """The file that an agent's waiter holds, with its process id inside."""
+    return os.path.join(state_folder("STATE"), f"waiter-{crc32(client.url.encode()):08x}-{client.agent_id}")
+
+
+@contextlib.contextmanager
+def instead_of_waiter(client: Client) -> Iterator[None]:
+    """While the session reads or waits for mail itself, its waiter takes none: it would have it first, and the session
+    would wait in vain for what it is shown only afterwards."""
+    path = waiter_path(client)
+    if not client.agent_id or not os.path.exists(path):
+        yield
+        return
+    import fcntl
+    import signal
+
+    with open(open_private(path + "-held"), "r+") as held:
+        fcntl.flock(held, fcntl.LOCK_SH)
+        with contextlib.suppress(OSError, ValueError), open(path) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:  # somebody has it: only then is the number that of a waiter
+                os.kill(int(file.read()), signal.SIGUSR1)
+        yield
+
+
 MAX_SAVED = 1_000  # sessions, and tokens, that the state file keeps of one hub: 100 KB, read with each call
 SESSION_VARIABLES = ("AGENTHUB_SESSION", "CLAUDE_CODE_SESSION_ID", "CLAUDE_SESSION_ID")
 
@@ -10968,6 +10994,11 @@ def _warn(receipt: dict) -> None:
 
 def _ask_command(args: Any) -> int:
     identity, message, id = Identity(args), _message(args), new_message_id()
+    with instead_of_waiter(identity.client):
+        return _ask_and_wait(args, identity, message, id)
+
+
+def _ask_and_wait(args: Any, identity: Identity, message: Any, id: str) -> int:
     receipt = identity.act(lambda client: client.send_message(_to(args), message, "request", id, ttl=args.ttl))
     if receipt["recipients"]:  # else that is what `answer_to` says
         _warn(receipt)
@@ -10992,6 +11023,11 @@ def _ping_command(args: Any) -> int:
 
 def _recv_command(args: Any) -> int:
     identity = Identity(args)
+    with instead_of_waiter(identity.client):
+        return _recv(args, identity)
+
+
+def _recv(args: Any, identity: Identity) -> int:
     claim = None if args.peek else SHOWING  # or a hook that waits would show the same
     found = identity.act(lambda client: client.messages(unread=True, limit=args.limit, wait=args.wait, claim=claim))
     for envelope in found:
@@ -11619,11 +11655,6 @@ class HookIdentity(Identity):
         """Where one session follows another: the same process, or the same folder where we don't know that."""
         return os.environ.get("CLAUDE_PID") or self.folder
 
-    def waiter_path(self) -> str:
-        """The file that this agent's waiter holds, with its process id inside."""
-        name = f"waiter-{crc32(self.client.url.encode()):08x}-{self.client.agent_id}"
-        return os.path.join(state_folder("STATE"), name)
-
 
 GOES_ON = ("clear", "resume")  # how a session ends, and the next begins, in the same window
 
@@ -11714,13 +11745,16 @@ def shown_ids(answer: Any) -> list[str]:
 # --- Hooks ------------------------------------------------------------------------------------------------------------
 
 HOOK_SECONDS = 0.12  # a hook may take from its session with no hub; starting it takes as long, and 0.25 is the most
+LOCAL_SECONDS = 1.0  # and before that what needs no hub, on a busy machine: who the session is must not be lost
 ACK_SECONDS = 1.0  # more it may take to acknowledge what it has shown, which would come again otherwise
 CLAIM_SECONDS = 10  # what one hook reads no other gets meanwhile, should it die over it: the machine may be busy
 WAITER_SECONDS = 86_400  # a waiter stays, if its session does: it must be woken after a night, too
 POLL_SECONDS = 50  # of one poll, clients and proxies cut at 60
 LOOK_SECONDS = 0.5  # between two looks of a waiter whether its session is still there
+START_SECONDS = 0.5  # before a waiter reads that begins with its session
 YIELD_SECONDS = 2  # an older waiter has to end in, which may just be showing something
 AUTO_LOCK_SECONDS = 120  # for an edit: as long as a person may take to allow it
+BLOCKS = 7  # of a session's end in a row: Claude Code ends the turn at the ninth, whatever we say
 EDITS = ("Edit", "MultiEdit", "NotebookEdit", "Write")  # tools that write to a path
 
 
@@ -11733,6 +11767,7 @@ class Hook:
         self.args, self.event, self.given = args, event, {}  # type: Any, str, dict
         self.identity: HookIdentity | None = None
         self.late, self.shown, self._turn = False, False, threading.Lock()
+        self.ready = threading.Event()  # what needs no hub is done
 
     def within(self, seconds: float, do: Callable[[], None]) -> None:
         """Do something for so many seconds; then go on, whatever it hangs in, and have it say no more. To acknowledge
@@ -11741,6 +11776,7 @@ class Hook:
 
         worker = threading.Thread(target=self.quietly, args=(do,), daemon=True)
         worker.start()
+        self.ready.wait(LOCAL_SECONDS)
         worker.join(seconds)
         with self._turn:
             self.late = not self.shown
@@ -11756,6 +11792,8 @@ class Hook:
                 import traceback
 
                 traceback.print_exc()
+        finally:
+            self.ready.set()
 
     def read(self) -> None:
         """Take in what the session's program says, and who the session is. What is no JSON object is no hook's."""
@@ -11765,6 +11803,12 @@ class Hook:
     def run(self) -> None:
         """Do what the event asks for."""
         self.read()
+        if self.event == "SessionStart":
+            self.identity.enter(_word(self.given, "session_id"), _word(self.given, "source"))
+            _on_path()
+        elif self.event == "SessionEnd" and self.given.get("reason") in GOES_ON:
+            self.identity.hand_over()
+        self.ready.set()
         HOOKS[self.event](self)
 
     def _say(self, text: str, file: Any) -> None:
@@ -11825,15 +11869,23 @@ class Hook:
         self._tell(self._context)
 
     def stop(self) -> None:
-        """Stop: what is unread, with which the session goes on."""
-        if "agent_id" not in self.given:
-            self._tell(self._block)
+        """Stop: what is unread, with which the session goes on. What is blocked once too often is ended with our words
+        unheard, so that the mail has to stay where it is; where there is a waiter, it comes by that."""
+        if "agent_id" in self.given or not self.identity.client.agent_id:
+            return
+        path = waiter_path(self.identity.client) + "-blocks"
+        count = 0
+        if self.given.get("stop_hook_active") is True:
+            with contextlib.suppress(OSError, ValueError), open(path) as file:
+                count = int(file.read())
+        if count < BLOCKS and self._tell(self._block):
+            with open(open_private(path, os.O_TRUNC), "w") as file:
+                file.write(str(count + 1))
 
     # a session begins and ends
 
     def start(self) -> None:
         """SessionStart: come in, and learn who is here."""
-        self.identity.enter(_word(self.given, "session_id"), _word(self.given, "source"))
         try:
             self.identity.register()
         except AgentIdTaken as error:
@@ -11845,13 +11897,14 @@ class Hook:
     def end(self) -> None:
         """SessionEnd: leave, unless another goes on; and have nobody wait any more."""
         client = self.identity.client
-        if self.given.get("reason") in GOES_ON:
-            self.identity.hand_over()
-        elif client.agent_id:
-            client.leave()
-            self.identity.forget()
-        if client.agent_id:
-            end_waiter(self.identity.waiter_path())  # last, because it takes a while
+        self.shown = True  # or it may be cut short before the rest
+        try:
+            if client.agent_id and self.given.get("reason") not in GOES_ON:
+                client.leave()
+                self.identity.forget()
+        finally:
+            if client.agent_id:
+                end_waiter(waiter_path(client))  # last: what it is just showing may take a while
 
     # files
 
@@ -11898,6 +11951,18 @@ class Hook:
         self._answer(permissionDecision="deny", permissionDecisionReason=what)
 
 
+def _on_path() -> None:
+    """Have the session's shell find the launcher by the name that all texts have for it (Claude Code reads this file
+    before each command)."""
+    import shutil
+
+    where, folder = os.environ.get("CLAUDE_ENV_FILE"), os.path.dirname(os.path.abspath(sys.argv[0]))
+    if where and os.path.basename(sys.argv[0]) == "agenthub" and not shutil.which("agenthub"):
+        line = f'export PATH="$PATH":{shlex_quote(folder)}\n'
+        with contextlib.suppress(OSError), open(where, "a", encoding="utf-8") as file:
+            file.write(line)
+
+
 def _exact(path: str) -> str:
     """A pattern that only this path fits."""
     return _WILD.sub(lambda found: f"[{found[0]}]", path)
@@ -11925,6 +11990,10 @@ HOOKS: dict[str, Callable[[Hook], None]] = {
 # a process that waits
 
 
+class _Held(BaseException):
+    """The session reads its mail itself just now."""
+
+
 class _Over(BaseException):
     """A waiter is needed no longer. No Exception: it goes through whatever the waiter is in."""
 
@@ -11933,7 +12002,7 @@ class Waiter(Hook):
     """`hook Stop --wait`: ends when a message has come and was written to stderr, with which Claude Code wakes the
     session (asyncRewake). There is one for each agent, the newest."""
 
-    over = False
+    over = polling = False
 
     def wait(self) -> None:
         """Wait until there is something, the time is over, a newer one has come, or nobody would hear of it."""
@@ -11950,10 +12019,14 @@ class Waiter(Hook):
         with contextlib.suppress(_Over):
             for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, self._look)
+            signal.signal(signal.SIGUSR1, self._pause)
+            if self.event == "SessionStart":
+                time.sleep(START_SECONDS)  # what waits already is shown with the summary
+                self.identity.enter(_word(self.given, "session_id"), _word(self.given, "source"))
             signal.setitimer(signal.ITIMER_REAL, LOOK_SECONDS, LOOK_SECONDS)
             if not self.identity.client.agent_id:
                 self.identity.act(lambda client: client.heartbeat())
-            with open(open_private(self.identity.waiter_path()), "r+") as file:
+            with open(open_private(waiter_path(self.identity.client)), "r+") as file:
                 if _take_over(file):
                     self._poll(end)
                     file.truncate(0)
@@ -11967,7 +12040,26 @@ class Waiter(Hook):
             self.over = True
             raise _Over
 
+    def _pause(self, number: int | None, frame: Any) -> None:
+        """A signal: the session reads its mail itself."""
+        if self.polling and not self.shown:
+            self.polling = False
+            raise _Held
+
     def _poll(self, end: float) -> None:
+        import fcntl
+
+        path = waiter_path(self.identity.client) + "-held"
+        while True:
+            try:
+                with open(open_private(path), "r+") as held:
+                    fcntl.flock(held, fcntl.LOCK_EX)  # until the session is done with that
+                self.polling = True
+                return self._poll_on(end)
+            except _Held:
+                self.identity.client.close()  # or the hub would take this line's reader for one that waits
+
+    def _poll_on(self, end: float) -> None:
         tries, wait = 0, 0.0  # the first asks what there is
         while (left := end - time.monotonic()) > 0:
             try:
@@ -11987,7 +12079,7 @@ class Waiter(Hook):
         import signal
 
         self._look(None, None)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
         signal.setitimer(signal.ITIMER_REAL, ACK_SECONDS)
 
@@ -12029,6 +12121,9 @@ def end_waiter(path: str) -> None:
     with contextlib.suppress(FileNotFoundError), open(path, "r+") as file:
         _take_over(file)
         os.unlink(path)
+    for more in ("-held", "-blocks"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path + more)
 
 
 def hook_command(args: Any) -> int:
@@ -12037,7 +12132,7 @@ def hook_command(args: Any) -> int:
     event = names.get(re.sub("[-_]", "", args.event).casefold())
     if event is None:
         return 0
-    if event != "Stop" or args.wait is None:
+    if event not in ("Stop", "SessionStart") or args.wait is None:
         hook = Hook(args, event)
         hook.within(args.within, hook.run)
         return 0
@@ -12160,9 +12255,12 @@ class Stdio:
         if job:
             job.cancel()
 
-    def _answer(self, era: Era, message: dict, job: _Job | None) -> None:
+    def _answer(self, era: Era, message: dict, job: _Job | None, held: bool = False) -> None:
         """Go through the steps of an answer; who this is, is found out with the first that asks the hub."""
         caller, found = self._caller(), None
+        if job and caller.agent_id and message["method"] == "tools/call" and not held:
+            with instead_of_waiter(self._identity.client):
+                return self._answer(era, message, job, True)
         if job and not caller.agent_id:
             try:
                 caller.agent_id = self._somebody()
@@ -12980,9 +13078,10 @@ PRODUCTS = {
     "claude": Product(
         "Claude Code", ("CLAUDE_CONFIG_DIR", "~", ".claude.json"), ".mcp.json",
         ("CLAUDE_CONFIG_DIR", "~/.claude", "settings.json"), ".claude/settings.json",
-        (("SessionStart", "", "SessionStart"), ("UserPromptSubmit", "", "UserPromptSubmit"),
-         ("PreToolUse", "|".join(EDITS), "PreToolUse"), ("PostToolUse", "", "PostToolUse"), ("Stop", "", "Stop"),
-         ("Stop", "", "Stop --wait"), ("SessionEnd", "", "SessionEnd")),
+        (("SessionStart", "", "SessionStart"), ("SessionStart", "", "SessionStart --wait"),
+         ("UserPromptSubmit", "", "UserPromptSubmit"), ("PreToolUse", "|".join(EDITS), "PreToolUse"),
+         ("PostToolUse", "", "PostToolUse"), ("Stop", "", "Stop"), ("Stop", "", "Stop --wait"),
+         ("SessionEnd", "", "SessionEnd")),
         1, "sessions that begin from now on have it",
     ),
     "codex": Product(
