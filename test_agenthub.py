@@ -8322,6 +8322,57 @@ def test_a_waiter_ends_when_its_session_is_gone_or_its_time_is_over(hooked: Live
     assert run_hook(hooked, "Stop", "--wait", agent_id="sub-1") == {}
 
 
+def test_a_waiter_steps_back_while_its_session_reads_or_waits_for_mail_itself(hooked: LiveHub) -> None:
+    """Else it would have an answer before the tool that asked for it, which would wait in vain."""
+    beta, path = hooked.client("beta"), Path(hooked.env["XDG_STATE_HOME"]) / "agenthub"
+    session = {"CLAUDE_CODE_SESSION_ID": "s1-of-it"}
+
+    def answer(envelopes: Iterable[dict]) -> None:
+        for envelope in envelopes:
+            beta.reply(envelope, "<yes>")
+
+    with hook_process(hooked, "Stop", "--wait") as waiter, McpProcess(hooked, **session) as model:
+        until(lambda: str(waiter.pid) in [f.read_text() for f in path.glob("waiter-*")])
+        until(lambda: beta.agent("alpha")["connected"])
+        for _ in range(3):
+            answering = threading.Thread(target=lambda: answer(beta.messages(unread=True, wait=20)))
+            answering.start()
+            assert model.tool("ask_agent", to="beta", message="?", wait=10)["answer"]["message"] == "<yes>"
+            answering.join(20)
+            beta.ack(up_to=1 << 40)
+        beta.send_message("alpha", "<for the waiter>")
+        assert waiter.communicate(timeout=20)[1].count("<") == 1 and waiter.returncode == 2
+
+
+def test_a_session_is_woken_before_its_first_turn_too(hooked: LiveHub) -> None:
+    with hook_process(hooked, "SessionStart", "--wait") as waiter:
+        until(lambda: hooked.client().agent("alpha")["connected"])
+        hooked.client("beta").send_message("alpha", "<early>")
+        assert "<early>" in waiter.communicate(timeout=20)[1] and waiter.returncode == 2
+
+
+def test_a_session_that_is_kept_from_ending_too_often_gets_no_mail_that_it_would_not_be_shown(hooked: LiveHub) -> None:
+    beta, shown_by = hooked.client("beta"), []
+    for number in range(ah.BLOCKS + 2):
+        beta.send_message("alpha", f"<{number}>")
+        shown_by.append(shown(run_hook(hooked, "Stop", stop_hook_active=number > 0)))
+    assert all(f"<{n}>" in text for n, text in enumerate(shown_by[: ah.BLOCKS])) and shown_by[ah.BLOCKS :] == ["", ""]
+    assert hooked.client("alpha").heartbeat()["unread"] == 2
+    assert f"<{ah.BLOCKS + 1}>" in shown(run_hook(hooked, "Stop", stop_hook_active=False)), "another turn has ended"
+
+
+def test_a_cleared_session_goes_on_however_long_its_waiter_takes(hooked: LiveHub) -> None:
+    with hook_process(hooked, "Stop", "--wait") as waiter:
+        until(lambda: hooked.client().agent("alpha")["connected"])
+        waiter.send_signal(signal.SIGSTOP)
+        try:
+            run_hook(hooked, "SessionEnd", "--within", "0.01", reason="clear")
+            assert "you are alpha on" in shown(run_hook(hooked, "SessionStart", session="s2", source="clear"))
+        finally:
+            waiter.send_signal(signal.SIGCONT)
+        assert waiter.wait(20) in (0, 2)
+
+
 def test_what_nobody_could_read_is_not_acknowledged(hooked: LiveHub) -> None:
     hooked.client("beta").send_message("alpha", "kept")
     reader, writer = os.pipe()
