@@ -10230,7 +10230,7 @@ class Client(_Shared):
 
     timeout = MAX_WAIT + 15.0  # seconds without a byte: longer than any poll
     _line: Any = None
-    _in_use: Any = None
+    in_use: Any = None  # the line of a call that waits, for whoever wants to end it
     _streaming: Any = None
 
     def __enter__(self) -> Client:
@@ -10244,7 +10244,7 @@ class Client(_Shared):
         import socket
 
         self._closed = True
-        for line in filter(None, (self._line, self._in_use, self._streaming)):
+        for line in filter(None, (self._line, self.in_use, self._streaming)):
             try:
                 line.shutdown(socket.SHUT_RDWR)  # wakes whoever reads it
             except OSError:
@@ -10284,7 +10284,7 @@ class Client(_Shared):
     def _exchange(self, request: bytes) -> Any:
         """Send a request and read its answer. The line is kept only when the answer was read to its end."""
         line, self._line = self._line or self._connect(), None
-        self._in_use = line
+        self.in_use = line
         try:
             line.sendall(request)
             reader, body = ResponseReader(), b""
@@ -10297,7 +10297,7 @@ class Client(_Shared):
             line.close()
             raise
         finally:
-            self._in_use = None
+            self.in_use = None
         if reader.keep and not self._closed:
             self._line = line
         else:
@@ -11990,10 +11990,6 @@ HOOKS: dict[str, Callable[[Hook], None]] = {
 # a process that waits
 
 
-class _Held(BaseException):
-    """The session reads its mail itself just now."""
-
-
 class _Over(BaseException):
     """A waiter is needed no longer. No Exception: it goes through whatever the waiter is in."""
 
@@ -12002,7 +11998,7 @@ class Waiter(Hook):
     """`hook Stop --wait`: ends when a message has come and was written to stderr, with which Claude Code wakes the
     session (asyncRewake). There is one for each agent, the newest."""
 
-    over = polling = False
+    over = held = False
 
     def wait(self) -> None:
         """Wait until there is something, the time is over, a newer one has come, or nobody would hear of it."""
@@ -12041,38 +12037,43 @@ class Waiter(Hook):
             raise _Over
 
     def _pause(self, number: int | None, frame: Any) -> None:
-        """A signal: the session reads its mail itself."""
-        if self.polling and not self.shown:
-            self.polling = False
-            raise _Held
+        """A signal: the session reads its mail itself. What the hub has answered already is still shown, because it is
+        ours now; where it has not, it sees that nobody waits any more."""
+        import socket
+
+        line, self.held = self.identity.client.in_use, True
+        with contextlib.suppress(OSError):
+            if line and not self.shown:
+                line.shutdown(socket.SHUT_WR)
 
     def _poll(self, end: float) -> None:
         import fcntl
 
         path = waiter_path(self.identity.client) + "-held"
-        while True:
-            try:
-                with open(open_private(path), "r+") as held:
-                    fcntl.flock(held, fcntl.LOCK_EX)  # until the session is done with that
-                self.polling = True
-                return self._poll_on(end)
-            except _Held:
-                self.identity.client.close()  # or the hub would take this line's reader for one that waits
+        while not self.shown and time.monotonic() < end:
+            with open(open_private(path), "r+") as held:
+                fcntl.flock(held, fcntl.LOCK_EX)  # until the session is done with that
+                self.held = False
+            if not self._poll_on(end):
+                return
 
-    def _poll_on(self, end: float) -> None:
+    def _poll_on(self, end: float) -> bool:
+        """Poll until there is something, or the session reads itself. Returns whether to poll again after that."""
         tries, wait = 0, 0.0  # the first asks what there is
-        while (left := end - time.monotonic()) > 0:
+        while not self.held and (left := end - time.monotonic()) > 0:
             try:
                 if self._tell(lambda text: self._say(text, sys.stderr), min(wait, round(left, 3))):
-                    return
+                    return False
                 tries, wait = 0, POLL_SECONDS
             except (UnknownAgent, Unauthorized):  # it has left
-                return
+                return False
             except HubError:
                 if self.shown:  # and not acknowledged: better twice than never
-                    return
-                time.sleep(_pause(tries))
+                    return False
+                if not self.held:
+                    time.sleep(_pause(tries))
                 tries += 1
+        return self.held
 
     def hold(self) -> None:
         """What is written from here on has to be heard: nobody ends us, but a hub that does not take the thanks."""
@@ -12215,14 +12216,14 @@ class Stdio:
         if method == ("subscriptions/listen" if modern else "resources/subscribe"):
             key = message["id"] if modern else ("watch", str(params.get("uri")))
             return self._start(key, message["id"], functools.partial(self._watch, modern, message))
-        answer = functools.partial(self._answer, MODERN if modern else HANDSHAKE, message)
+        era = MODERN if modern else HANDSHAKE
         if method in ("tools/call", "resources/read"):
-            return self._start(message["id"], message["id"], answer)
-        answer(None)
+            return self._start(message["id"], message["id"], functools.partial(self._answer, era, message))
+        self.say(settled(respond(era, message, self._caller())))
 
     # jobs
 
-    def _start(self, key: Any, id: str | int, work: Callable[[_Job], None]) -> None:
+    def _start(self, key: Any, id: str | int, work: Callable[[_Job], dict | None]) -> None:
         import threading
 
         with self._lock:
@@ -12233,21 +12234,23 @@ class Stdio:
             job = self._jobs[key] = _Job(self._idle.pop() if self._idle else self._identity.another_client(), id)
         threading.Thread(target=self._run, args=(key, job, work), daemon=True).start()
 
-    def _run(self, key: Any, job: _Job, work: Callable[[_Job], None]) -> None:
+    def _run(self, key: Any, job: _Job, work: Callable[[_Job], dict | None]) -> None:
         try:
-            work(job)
+            answer = work(job)
         except RpcError as error:
-            self.say(error.wire(job.id))
+            answer = error.wire(job.id)
         except Exception:
             import traceback
 
             traceback.print_exc()
-            self.say(RpcError(INTERNAL, "agenthub failed at this request; its stderr says why").wire(job.id))
-        with self._lock:
+            answer = RpcError(INTERNAL, "agenthub failed at this request; its stderr says why").wire(job.id)
+        with self._lock:  # before the answer: its id may then be used again
             if self._jobs.get(key) is job:
                 del self._jobs[key]
             if not job.cancelled:
                 self._idle.append(job.client)
+        if answer:
+            self.say(answer)
 
     def _cancel(self, id: Any) -> None:
         with self._lock:
@@ -12255,34 +12258,38 @@ class Stdio:
         if job:
             job.cancel()
 
-    def _answer(self, era: Era, message: dict, job: _Job | None, held: bool = False) -> None:
-        """Go through the steps of an answer; who this is, is found out with the first that asks the hub."""
-        caller, found = self._caller(), None
-        if job and caller.agent_id and message["method"] == "tools/call" and not held:
-            with instead_of_waiter(self._identity.client):
-                return self._answer(era, message, job, True)
-        if job and not caller.agent_id:
-            try:
-                caller.agent_id = self._somebody()
-            except HubError as error:
-                return self.say(refusal(era, message, error))
-        steps = respond(era, message, caller)
-        while not (job and job.cancelled):
+    def _answer(self, era: Era, message: dict, job: _Job) -> dict | None:
+        """The answer to what needs the hub; who this is, is found out with the first such request."""
+        try:
+            self._somebody()
+        except HubError as error:
+            if message["method"] == "tools/call":
+                return refusal(era, message, error)
+            raise RpcError(REFUSED, error.message) from None
+        own = message["method"] == "tools/call"  # which may read mail, or wait for it
+        with instead_of_waiter(self._identity.client) if own else contextlib.nullcontext():
+            caller = self._caller()
+            return self._go(respond(era, message, caller), caller, job)
+
+    def _go(self, steps: Steps, caller: Caller, job: _Job) -> dict | None:
+        """Go through the steps of an answer."""
+        found: Any = None
+        while not job.cancelled:
             try:
                 caller.at = int(time.time() * 1000)
                 step = steps.throw(found) if isinstance(found, HubError) else steps.send(found)
             except StopIteration as end:
-                return self.say(end.value)
+                return end.value
             try:
                 found = self._step(step, caller, job)
             except HubError as error:
                 found = error
+        return None
 
-    def _step(self, step: Ask | Tell, caller: Caller, job: _Job | None) -> dict | None:
+    def _step(self, step: Ask | Tell, caller: Caller, job: _Job) -> dict | None:
         if isinstance(step, Tell):
             told = progress_of(caller, step)
             return self.say(told) if told else None
-        assert job
         return self._ask(step, caller.agent_id, job.client)
 
     # the hub
@@ -12334,7 +12341,7 @@ class Stdio:
                 client.heartbeat()
             time.sleep(HEARTBEAT_SECONDS)
 
-    def _watch(self, modern: bool, message: dict, job: _Job) -> None:
+    def _watch(self, modern: bool, message: dict, job: _Job) -> dict | None:
         """A subscription, which is confirmed when the hub has confirmed it: no change in between goes unseen."""
         with contextlib.suppress(HubError):
             self._somebody()
@@ -12345,8 +12352,8 @@ class Stdio:
         else:
             first, uris = settled(respond(HANDSHAKE, message, self._caller())), [message.get("params", {}).get("uri")]
         if "error" in first or not uris:
-            return self.say(first)
-        self._follow(uris, message["id"] if modern else None, first, job)
+            return first
+        return self._follow(uris, message["id"] if modern else None, first, job)
 
     def _follow(self, uris: list[str], subscription: Any, first: dict, job: _Job) -> None:
         """Tell of changes to resources, as the hub tells them. After a break any of them may have changed."""
@@ -13516,6 +13523,8 @@ def _uninstall_command(args: Any) -> int:
         ours.keep(left)
         _tidy([] if left else [ours.folder])
     _show_changes(args, [*changes, *[change for change in launchers if change.action == "removed"]])
+    if any(change.action != "unchanged" for change in changes) and not args.dry_run:
+        _say(f"{product.title}: sessions that run now keep the hooks they began with: end them")
     return 0
 
 

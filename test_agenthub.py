@@ -8268,8 +8268,8 @@ def test_each_message_reaches_exactly_one_of_all_that_look_at_the_same_time(hook
         model = stack.enter_context(McpProcess(hooked, CLAUDE_CODE_SESSION_ID="s1-of-it"))
         for thread in sending:
             thread.start()
-        texts = [ah.dump(model.tool("read_messages", limit=3, wait=5)) for _ in range(2)]
-        texts.append(hooked.cli("recv", "--limit", "3", "--wait", "5", CLAUDE_CODE_SESSION_ID="s1-of-it").stdout)
+        texts = [ah.dump(model.tool("read_messages", limit=3, wait=1)) for _ in range(2)]
+        texts.append(hooked.cli("recv", "--limit", "3", "--wait", "1", CLAUDE_CODE_SESSION_ID="s1-of-it").stdout)
         texts += [process.communicate(timeout=30)[0] for process in some]
         for thread in sending:
             thread.join(20)
