@@ -7256,6 +7256,10 @@ def _operation(route: Route) -> dict:
     }
     twin = "_as" if route.path == "/mcp/{agent_id}" else ""
     operation = {"operationId": route.handler.__name__ + twin, "summary": route.summary, "parameters": params}
+    if route.path.startswith("/mcp"):  # whose errors are JSON-RPC's, once it is known who asks
+        rpc = {"type": "object", "required": ["jsonrpc", "error"]}
+        schema = {"anyOf": [{"$ref": "#/components/schemas/Error"}, rpc]}
+        failed = {"description": "Refused", "content": {"application/json": {"schema": schema}}}
     operation["responses"] = {"200": {"description": "Done"}, "default": failed}
     if route.raw:
         operation["requestBody"] = {"required": True, "content": {"text/plain": {}, "application/json": {}}}
@@ -11619,11 +11623,11 @@ class HookIdentity(Identity):
             state = self._load()
             hub = state.setdefault(self.client.url, {})
             follows, sessions, handovers = (hub.setdefault(k, {}) for k in ("follows", "sessions", "handovers"))
-            when, _, before = handovers.get(self._place(), "0 ").partition(" ")
+            note = handovers.pop(self._place(), "0 ") if source in GOES_ON else "0 "
+            when, _, before = note.partition(" ")
             here, other = follows.get(session, session), follows.get(shell, shell)
-            if source in GOES_ON and here not in sessions and time.time() - float(when) < HANDOVER_SECONDS:
+            if here not in sessions and time.time() - float(when) < HANDOVER_SECONDS:
                 here = before
-                del handovers[self._place()]
             elif here not in sessions and other in sessions and (named or other == shell not in follows.values()):
                 here = other
             follows.update({name: here for name in (session, shell) if name != here})

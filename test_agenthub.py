@@ -5196,11 +5196,13 @@ def test_random_json_into_every_route_and_frame_is_answered_and_nothing_is_a_5xx
 
 
 def test_schemathesis_finds_no_answer_that_the_openapi_document_does_not_promise(live: object) -> None:
-    """Streams never end and WebSockets are no plain requests: these two are not for it."""
+    """Streams never end and WebSockets are no plain requests: these are not for it."""
     pytest.importorskip("schemathesis")
     hub = live("--rate-limit", "0", "--loop-guard", "0")
     words = ["run", f"{hub.url}/openapi.json", "--seed", "1", "--phases", "coverage"]
-    words += ["--exclude-path", "/api/v1/stream", "--exclude-path", "/ws/{agent_id}", "--request-timeout", "0.5"]
+    for path in ("/api/v1/stream", "/api/v1/events", "/ws/{agent_id}"):
+        words += ["--exclude-path", path]
+    words += ["--request-timeout", "0.5"]
     words += ["--exclude-checks", "positive_data_acceptance,negative_data_rejection"]  # null is as good as left out
     code = "import sys; from schemathesis.cli import schemathesis; sys.exit(schemathesis())"
     done = subprocess.run(
@@ -8268,8 +8270,8 @@ def test_each_message_reaches_exactly_one_of_all_that_look_at_the_same_time(hook
         model = stack.enter_context(McpProcess(hooked, CLAUDE_CODE_SESSION_ID="s1-of-it"))
         for thread in sending:
             thread.start()
-        texts = [ah.dump(model.tool("read_messages", limit=3, wait=1)) for _ in range(2)]
-        texts.append(hooked.cli("recv", "--limit", "3", "--wait", "1", CLAUDE_CODE_SESSION_ID="s1-of-it").stdout)
+        texts = [ah.dump(model.tool("read_messages", limit=3, wait=0.2)) for _ in range(2)]
+        texts.append(hooked.cli("recv", "--limit", "3", "--wait", "0.2", CLAUDE_CODE_SESSION_ID="s1-of-it").stdout)
         texts += [process.communicate(timeout=30)[0] for process in some]
         for thread in sending:
             thread.join(20)
