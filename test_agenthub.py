@@ -9561,7 +9561,7 @@ def test_the_readmes_shell_commands_work(live: object, tmp_path: Path) -> None:
                 continue
             stays = re.search(r"\blisten\b|\bwatch\b|stream\?", line)
             done = subprocess.run(
-                ["timeout", "1" if stays else "30", "bash", "-c", line],
+                ["timeout", "0.5" if stays else "30", "bash", "-c", line],
                 cwd=tmp_path,
                 env=env,
                 capture_output=True,
