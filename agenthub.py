@@ -10860,7 +10860,7 @@ def instead_of_waiter(client: Client) -> Iterator[None]:
         yield
 
 
-STEP_BACK_SECONDS = 0.3  # a waiter has to step back in; it takes 1 ms, or as long as a busy machine lets it
+STEP_BACK_SECONDS = 0.8  # a waiter has to step back in: it takes 1 ms, or LOOK_SECONDS where it was just connecting
 MAX_SAVED = 1_000  # sessions, and tokens, that the state file keeps of one hub: 100 KB, read with each call
 SESSION_VARIABLES = ("AGENTHUB_SESSION", "CLAUDE_CODE_SESSION_ID", "CLAUDE_SESSION_ID")
 
@@ -12047,6 +12047,8 @@ class Waiter(Hook):
         if not self.over and (self.shown or gone or number not in (None, signal.SIGALRM)):
             self.over = True
             raise _Over
+        if self.held and number == signal.SIGALRM:  # the signal came before there was a line to give up
+            self._pause(None, None)
 
     def _pause(self, number: int | None, frame: Any) -> None:
         """A signal: the session reads its mail itself. What the hub has answered already is still shown, because it is
