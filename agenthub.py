@@ -5129,17 +5129,17 @@ class Operations:
         api: Api,
         call: Call,
         after: Cursor = None,
-        before: Annotated[Seq | None, "without after and unread: the newest ones below this seq"] = None,
         unread: Annotated[Flag | None, "only what is not acknowledged"] = None,
         limit: PageLimit | None = None,
-        max_bytes: Annotated[
-            MaxBytes | None, "of messages in one answer, or the first of them if that has more"
-        ] = None,
         wait: Annotated[WaitSeconds | None, "seconds to wait for something to be there"] = None,
-        claim: Annotated[ClaimSeconds | None, "seconds for which other claiming readers do not get these"] = None,
         type: MessageType | None = None,
         sender: Annotated[AgentId | None, "only of this sender", Wire("from")] = None,
         thread: Annotated[MessageId | None, "only of this thread"] = None,
+        claim: Annotated[ClaimSeconds | None, "seconds for which other claiming readers do not get these"] = None,
+        before: Annotated[Seq | None, "without after and unread: the newest ones below this seq"] = None,
+        max_bytes: Annotated[
+            MaxBytes | None, "of messages in one answer, or the first of them if that is larger"
+        ] = None,
         sent: Annotated[Flag | None, "also what this agent sent"] = None,
         other: Annotated[AgentId | None, "only what this agent and that one sent each other", Wire("with")] = None,
         channel: Annotated[Channel | None, "what was said in a channel this agent is a member of"] = None,
@@ -6338,11 +6338,11 @@ def _ask_tool(caller: Caller, values: Json) -> Steps[Json]:
     """Send a request and wait for its answer. Where none comes in time, it comes to your inbox later."""
     wait = values.pop("wait", MAX_TOOL_WAIT)
     receipt = yield from call_operation(caller, Operations.send, **values, type="request")
-    asked = ", ".join(f"{row['agent_id']} ({row['state']})" for row in receipt["recipients"])
+    recipients = ", ".join(f"{row['agent_id']} ({row['state']})" for row in receipt["recipients"])
     result = {"message_id": receipt["message_id"], "recipients": receipt["recipients"], "answer": None}
-    if not asked:
+    if not recipients:
         return result | {"warning": receipt["warning"]}
-    yield Progress(0, f"asked {asked}, waiting for the answer")
+    yield Progress(0, f"asked {recipients}, waiting for the answer")
     thread, after, ends_at = receipt.get("thread", receipt["message_id"]), receipt["seq"], caller.at + wait * 1000
     while True:  # other mail is left alone
         left = max(0, ends_at - caller.at) / 1000
@@ -6414,6 +6414,10 @@ class Resource(NamedTuple):
     description: str
     read: Callable[[Caller, dict[str, str]], Steps[Json]]
     mime: str = "application/json"
+
+    def row(self, key: str, uri: str) -> Json:
+        """Its row in a list."""
+        return {key: uri, "name": self.name, "description": self.description, "mimeType": self.mime}
 
 
 def _agents_resource(caller: Caller, words: dict[str, str]) -> Steps[Json]:
@@ -6496,7 +6500,7 @@ def kind_of(message: Any) -> str:
 
 
 def respond(era: Era, message: Json, caller: Caller) -> Steps[Json]:
-    """The steps that answer one request, and at their end the response."""
+    """Answer one request: the steps to its response."""
     id, method, params = message["id"], message["method"], message.get("params", {})
     caller.progress_token = meta_of(params).get("progressToken")
     try:
@@ -6551,7 +6555,7 @@ def waits(message: Json) -> bool:
 
 
 def notification(method: str, params: Json, subscription: Any = None) -> Json:
-    """A message that wants no answer; of a subscription, where one is named."""
+    """A message that wants no answer, with the id of the subscription that it belongs to."""
     meta = {} if subscription is None else {"_meta": {META + "subscriptionId": subscription}}
     return {"jsonrpc": "2.0", "method": method, "params": {**params, **meta}}
 
@@ -6581,7 +6585,7 @@ def _tool_json(name: str, tool: Tool, free: bool) -> Json:
 
 def _slim_schema(field: Field) -> Json:
     """What a model needs to know of a field. All bounds and patterns would cost it thousands of tokens, and a call that
-    gets one wrong hears the right one."""
+    gets one wrong is refused with the right one."""
     forms = field.kind.schema.get("oneOf", [field.kind.schema])  # one value, or a list
     form = forms[-1] if field.name == "paths" else forms[0]
     schema = {key: form[key] for key in ("type", "enum") if key in form}
@@ -6610,13 +6614,13 @@ def _call_tool(caller: Caller, params: Json) -> Steps[Json]:
             beat = yield from call_operation(caller, Operations.heartbeat)
             shown = len(caller.shown.get(caller.agent_id, ())) + len(caller.fresh)
             result["unread"] = max(0, beat["unread"] - shown)
-    if caller.fresh:  # now, and no sooner: a call that is given up before gets them again
+    if caller.fresh:  # not before: a call that is abandoned earlier gets them again
         caller.shown.setdefault(caller.agent_id, []).extend(caller.fresh)
     return _tool_result(result, refusal)
 
 
 def _tool_result(result: Json, refusal: HubError | None) -> Json:
-    """What a tool gave, twice, because some clients show a model the one and some the other."""
+    """The result of a tool, in both forms: a client shows its model either the text or the structure."""
     text = refusal.message if refusal else dump(result)
     shown = {"content": [{"type": "text", "text": text}], "structuredContent": result}
     return shown | ({"isError": True} if refusal else {})
@@ -6647,13 +6651,14 @@ def _run_tool(name: str, tool: Tool, values: Json, caller: Caller) -> Steps[Json
 
 def _checked_arguments(name: str, tool: Tool, values: Json) -> Json:
     """The arguments of a tool as its operations take them. Raises InvalidRequest before anything is done."""
-    names = [field.name for field in tool.fields]
+    fields = tool.fields
+    names = [field.name for field in fields]
     if more := values.keys() - {"as", *names}:
         raise InvalidRequest(f"{name} has no argument {refused_value(min(more))}: it takes {', '.join(names)}")
     if isinstance(values.get("to"), str) and "," in values["to"]:  # several, as on the command line
         values["to"] = values["to"].split(",")
-    checked = read_fields(tool.fields, values)
-    values = {field.name: values[field.name] for field in tool.fields if field.parameter in checked}
+    checked = read_fields(fields, values)
+    values = {field.name: values[field.name] for field in fields if field.parameter in checked}
     return values | ({"wait": checked["wait"]} if "wait" in checked else {})
 
 
@@ -6661,16 +6666,12 @@ def _list_resources(caller: Caller, params: Json) -> Json:
     rows = {uri: resource for uri, resource in RESOURCES.items() if "{" not in uri}
     if caller.agent_id:
         rows[f"hub://inbox/{caller.agent_id}"] = RESOURCES["hub://inbox/{agent_id}"]
-    return _one_page(params, "resources", [_resource_json("uri", *row) for row in rows.items()])
+    return _one_page(params, "resources", [resource.row("uri", uri) for uri, resource in rows.items()])
 
 
 def _list_templates(caller: Caller, params: Json) -> Json:
-    rows = [_resource_json("uriTemplate", *row) for row in RESOURCES.items() if "{" in row[0]]
+    rows = [resource.row("uriTemplate", uri) for uri, resource in RESOURCES.items() if "{" in uri]
     return _one_page(params, "resourceTemplates", rows)
-
-
-def _resource_json(key: str, uri: str, resource: Resource) -> Json:
-    return {key: uri, "name": resource.name, "description": resource.description, "mimeType": resource.mime}
 
 
 def find_resource(uri: Any) -> tuple[Resource, dict[str, str]]:
@@ -6773,29 +6774,18 @@ def check_version(version: str) -> None:
 
 
 def _check_headers(message: Json, version: Any, params: Json, headers: dict[str, str]) -> None:
-    method = message["method"]
-    key = {"tools/call": "name", "prompts/get": "name", "resources/read": "uri"}.get(method)
-    expected = {"mcp-protocol-version": version, "mcp-method": method}
-    if key and params.get(key) is not None:
-        expected["mcp-name"] = params[key]
-    for header, value in expected.items():
-        sent = headers.get(header)
-        if (_decoded(sent) if header == "mcp-name" else sent) != value:
-            raise RpcError(HEADER_MISMATCH, f"the header {header} must be there and say what the body does")
-
-
-def _decoded(value: str | None) -> str | None:
-    """A header's value, which is in base64 where it could not stand in a header; None where that is malformed."""
+    """The headers repeat the body; a name may be in base64, because not every one can stand in a header."""
     import base64
 
-    match = re.fullmatch(r"=\?base64\?(.*)\?=", value or "")
-    if not match:
-        return value
-    try:
-        text = base64.b64decode(match[1], validate=True)
-        return text.decode() if base64.b64encode(text).decode() == match[1] else None
-    except ValueError:
-        return None
+    method = message["method"]
+    expected: dict[str, tuple[Any, ...]] = {"mcp-protocol-version": (version,), "mcp-method": (method,)}
+    name = params.get({"tools/call": "name", "prompts/get": "name", "resources/read": "uri"}.get(method, ""))
+    if name is not None:
+        encoded = base64.b64encode(str(name).encode(errors="replace")).decode()
+        expected["mcp-name"] = (name, f"=?base64?{encoded}?=")
+    for header, values in expected.items():
+        if headers.get(header) not in values:
+            raise RpcError(HEADER_MISMATCH, f"the header {header} must be there and say what the body does")
 
 
 def filter_of(params: Json, caller: Caller) -> tuple[Json, list[str]]:
@@ -6803,7 +6793,7 @@ def filter_of(params: Json, caller: Caller) -> tuple[Json, list[str]]:
     the caller may watch. The lists never change, so no news of that is promised. Raises RpcError."""
     wanted = params.get("notifications")
     if not isinstance(wanted, dict):
-        raise RpcError(INVALID_PARAMS, "`notifications` is missing: say what to hear of, e.g. resourceSubscriptions")
+        raise RpcError(INVALID_PARAMS, "`notifications` is missing: name what to watch, e.g. resourceSubscriptions")
     uris = wanted.get("resourceSubscriptions") or []
     if not isinstance(uris, list) or not all(isinstance(uri, str) for uri in uris):
         raise RpcError(INVALID_PARAMS, "`resourceSubscriptions` must be a list of URIs")
@@ -6818,9 +6808,9 @@ def filter_of(params: Json, caller: Caller) -> tuple[Json, list[str]]:
 
 # --- Endpoint ---------------------------------------------------------------------------------------------------------
 
-MAX_SESSIONS = 10_000  # of MCP's handshake revisions, 1 KB each; of more, the one longest unused ends
+MAX_SESSIONS = 10_000  # of MCP's handshake revisions, 1 KB each; above that the one longest unused ends
 
-# HTTP's status for JSON-RPC's errors: the modern revisions have one for each, the others only for what is no request.
+# HTTP status by JSON-RPC error. In the handshake revisions a request that fails is answered with 200 all the same.
 _BAD_REQUESTS = (INVALID_MESSAGE, PARSE_ERROR, INVALID_PARAMS, HEADER_MISMATCH, MISSING_CAPABILITY, UNSUPPORTED_VERSION)
 _RPC_STATUS = {NO_METHOD: 404, **dict.fromkeys(_BAD_REQUESTS, 400)}
 
@@ -6891,7 +6881,7 @@ class McpSession:
         self.streams: set[Callable[[], None]] = set()
 
     def note(self, message: Json, caller: Caller) -> None:
-        """Remember what later requests need of one that was answered."""
+        """Keep what later requests need to know of this answered one."""
         method, params = message["method"], message.get("params", {})
         if method == "tools/call" and params.get("name") == "register":
             self.agent_id = caller.agent_id
@@ -6998,8 +6988,13 @@ class McpEndpoint:
         """The answer to a request, or it on its way. Raises RpcError and HubError."""
         id, method, accepted = message["id"], message["method"], call.head.headers.get("accept", "")
         name = call.agent_id or (session.agent_id if session else "")
-        if refusal := self._charge(era, message, name, call):
-            return refusal
+        hub, payer = self._api.hub, ("agent", name) if self._api.hub.known(name) else ("address", call.address)
+        try:
+            hub.pace.charge(payer, call.at)
+        except RateLimited as error:
+            if method != "tools/call":
+                raise
+            return Response(refusal_of(era, message, error), settled=True)  # for the model to read
         caller = Caller(name, not call.agent_id, session.shown if session else self.shown, self._api)
         caller.address, caller.at, caller.keeps = call.address, call.at, session is not None
         if era is MODERN and method == "subscriptions/listen":
@@ -7008,24 +7003,12 @@ class McpEndpoint:
             raise RpcError(REFUSED, f"this session watches {MAX_WATCHED} resources: unsubscribe from one first")
         if session and id in session.running:
             raise RpcError(INVALID_MESSAGE, "a request of that id is under way: give each its own")
-        plain = "json" in accepted or method == "initialize"  # whose answer has a header of its own
+        plain = "json" in accepted or method == "initialize"  # `initialize`: its answer has a header of its own
         events = "text/event-stream" in accepted and (waits(message) or not plain)
-        answer = McpAnswer(self._api.hub, self._steps(era, message, caller, session), caller, events)
+        answer = McpAnswer(hub, self._steps(era, message, caller, session), caller, events)
         if session:
             session.running[id] = answer
         return cast("Response | McpAnswer", answer.start(call.at))
-
-    def _charge(self, era: Era, message: Json, name: str, call: Call) -> Response | None:
-        """Charge a request to its agent, or to its address; a tool that is called too often gives a result for the
-        model to read. Raises RateLimited for other methods."""
-        hub = self._api.hub
-        try:
-            hub.pace.charge(("agent", name) if hub.known(name) else ("address", call.address), call.at)
-        except RateLimited as error:
-            if message["method"] != "tools/call":
-                raise
-            return Response(refusal_of(era, message, error), settled=True)
-        return None
 
     def _steps(self, era: Era, message: Json, caller: Caller, session: McpSession | None) -> Steps[Response]:
         """The steps of an answer, and what is remembered of it."""
@@ -7062,8 +7045,6 @@ class McpEndpoint:
 
 GUIDE_PEERS = 10  # agents it names: with them it stays under 60 lines, also with a key
 GUIDE_COLUMNS = 100  # what is longer and can be broken, is
-
-# for an agent that has just come
 
 
 class Visitor(NamedTuple):
@@ -7153,13 +7134,12 @@ def _about_you(v: Visitor) -> list[str]:
 
 
 def _about_others(v: Visitor) -> list[str]:
-    if v.peers is None:
-        return ["Here  is shown to a caller with the key, or an agent's token."]
     if not v.peers:
-        return ["Here  nobody else is active now."]
-    more = len(v.peers) - GUIDE_PEERS
-    head = f"Here  {len(v.peers)} active" + (f", {GUIDE_PEERS} of them" if more > 0 else "") + ", in their own words:"
-    return [head, *[f"      {name}{_quoted(doing, name)}" for name, doing in v.peers[:GUIDE_PEERS]]]
+        hidden = "is for callers with the key, or with an agent's token."
+        return ["Here  " + (hidden if v.peers is None else "nobody else is active now.")]
+    part = f", {GUIDE_PEERS} of them" if len(v.peers) > GUIDE_PEERS else ""
+    rows = [f"      {name}{_quoted(doing, name)}" for name, doing in v.peers[:GUIDE_PEERS]]
+    return [f"Here  {len(v.peers)} active{part}, in their own words:", *rows]
 
 
 def _quoted(doing: str, name: str) -> str:
@@ -7188,9 +7168,9 @@ def _curl(v: Visitor, body: str, path: str, *options: str) -> str:
 
 def start_words(url: str) -> str:
     """What to type after the program's name to start a hub there, or on this machine where that is elsewhere."""
-    here = re.fullmatch(r"http://(?:localhost|127\.0\.0\.1):(\d+)", url)
     if url.startswith("unix:"):
         return f"serve --unix {shell_quote(url[5:])}"
+    here = re.fullmatch(r"http://(?:localhost|127\.0\.0\.1):(\d+)", url)
     return f"serve --port {here[1]}" if here and url != DEFAULT_URL else "serve"
 
 
@@ -7205,9 +7185,6 @@ def no_hub_guide(url: str, file: str) -> str:
     return "\n".join(lines)
 
 
-# after each answer
-
-_AFTER_SEND = ("trace {message_id}", "recv --wait 60")
 _AFTER_MESSAGE = {  # by the type of the message; `about` is the message or task it answers, or else itself
     "task_proposal": ("task accept {about}", "task show {about}"),
     **dict.fromkeys(("task_accept", "task_complete", "task_release", "task_cancel"), ("task show {about}",)),
@@ -7215,11 +7192,12 @@ _AFTER_MESSAGE = {  # by the type of the message; `about` is the message or task
     "response": ("history --thread {thread}",),
     "ping": (),
 }
-_BY_STATE = {  # of a task
-    "blocked": ("task show {task_id}",),
+_SHOW = ("task show {task_id}",)
+_BY_STATE = {
     "open": ("task accept {task_id}",),
-    "accepted": ("task show {task_id}", 'send {holder} "…"'),
-}
+    "blocked": _SHOW,
+    "accepted": (*_SHOW, 'send {holder} "…"'),
+}  # a task's
 _AFTER_CHECK = {"identity": ("register",), "queue": ("recv",), "recipient": ("agents",)}
 
 
@@ -7235,45 +7213,36 @@ def _after_status(state: Json) -> tuple[str, ...]:
 
 # By command: what to type next. A template that names a field which is not in the answer is left out.
 NEXT: dict[str, tuple[str, ...] | Callable[[Json], tuple[str, ...]]] = {
+    **dict.fromkeys(("backup", "bench", "hook", "mcp", "plugin", "uninstall"), ()),
+    **dict.fromkeys(("send", "reply"), ("trace {message_id}", "recv --wait 60")),
+    **dict.fromkeys(("history", "search"), ("trace {id}", "history --thread {thread}")),
+    **dict.fromkeys(("task list", "task show"), lambda task: _BY_STATE.get(task["state"], ())),
+    **dict.fromkeys(("task next", "task accept"), ('task complete {task_id} "…"', 'task release {task_id} "…"')),
+    **dict.fromkeys(("ping", "locks"), ('send {agent_id} "…"',)),
+    **dict.fromkeys(("note set", "note list"), ("note get {key}",)),
     "register": ('status --set "…"', "agents", "recv --wait 60"),
-    "send": _AFTER_SEND,
     "ask": ("history --thread {thread}", 'send {from} "…"'),
-    "reply": _AFTER_SEND,
-    "ping": ('send {agent_id} "…"',),
     "recv": lambda envelope: (*_after_message(envelope), "recv --wait 60"),
     "listen": _after_message,
     "agents": ('send {agent_id} "…"', 'ask {agent_id} "…"'),
-    "history": ("trace {id}", "history --thread {thread}"),
-    "search": ("trace {id}", "history --thread {thread}"),
     "trace": ("history --thread {thread}", "recv --wait 60"),
     "status": _after_status,
     "join": ('send {channel} "…"', "history {channel}"),
     "leave": ("join {channel}", "register {agent_id}"),
     "channels": ("join {channel}",),
     "task propose": ("task show {task_id}", "recv --wait 60"),
-    "task list": lambda task: _BY_STATE.get(task["state"], ()),
-    "task show": lambda task: _BY_STATE.get(task["state"], ()),
-    "task next": ('task complete {task_id} "…"', 'task release {task_id} "…"'),
-    "task accept": ('task complete {task_id} "…"', 'task release {task_id} "…"'),
     "task complete": ("task next", "recv --wait 60"),
     "task release": ("task next", "task list --state open"),
     "task cancel": ("task list --state open",),
     "lock": ("unlock {paths}",),
     "unlock": ("locks",),
-    "locks": ('send {agent_id} "…"',),
-    "note set": ("note get {key}",),
     "note get": ('note set {key} "…" --if-version {version}',),
-    "note list": ("note get {key}",),
     "note delete": ("note list",),
     "watch": ("task show {task_id}",),
     "doctor": lambda check: _AFTER_CHECK.get(check["check"], ()) if check["state"] != "ok" else (),
-    "backup": (),
-    **dict.fromkeys(("mcp", "hook", "uninstall"), ()),
     "install": ("serve", "guide"),
-    "plugin": (),
     "guide": lambda answer: (answer["start"], "demo") if "start" in answer else ("agents", "recv --wait 60"),
     "demo": lambda step: ("serve", "guide") if "winner" in step else (),
-    "bench": (),
 }
 OF_NO_HUB = ("serve", "demo", "bench")  # commands that ask none, and so take neither --as nor --url
 
@@ -7329,11 +7298,11 @@ class Audit:
         """Write what was only counted."""
         repeats, others = self._repeats, self._others
         self._repeats, self._others = {}, collections.Counter()
-        for event, fields, count in [(event, f, n) for event, many in repeats.items() for f, n in many.items()]:
-            if count > 1:
-                self._write(event, **dict(fields), repeated=count - 1)
-        more = "more of these, with other addresses or names, were only counted"
+        for event, kinds in repeats.items():
+            for fields in [fields for fields, count in kinds.items() if count > 1]:
+                self._write(event, **dict(fields), repeated=kinds[fields] - 1)
         for event, count in others.items():
+            more = "more of these, with other addresses or names, were only counted"
             self._write(event, message=more, repeated=count)
 
 
@@ -7410,17 +7379,15 @@ class Access:
     def check_host(self, head: Head, peer: Peer) -> None:
         """In open mode a page must not reach the hub under a name of its own choice (DNS rebinding): raises BadHost. A
         client on a Unix socket is no browser, and one of HTTP/1.0 without the header is none either."""
-        host = head.host
-        if self.settings.key or is_loopback(host) or peer.address == "unix" or "host" not in head.headers:
-            return
-        if not self._is_ours(host):
+        no_page = peer.address == "unix" or "host" not in head.headers
+        if not (self.settings.key or no_page or is_loopback(head.host) or self._is_ours(head.host)):
             words = "use 127.0.0.1 or localhost, or start it with --allow-host"
-            raise BadHost(f"this hub is not {refused_value(host)}: {words}")
+            raise BadHost(f"this hub is not {refused_value(head.host)}: {words}")
 
     def check_origin(self, head: Head, peer: Peer, row: Row | None) -> None:
         """A page of another site may change nothing, nor act as an agent: that is a sign of its life, counts for its
         rate, and may claim. Where a browser sends no Origin, its Sec-Fetch-Site tells. On a connection without TLS the
-        hub's own origin may have it all the same: from a proxy that we do not know of. Raises BadOrigin."""
+        hub's own origin may have it all the same: from a proxy that --trusted-proxy does not name. Raises BadOrigin."""
         origin = head.headers.get("origin")
         if origin is None:
             own = head.headers.get("sec-fetch-site", "none").lower() in ("none", "same-origin")
@@ -7437,14 +7404,13 @@ class Access:
         return head.headers.get("origin") in self.settings.origins
 
     def cors(self, head: Head) -> Headers:
-        """The headers that let a page of a named origin read the answer; for other origins, only that it depends."""
-        if not self.settings.origins:
-            return ()
+        """The headers that let a page of a named origin read the answer; other pages get `Vary` only."""
+        vary = (("Vary", "Origin"),) if self.settings.origins else ()
         if not self._is_named(head):
-            return (("Vary", "Origin"),)
+            return vary
         readable = "Mcp-Session-Id, Retry-After, X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset"
         origin = ("Access-Control-Allow-Origin", head.headers["origin"])
-        return (("Vary", "Origin"), origin, ("Access-Control-Expose-Headers", readable))
+        return (*vary, origin, ("Access-Control-Expose-Headers", readable))
 
     def preflight(self, head: Head, allow: str) -> Headers:
         """What a page of a named origin may send here."""
@@ -7470,24 +7436,21 @@ class Access:
 
     def identify(self, row: Row, head: Head, peer: Peer, at: int) -> tuple[str, bool]:
         """The agent whose token a request carries, or "", and whether it carries the key. Raises Unauthorized for a
-        wrong one, and in key mode for none: before anything else of it is read."""
-        if row.access == "open":
-            return self._greet(row, head, peer, at)
-        token = self._token(head)
-        if not token and self.settings.key:
-            self.hub.pace.charge(("address", peer.address), at)
-            words = "send `Authorization: Bearer` with your agent's token or the key (AGENTHUB_KEY)"
-            raise Unauthorized(f"this hub has a key: {words}")
-        return self._look_up(token, row, peer.address, at) if token else ("", False)
-
-    def _greet(self, row: Row, head: Head, peer: Peer, at: int) -> tuple[str, bool]:
-        """The same where all may ask: a wrong token is like none. A proxy in front may have a scheme of its own."""
+        wrong one, and in key mode for none: before anything else of it is read. On a route that is open to all a wrong
+        one is like none, because a proxy in front may have an Authorization of its own."""
+        key, is_open = self.settings.key, row.access == "open"
         try:
             token = self._token(head)
-            if not self.settings.key:  # there is nothing to guess
-                return self.holder(token, at) or "", False
-            return self._look_up(token, row, peer.address, at) if token else ("", False)
+            if token and (key or not is_open):
+                return self._look_up(token, row, peer.address, at)
+            if key and not is_open:
+                self.hub.pace.charge(("address", peer.address), at)
+                words = "send `Authorization: Bearer` with your agent's token or the key (AGENTHUB_KEY)"
+                raise Unauthorized(f"this hub has a key: {words}")
+            return (token and self.holder(token, at)) or "", False  # without a key there is nothing to guess
         except (Unauthorized, RateLimited):
+            if not is_open:
+                raise
             return "", False
 
     def _look_up(self, token: str, row: Row, address: str, at: int) -> tuple[str, bool]:
@@ -7524,7 +7487,7 @@ class Access:
         """Whose token that is. A token begins with the agent's id, so that looking it up needs no table."""
         agent = self.hub.agents.get(token.rpartition(".")[0])
         digest = sha256(token)
-        good = agent is not None and True in [self._same(digest, one) for one in agent.tokens]
+        good = agent is not None and True in [self._same(digest, stored) for stored in agent.tokens]
         return agent.agent_id if agent and good and not self.hub.lapsed(agent.agent_id, at) else None
 
     # how fast it may go on
@@ -7533,9 +7496,8 @@ class Access:
         """What is left of a rate, as GitHub shows it: requests at once, left of them, when all are back (epoch)."""
         if not payer or self.hub.pace.free:
             return ()
-        left = self.hub.pace.left(payer, at)
-        rate, burst = self.settings.limits.rate_limit, self.settings.limits.rate_burst
-        back_at = math.ceil(at / 1000 + (burst - left) / rate)
+        left, burst = self.hub.pace.left(payer, at), self.settings.limits.rate_burst
+        back_at = math.ceil(at / 1000 + (burst - left) / self.settings.limits.rate_limit)
         numbers = {"Limit": f"{burst:g}", "Remaining": str(int(left)), "Reset": str(back_at)}
         return tuple([(f"X-RateLimit-{name}", value) for name, value in numbers.items()])
 
@@ -7584,6 +7546,7 @@ def answer_frame(answer: Response, ref: Json, kind: str) -> Frame:
     return Frame(body, ref, answer.settled)
 
 
+_NUMBER = re.compile(r"-?\d{1,18}(\.\d{1,6})?").fullmatch
 NO_HEAD = Head("GET", "", "", "", {}, "", "", 0, True)  # of what came as a frame, or from a tool
 Methods = dict[str, Operation[..., Any]]
 Pattern = tuple[Callable[[str], "re.Match[str] | None"], Methods]
@@ -7723,8 +7686,7 @@ def _numbers(fields: tuple[Field, ...], texts: dict[str, str]) -> Json:
     """Parameters of a query: the numeric ones as numbers, where they are."""
     values: Json = dict(texts)
     for field in fields:
-        text = texts.get(field.name, "")
-        if field.kind.numeric and re.fullmatch(r"-?\d{1,18}(\.\d{1,6})?", text):
+        if field.kind.numeric and field.name in texts and _NUMBER(text := texts[field.name]):
             values[field.name] = float(text) if "." in text else int(text)
     return values
 
@@ -9802,8 +9764,7 @@ class Server:
 #
 # A hub from the other side: `Client` blocks, `AgentClient` is for asyncio. Both have every operation of part 4 as a
 # method, by its row; what needs more than one plain request is a `plan`, written once for both. It knows the rows of
-# operations and HTTP, and nothing of the hub's state. Its main type is `ClientBase`. A new operation needs nothing
-# here.
+# operations and HTTP, nothing of the hub's state. Its main type is `ClientBase`. A new operation needs nothing here.
 
 # --- Requests ---------------------------------------------------------------------------------------------------------
 
@@ -9877,7 +9838,7 @@ class Locking(TypedDict, total=False):
     """What else may be said of a lock; `reentrant`: not refused for locks of one's own."""
 
     note: str | None
-    id: str
+    id: str | None
     auto_renew: bool
     reentrant: bool
 
@@ -9903,41 +9864,42 @@ class plan(Generic[P, R]):
         return self if caller is None else functools.partial(caller.carry_out, self.steps)
 
 
-def _as_item(steps: ClientSteps[Any]) -> ClientSteps[None]:
-    """The same steps, which hand out their result."""
-    yield Item((yield from steps))
+def next_step(steps: ClientSteps[Any], outcome: Any) -> Outgoing | Pause | NextItem | Item:
+    """Give steps the outcome of their last one, which may be an exception. Raises StopIteration at their end."""
+    return steps.throw(outcome) if isinstance(outcome, Exception) else steps.send(outcome)
 
 
-class Answer:
+class Answer(ResponseReader):
     """The answer to a request as it arrives: JSON, or a file."""
 
     def __init__(self, file: Any = None) -> None:
-        self.reader, self.file, self.body = ResponseReader(), file, bytearray()
+        super().__init__()
+        self.file, self.text = file, bytearray()
 
-    def feed(self, data: bytes) -> bool:
+    def take(self, data: bytes) -> bool:
         """Take bytes in, and return whether more must come. Raises EOFError at the end of a connection."""
         if not data:
             raise EOFError("the connection broke")
-        part = self.reader.feed(data)
-        if self.file and self.reader.status == 200:
+        part = self.feed(data)
+        if self.file and self.status == 200:
             self.file.write(part)
         else:
-            self.body += part
-        return not self.reader.done
+            self.text += part
+        return not self.done
 
     def seconds(self, timeout: float) -> float | None:
         """How long the next bytes may take: of a file the first ones as long as the hub needs to make it."""
-        return None if self.file and not self.reader.status else timeout
+        return None if self.file and not self.status else timeout
 
     def result(self) -> Any:
         """The JSON value. Raises the hub's error."""
-        return None if self.file and self.reader.status == 200 else json_result(self.reader.status, self.body)
+        return None if self.file and self.status == 200 else json_result(self.status, self.text)
 
 
 def json_result(status: int, body: bytes | bytearray) -> Json:
     """The JSON object of an answer. Raises the hub's error."""
     try:
-        value = json.loads(body)
+        value = json.loads(body.decode())
     except ValueError:
         value = None
     if not isinstance(value, dict) or "error" in value:
@@ -9974,24 +9936,25 @@ def message_in(line: bytes | str) -> Any:
 
 
 @functools.cache
-def _parameters(operation: Operation[..., Any]) -> tuple[dict[str, Field], set[str]]:
-    """The fields of an operation by the parameters of its method, and those that are required."""
-    fields = {field.parameter: field for field in operation.fields}
-    return fields, {name for name, field in fields.items() if field.required}
+def _parameters(operation: Operation[..., Any]) -> tuple[dict[str, str], set[str]]:
+    """The parameters of an operation's method with the names of their fields, and the parameters that are required."""
+    fields = operation.fields
+    return {one.parameter: one.name for one in fields}, {one.parameter for one in fields if one.required}
 
 
 def values_of(operation: Operation[..., Any], args: tuple[Any, ...], named: Json) -> Json:
     """The fields of a call by their names on the wire, with an `id` where one may be chosen, so that the call can be
     repeated. None stands for a field that is left out, unless it is required. Raises TypeError, as a function does."""
-    fields, required = _parameters(operation)
-    values = dict(zip(fields, args, strict=False))
-    wrong = len(args) > len(fields) or values.keys() & named.keys()
-    values |= named
-    if wrong or not required <= values.keys() <= fields.keys():
-        raise TypeError(f"{operation.name}() takes {', '.join(fields)}; it needs {', '.join(required) or 'none'}")
-    if "id" in fields and values.get("id") is None:
+    names, required = _parameters(operation)
+    if not (names or args or named):
+        return {}
+    values = dict(zip(names, args, strict=False)) | named
+    twice_or_too_many = len(values) < len(args) + len(named)
+    if twice_or_too_many or not required <= values.keys() <= names.keys():
+        raise TypeError(f"{operation.name}() takes {', '.join(names)}; it needs {', '.join(required) or 'none'}")
+    if "id" in names and values.get("id") is None:
         values["id"] = new_message_id()
-    return {fields[name].name: v for name, v in values.items() if v is not None or name in required}
+    return {names[name]: value for name, value in values.items() if value is not None or name in required}
 
 
 def environment_secret(variable: str, value: str | None) -> str:
@@ -10031,7 +9994,8 @@ class ClientBase(Operations):
         patience: float = RETRY_SECONDS,
     ) -> None:
         self.address = hub_address(server_url or os.environ.get("AGENTHUB_URL") or DEFAULT_URL)
-        self.url = self.address.url
+        self.url, host = self.address.url, self.address.host
+        self._host = f"[{host}]:{self.address.port}" if ":" in host else f"{host}:{self.address.port}"
         self.agent_id, self.session_id, self.name = agent_id, session_id, name
         self.capabilities, self.metadata = capabilities, metadata
         self.token = environment_secret("AGENTHUB_TOKEN", token)
@@ -10047,14 +10011,13 @@ class ClientBase(Operations):
 
     def request(self, operation: Operation[..., Any], /, *args: Any, **named: Any) -> Any:
         """What an operation does as a method: make its request, and return the answer, or the list in it."""
-        return self._run(self._do(operation, *args, **named))
+        return self._run(lambda: self._ask(operation, args, named, operation.items))
 
     def carry_out(self, steps: Callable[..., ClientSteps[Any]], /, *args: Any, **named: Any) -> Any:
         """What a plan does as a method."""
-        return self._run(steps(self, *args, **named))
+        return self._run(lambda: steps(self, *args, **named))
 
-    def _run(self, steps: ClientSteps[Any]) -> Any:
-        raise NotImplementedError
+    _run: Callable[[Callable[[], ClientSteps[Any]]], Any]  # takes the steps, and returns their result
 
     # agents and channels
 
@@ -10065,7 +10028,9 @@ class ClientBase(Operations):
         name = self.name if self.agent_id or self.name else "agent"
         about = (self.agent_id, self.session_id, name, able, self.metadata)
         values = values_of(Operations.register_agent, about, {})
-        answer = yield from self._repeat(self._encode("POST", Operations.register_agent.path, values, token=self.key))
+        answer: Json = yield from self._repeat(
+            self._encode("POST", Operations.register_agent.path, values, token=self.key)
+        )
         self.agent_id, self.session_id, self.token = answer["agent_id"], answer["session_id"], answer["token"]
         self._lost = self._left = False
         return answer
@@ -10252,7 +10217,7 @@ class ClientBase(Operations):
         `lock_id` and `token`. It ends by `unlock`, `ttl` seconds after this agent's last sign of life (without
         `auto_renew`: after it was taken or renewed), or when the agent leaves. Raises LockHeld."""
         end = time.monotonic() + wait
-        more.setdefault("id", new_message_id())  # its position in the queue is kept under it
+        more["id"] = more.get("id") or new_message_id()  # its position in the queue is kept under it
         while True:
             left = max(0.0, end - time.monotonic())
             again, seconds = left > MAX_WAIT, min(MAX_WAIT, round(left, 3))
@@ -10280,8 +10245,8 @@ class ClientBase(Operations):
 
     @plan
     def call(self, method: str, path: str, fields: Json) -> ClientSteps[Json]:
-        """Any route, by its method and path; `fields` are all of its fields, also those in the path."""
-        return self._repeat(self._route(method, path, fields))
+        """Any route, by its method and path; `fields` are those of the request, with those in the path."""
+        return self._repeat(self._route(method, path, dict.fromkeys(re.findall(r"\{(\w+)\}", path)), dict(fields)))
 
     @plan
     def backup(self, path: str) -> ClientSteps[int]:
@@ -10409,31 +10374,31 @@ class ClientBase(Operations):
 
     def _do(self, operation: Operation[P, R], /, *args: P.args, **named: P.kwargs) -> ClientSteps[R]:
         """The steps that ask for an operation, for `yield from`: they give what its method returns."""
-        answer = yield from self._whole(operation, *args, **named)
-        return cast(R, answer[operation.items] if operation.items else answer)
+        return self._ask(operation, args, named, operation.items)
 
     def _whole(self, operation: Operation[..., Any], /, *args: Any, **named: Any) -> ClientSteps[Json]:
         """The same, with the whole answer."""
+        return self._ask(operation, args, named)
+
+    def _ask(
+        self, operation: Operation[..., Any], args: tuple[Any, ...], named: Json, items: str = ""
+    ) -> ClientSteps[Any]:
         values = values_of(operation, args, named)
         if operation.actor and (self.agent_id or operation.default_actor is None):
             values[operation.actor] = self._me()
-        return self._repeat(self._route(operation.method, operation.path, values))
+        return self._repeat(self._route(operation.method, operation.path, operation.in_path, values), items)
 
     def _me(self) -> str:
         if not self.agent_id:
             raise InvalidRequest("this client has no agent_id yet: call register() first, or make it with agent_id=")
         return self.agent_id
 
-    def _route(self, method: str, path: str, values: Json) -> bytes:
-        """The bytes of a request: its fields go where the path names them, the others into the query or the body."""
-        in_path = re.findall(r"\{(\w+)\}", path)
-        path = re.sub(r"\{(\w+)\}", lambda match: quote(str(values[match[1]])), path)
-        values = {name: value for name, value in values.items() if name not in in_path}
-        return (
-            self._encode(method, path, query=values)
-            if method in ("GET", "DELETE")
-            else self._encode(method, path, values)
-        )
+    def _route(self, method: str, path: str, in_path: Iterable[str], values: Json) -> bytes:
+        """The bytes of a request: the fields `in_path` go there, the others into the query or the body."""
+        for name in in_path:
+            path = path.replace(f"{{{name}}}", quote(str(values.pop(name))))
+        by_query = method in ("GET", "DELETE")
+        return self._encode(method, path, None if by_query else values, values if by_query else None)
 
     def _encode(
         self,
@@ -10445,28 +10410,31 @@ class ClientBase(Operations):
         headers: Headers = (),
     ) -> bytes:
         """The bytes of a request. The token says who asks; where there is none the key does."""
-        token = (self.token or self.key) if token is None else token
-        pairs = [f"{name}={_query_value(value)}" for name, value in (query or {}).items() if value is not None]
         try:
-            text = b"" if body is None else dump(body).encode()
+            text = dump(body).encode() if body else b""
         except ValueError as error:
             raise InvalidRequest(f"this can't be sent as JSON: {error}") from None
-        host = f"[{self.address.host}]" if ":" in self.address.host else self.address.host
-        lines = [f"{method} {'?'.join(filter(None, (path, '&'.join(pairs))))} HTTP/1.1"]
-        lines += [f"Host: {host}:{self.address.port}", *([f"Authorization: Bearer {token}"] if token else [])]
-        lines += [f"{name}: {value}" for name, value in headers]
+        if query:
+            pairs = [f"{name}={_query_value(value)}" for name, value in query.items() if value is not None]
+            path = f"{path}?{'&'.join(pairs)}" if pairs else path
+        head = f"{method} {path} HTTP/1.1\r\nHost: {self._host}\r\n"
+        if token := (self.token or self.key) if token is None else token:
+            head += f"Authorization: Bearer {token}\r\n"
+        for name, value in headers:
+            head += f"{name}: {value}\r\n"
         if method in ("POST", "PUT"):
-            lines += ["Content-Type: application/json", f"Content-Length: {len(text)}"]
-        return "\r\n".join([*lines, "\r\n"]).encode() + text
+            head += f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\n"
+        return f"{head}\r\n".encode() + text
 
-    def _repeat(self, request: bytes) -> ClientSteps[Json]:
-        """One request, repeated where that helps. A hub that was never there is reported at once."""
+    def _repeat(self, request: bytes, items: str = "") -> ClientSteps[Any]:
+        """One request, repeated where that helps; its answer, or the `items` in it. A hub that was never there is
+        reported at once."""
         end, tries = 0.0, 0
         while True:
             try:
-                answer: Json = yield Outgoing(request)
+                answer = yield Outgoing(request)
                 self._met = True
-                return answer
+                return answer[items] if items else answer
             except StorageFull:
                 raise
             except (HubError, OSError, EOFError) as error:
@@ -10585,9 +10553,19 @@ class Client(ClientBase):
         """The URIs of resources as they change, an MCP subscription's worth; first an empty one, when it has begun."""
         return self._follow(self._changing(uris))
 
-    def _run(self, steps: ClientSteps[Any]) -> Any:
-        with contextlib.closing(self._follow(_as_item(steps))) as results:
-            return next(results)
+    def _run(self, begin: Callable[[], ClientSteps[Any]]) -> Any:
+        steps, outcome = begin(), None
+        try:
+            while True:
+                step = next_step(steps, outcome)
+                try:
+                    outcome = self._take(step)
+                except Exception as error:
+                    outcome = error
+        except StopIteration as end:
+            return end.value
+        finally:
+            steps.close()
 
     def _follow(self, steps: ClientSteps[None]) -> Generator[Any, None, None]:
         """Take steps, and give what they hand out. A stream is open until a step fails, or the caller is done."""
@@ -10596,7 +10574,7 @@ class Client(ClientBase):
         with contextlib.closing(steps):
             while True:
                 try:
-                    step = steps.throw(outcome) if isinstance(outcome, Exception) else steps.send(outcome)
+                    step = next_step(steps, outcome)
                 except StopIteration:
                     return
                 try:
@@ -10605,13 +10583,19 @@ class Client(ClientBase):
                     elif isinstance(step, NextItem):
                         stream = stream or self._read_stream(step)
                         outcome = next(stream)
-                    elif isinstance(step, Pause):
-                        outcome = None
-                        time.sleep(step.seconds)
                     else:
-                        outcome = self._exchange(step)
+                        outcome = self._take(step)
                 except Exception as error:
                     outcome, stream = error, None
+
+    def _take(self, step: Outgoing | Pause | NextItem | Item) -> Any:
+        """Take a step, and return its outcome."""
+        if isinstance(step, Outgoing):
+            return self._exchange(step)
+        if isinstance(step, NextItem):
+            with contextlib.closing(self._read_stream(step)) as stream:
+                return next(stream)
+        return time.sleep(step.seconds) if isinstance(step, Pause) else None
 
     def _connect(self) -> socket.socket:
         import socket
@@ -10636,14 +10620,14 @@ class Client(ClientBase):
         self.in_use, answer = connection, Answer(request.file)
         try:
             connection.sendall(request.data)
-            while answer.feed(connection.recv(RECEIVE)):
+            while answer.take(connection.recv(RECEIVE)):
                 pass
         except BaseException:
             connection.close()
             raise
         finally:
             self.in_use = None
-        if answer.reader.keep and not (self._closed or self._idle):
+        if answer.keep and not (self._closed or self._idle):
             self._idle.append(connection)
         else:
             connection.close()
@@ -10731,22 +10715,31 @@ class AgentClient(ClientBase):
         """The URIs of resources as they change: `async for uri in agent.changes(uris)`; as with `Client.changes`."""
         return self._follow(self._changing(uris))
 
-    async def _run(self, steps: ClientSteps[Any]) -> Any:
-        async with contextlib.aclosing(self._follow(_as_item(steps))) as results:
-            return await anext(results)
+    async def _run(self, begin: Callable[[], ClientSteps[Any]]) -> Any:
+        self._begin_beating()
+        steps, outcome = begin(), None
+        try:
+            while True:
+                step = next_step(steps, outcome)
+                try:
+                    outcome = await self._take(step)
+                except Exception as error:
+                    outcome = error
+        except StopIteration as end:
+            result = end.value
+        finally:
+            steps.close()
+        return result
 
     async def _follow(self, steps: ClientSteps[None]) -> AsyncGenerator[Any, None]:
         """Take steps, and give what they hand out. A stream is open until a step fails, or the caller is done."""
-        import asyncio
-
-        if self._beating is None and not self._closed:
-            self._beating = asyncio.ensure_future(self._keep_beating())
+        self._begin_beating()
         stream: AsyncGenerator[Any, None] | None = None
         outcome: Any = None
         try:
             while True:
                 try:
-                    step = steps.throw(outcome) if isinstance(outcome, Exception) else steps.send(outcome)
+                    step = next_step(steps, outcome)
                 except StopIteration:
                     return
                 try:
@@ -10756,8 +10749,7 @@ class AgentClient(ClientBase):
                         stream = stream or self._open(step)
                         outcome = await anext(stream)
                     else:
-                        wait = asyncio.sleep(step.seconds) if isinstance(step, Pause) else self._exchange(step)
-                        outcome = await wait
+                        outcome = await self._take(step)
                 except Exception as error:
                     if stream:
                         await stream.aclose()
@@ -10766,6 +10758,23 @@ class AgentClient(ClientBase):
             steps.close()
             if stream:
                 await stream.aclose()
+
+    async def _take(self, step: Outgoing | Pause | NextItem | Item) -> Any:
+        """Take a step, and return its outcome."""
+        import asyncio
+
+        if isinstance(step, Outgoing):
+            return await self._exchange(step)
+        if isinstance(step, NextItem):
+            async with contextlib.aclosing(self._open(step)) as stream:
+                return await anext(stream)
+        return await asyncio.sleep(step.seconds) if isinstance(step, Pause) else None
+
+    def _begin_beating(self) -> None:
+        if self._beating is None and not self._closed:
+            import asyncio
+
+            self._beating = asyncio.ensure_future(self._keep_beating())
 
     async def _keep_beating(self) -> None:
         import asyncio
@@ -10794,23 +10803,18 @@ class AgentClient(ClientBase):
     async def _exchange(self, request: Outgoing) -> Any:
         """Send a request, on a connection of its own while it waits, and read its answer. The connection is kept only
         when the answer was read to its end."""
-        import asyncio
-
         reuse = self._usable() if request.file is None else None
         incoming, outgoing = reuse or await self._connect()
         answer = Answer(request.file)
         try:
             outgoing.write(request.data)
-            while answer.feed(await asyncio.wait_for(incoming.read(RECEIVE), answer.seconds(self.timeout))):
+            while answer.take(await receive(incoming, answer.seconds(self.timeout))):
                 pass
-        except asyncio.TimeoutError:
-            outgoing.close()
-            raise EOFError("the hub is silent") from None
         except BaseException:
             outgoing.close()
             self._drop()  # where one connection broke, the others are no better
             raise
-        if answer.reader.keep and not self._closed and len(self._idle) < IDLE_CONNECTIONS:
+        if answer.keep and not self._closed and len(self._idle) < IDLE_CONNECTIONS:
             self._idle.append((incoming, outgoing))
         else:
             outgoing.close()
@@ -10853,22 +10857,33 @@ class AgentClient(ClientBase):
 
     async def _read_stream(self, stream: NextItem) -> AsyncGenerator[Any, None]:
         """The items of an answer without end."""
-        import asyncio
-
         incoming, outgoing = await self._connect()
         self._streams.add(outgoing)
         try:
             outgoing.write(stream.request())
             reader = ResponseReader()
-            while data := await asyncio.wait_for(incoming.read(RECEIVE), 3 * COMMENT_SECONDS):
+            while data := await receive(incoming, 3 * COMMENT_SECONDS):
                 for item in items_in(reader, data, stream.parse):
                     yield item
-        except asyncio.TimeoutError:
-            raise EOFError("the hub is silent") from None
         finally:
             self._streams.discard(outgoing)
             outgoing.close()
         raise EOFError("the hub closed the stream")
+
+
+async def receive(incoming: asyncio.StreamReader, seconds: float | None) -> bytes:
+    """The next bytes, or none at the end. Raises EOFError where none come in time. asyncio.wait_for would make a
+    task."""
+    if seconds is None:
+        return await incoming.read(RECEIVE)
+    import asyncio
+
+    silence = EOFError("the hub is silent")
+    timer = asyncio.get_running_loop().call_later(seconds, incoming.set_exception, silence)
+    try:
+        return await incoming.read(RECEIVE)
+    finally:
+        timer.cancel()
 
 
 def has_websockets() -> bool:
@@ -10882,10 +10897,10 @@ def has_websockets() -> bool:
 
 # === 7. Command line ==================================================================================================
 #
-# `agenthub COMMAND`: who the caller is, what each command does and prints, and how a hub is run. It uses a client for
-# all that a hub can do, and knows nothing of the hub's state; only `serve` and `bench` make a server or a store. Its
-# main type is `CommandLine`. To add a command, write a function under its row; a command that asks for one operation
-# and prints the answer needs only the column `command` in that operation's row, and perhaps a row in TEXTS.
+# `agenthub COMMAND`: who the caller is, what each command does and prints, how a hub is run. It uses a client for
+# all that a hub can do and knows nothing of the hub's state; only `serve` and `bench` make a server or a store. Its
+# main type is `CommandLine`. To add a command, write a function under its row; one that asks for one operation and
+# prints the answer needs only the column `command` in that operation's row, and perhaps a row in TEXTS.
 
 # --- Identity ---------------------------------------------------------------------------------------------------------
 
@@ -10947,11 +10962,9 @@ class Identity:
                     self._register()
         try:
             return do(client)
-        except UnknownAgent:
-            if client.agent_id == OPERATOR:
-                raise
-        except Unauthorized:
-            if client.agent_id == OPERATOR or client.token != self.saved_token:
+        except (UnknownAgent, Unauthorized) as error:
+            mine = isinstance(error, UnknownAgent) or client.token == self.saved_token
+            if client.agent_id == OPERATOR or not mine:
                 raise
         client.token = ""  # the hub has lost its store
         self.register()
@@ -10972,9 +10985,12 @@ class Identity:
         self.saved_token = client.token
         state = self._load()
         tables = state.setdefault(client.url, {})
-        _put_last(tables.setdefault("tokens", {}), str(client.agent_id), client.token)
+        saved = [("tokens", str(client.agent_id), client.token)]
         if self.keeps or not self.chosen:
-            _put_last(tables.setdefault("sessions", {}), self.session, str(client.agent_id))
+            saved.append(("sessions", self.session, str(client.agent_id)))
+        for name, key, value in saved:
+            tables.setdefault(name, {}).pop(key, None)  # the newest stands last, and is forgotten last
+            tables[name][key] = value
         for table in tables.values():
             for key in list(table)[:-MAX_SAVED]:
                 del table[key]
@@ -10992,11 +11008,8 @@ class Identity:
         agent_id = self.chosen or sessions.get(self.session) or self.otherwise
         return agent_id, saved.get("tokens", {}).get(agent_id or "", "")
 
-    # the state file
-
     def _locked(self) -> IO[str]:
-        """Hold the lock of the state file, which ends with the file returned: one process at a time changes it. Where a
-        system has no locks, none is taken."""
+        """Hold the lock of the state file, if the system has locks, for as long as the file returned is open."""
         try:
             import fcntl
 
@@ -11032,12 +11045,6 @@ class Identity:
 
     def _tell(self, text: str) -> None:
         say(text)
-
-
-def _put_last(table: dict[str, str], key: str, value: str) -> None:
-    """Set a value and make it the newest: those that stand first are forgotten first."""
-    table.pop(key, None)
-    table[key] = value
 
 
 def _terminal() -> str:
@@ -11078,8 +11085,7 @@ def waiter_path(client: Client) -> str:
 
 @contextlib.contextmanager
 def instead_of_waiter(client: Client) -> Iterator[None]:
-    """While the session reads or waits for mail itself, its waiter takes none. Otherwise the waiter might get a message
-    first, and the session would be shown it only after it has waited in vain."""
+    """While the session reads or waits for mail itself, its waiter takes none, so that the session gets it at once."""
     path = waiter_path(client)
     if not client.agent_id or not os.path.exists(path):
         yield
@@ -11119,14 +11125,17 @@ def say(text: str) -> None:
     print(f"agenthub: {harmless(indented(text))}", file=sys.stderr, flush=True)
 
 
-def show(args: argparse.Namespace, value: Json, text: str) -> None:
+def show(args: argparse.Namespace, value: Json, text: str | Callable[[Json], str]) -> None:
     """One result on stdout: as people read it; with --json an object on one line, and in it, as `next`, what one would
     type then. A `next` of the answer's own stays."""
+    text = text if isinstance(text, str) else text(value)
     if args.json:
         options = (("--as", "identity"), ("--url", "url"), ("--cacert", "cacert"))
         typed = [f" {name} {shell_quote(getattr(args, at))}" for name, at in options if getattr(args, at, None)]
         following = next_commands(args.called, value, program(), "".join(typed))
-        text = harmless_json(value | {"next": value.get("next", following)})
+        text = dump(value | {"next": value.get("next", following)})
+        if not text.isprintable():  # a terminal would obey what is not
+            text = "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
     try:
         print(text if args.json else harmless(text), flush=True)
     except BrokenPipeError:
@@ -11137,15 +11146,9 @@ def show(args: argparse.Namespace, value: Json, text: str) -> None:
 def show_all(args: argparse.Namespace, items: list[Json], text: Callable[[Json], str], nothing: str = "") -> None:
     """Each of several results; where there is none, that is said on stderr."""
     for item in items:
-        show(args, item, text(item))
+        show(args, item, text)
     if nothing and not items:
         say(nothing)
-
-
-def harmless_json(value: Json) -> str:
-    """The same JSON, in which what a terminal would obey is escaped."""
-    text = dump(value)
-    return text if text.isprintable() else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
 def program() -> str:
@@ -11164,11 +11167,6 @@ def ago(seconds: float) -> str:
         if seconds >= length:
             return f"{seconds // length:.0f} {unit}"
     return f"{seconds:.0f} s"
-
-
-def names_text(names: list[str]) -> str:
-    """Names with commas between them."""
-    return ", ".join(names) or "nobody"
 
 
 def value_text(value: Any) -> str:
@@ -11192,27 +11190,18 @@ def message_line(envelope: Json) -> str:
     return f"{envelope['timestamp'][11:19]} {envelope['from']} to {to}{kind}: {indented(message_text(envelope))}"
 
 
-def short_text(envelope: Json) -> str:
-    """What a message says, cut to 60 characters."""
-    text = " ".join(message_text(envelope).split())
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def registered_text(answer: Json) -> str:
-    """Who one is now, and who else is here."""
+def _registered_text(answer: Json) -> str:
     active = ", ".join(peer["agent_id"] for peer in answer["peers"] if peer["status"] == "active") or "nobody else"
     return f"registered as {answer['agent_id']}; active now: {active}; unread: {answer['unread']}"
 
 
-def sent_text(receipt: Json) -> str:
-    """To whom a message went."""
+def _sent_text(receipt: Json) -> str:
     due = f", due at {receipt['due_at'][:19]}Z" if "due_at" in receipt else ""
-    states = names_text([f"{row['agent_id']} ({row['state']})" for row in receipt["recipients"]])
+    states = ", ".join(f"{row['agent_id']} ({row['state']})" for row in receipt["recipients"]) or "nobody"
     return f"sent {receipt['message_id']} to {states}{due}"
 
 
-def agent_text(agent: Json) -> str:
-    """An agent, and what it is doing."""
+def _agent_text(agent: Json) -> str:
     able = f" [{', '.join(agent['capabilities'])}]" if agent["capabilities"] else ""
     name = f" ({agent['name']})" if agent["name"] != agent["agent_id"] else ""
     seen = "connected" if agent["connected"] else f"last seen {agent['last_heartbeat'][:19]}Z"
@@ -11230,27 +11219,21 @@ def engaged_text(agent: Json) -> str:
     return "".join(f"; {part}" for part in parts)
 
 
-def trace_text(traced: Json) -> str:
-    """What became of a message with each of its recipients."""
+def _trace_text(traced: Json) -> str:
     via = f" via {traced['via']}" if "via" in traced else ""
     lines = [f"{traced['id']} ({traced['type']}) from {traced['from']}, {traced['timestamp']}{via}"]
+    day = traced["timestamp"][:10] + " "  # of a time on another day it is shown, too
     for row in traced["trace"]:
         steps = [step for step in ("due", "stored", "pushed", "claimed", "acknowledged", "expired") if step in row]
         ways = {step: f" ({row[step + '_via']})" if step + "_via" in row else "" for step in steps}
-        times = [f"{step} {_time_of_day(row[step], traced['timestamp'])}{ways[step]}" for step in steps]
+        times = [f"{step} {row[step][:23].replace('T', ' ').removeprefix(day)}{ways[step]}" for step in steps]
         lines.append(f"  {row['agent_id']} is {row['state']}: {', '.join(times) or 'nothing yet'}")
     return "\n".join(lines if traced["trace"] else [*lines, "  it reached nobody"])
 
 
-def _time_of_day(time: str, since: str) -> str:
-    """A time of day, with its date where that is not the same as the other's."""
-    return time[11:23] if time[:10] == since[:10] else f"{time[:10]} {time[11:23]}"
-
-
-def channel_text(channel: Json) -> str:
-    """A channel, and who is in it."""
+def _channel_text(channel: Json) -> str:
     last = f"last message {channel['last_activity'][:19]}Z" if channel["last_activity"] else "nothing said yet"
-    return f"{channel['channel']} {last}: {names_text(channel['members'])}"
+    return f"{channel['channel']} {last}: {', '.join(channel['members']) or 'nobody'}"
 
 
 def task_line(task: Json) -> str:
@@ -11265,8 +11248,9 @@ def task_line(task: Json) -> str:
     return f"{text}; {task['proposer']} to {to}: {indented(title_of(task['message'])) if 'message' in task else '...'}"
 
 
-def task_text(task: Json) -> str:
-    """A task with its result."""
+def task_text(answer: Json) -> str:
+    """A task with its result, or that of an answer."""
+    task = answer.get("task") or answer
     result = f"\n    result: {indented(value_text(task['result']))}" if "result" in task else ""
     return task_line(task) + result
 
@@ -11278,8 +11262,7 @@ def lock_line(lock: Json) -> str:
     return f"{lock['lock_id']} {lock['agent_id']} {lock['mode']} {paths}, {left} left, token {lock['token']}{note}"
 
 
-def note_line(note: Json) -> str:
-    """A note without its value."""
+def _note_line(note: Json) -> str:
     until = f", until {note['expires_at'][:19]}Z" if "expires_at" in note else ""
     about = f"{note['key']} version {note['version']}, {note['size']} bytes, by {note['agent_id']}"
     return f"{about} {note['updated_at'][:19]}Z{until}"
@@ -11294,10 +11277,8 @@ def event_text(event: Json) -> str:
 
 def fields_text(answer: Json) -> str:
     """An answer of which nothing more is known, in a line: its fields as they come."""
-    words = [
-        f"{key} {', '.join(map(str, v)) if isinstance(v, list) else v}" for key, v in answer.items() if key != "success"
-    ]
-    return indented(", ".join(words))
+    values = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in answer.items() if k != "success"}
+    return indented(", ".join(f"{key} {value}" for key, value in values.items()))
 
 
 def warn(receipt: Json) -> None:
@@ -11317,22 +11298,27 @@ Run = Callable[["argparse.Namespace"], "int | None"]  # a command; its exit stat
 
 
 class Argument:
-    """An argument of a command, as argparse takes it. As a decorator it is one of that command's own."""
+    """An argument of a command: name, help, what else argparse takes. As a decorator it is for that command only."""
 
-    def __init__(self, names: tuple[str, ...], options: Json) -> None:
-        self.names, self.options = names, options
+    def __init__(self, name: str, help: str | None = None, **options: Any) -> None:
+        self.name, self.options = name, {"help": help, **options}
 
     def __call__(self, run: Run) -> Run:
-        OWN_ARGUMENTS.setdefault(run, []).insert(0, self)
+        return arguments(self)(run)
+
+
+argument = Argument
+Arguments = Argument | Callable[[], Iterable[Argument]]  # a function gives those that take time to make
+
+
+def arguments(*shared: Arguments) -> Callable[[Run], Run]:
+    """Arguments that other commands have too, or that are made from an operation."""
+
+    def put(run: Run) -> Run:
+        OWN_ARGUMENTS.setdefault(run, [])[:0] = shared
         return run
 
-
-def argument(*names: str, **options: Any) -> Argument:
-    """An argument of a command: its names, and what else argparse is to know of it."""
-    return Argument(names, options)
-
-
-Arguments = Argument | Callable[[], Iterable[Argument]]  # a function gives those that take time to make
+    return put
 
 
 class CommandLine(NamedTuple):
@@ -11345,36 +11331,29 @@ class CommandLine(NamedTuple):
     client: bool = True
 
 
-OWN_ARGUMENTS: dict[Run, list[Argument]] = {}  # until the row of the command takes them
+OWN_ARGUMENTS: dict[Run, list[Arguments]] = {}  # until the row of the command takes them
 COMMAND_LINES: dict[str, CommandLine] = {}  # filled by the rows over the functions, looked up when a command is run
 GROUPS = {"task": "work that one proposes and one takes", "note": "notes on the board, for all"}
 
 
-def command_line(
-    name: str, help: str, *arguments: Arguments, example: str, client: bool = True
-) -> Callable[[Run], Run]:
+def command_line(name: str, help: str, *shared: Arguments, example: str, client: bool = True) -> Callable[[Run], Run]:
     """The row of a command, over its own arguments (`@argument`) and the function that runs it."""
 
     def put(run: Run) -> Run:
         own = OWN_ARGUMENTS.pop(run, ())
-        COMMAND_LINES[name] = CommandLine(run, help, (*arguments, *own), example, client)
+        COMMAND_LINES[name] = CommandLine(run, help, (*shared, *own), example, client)
         return run
 
     return put
 
 
-# of an operation
-
-
 def from_operation(operation: Operation[..., Any], *names: str, **options: Any) -> Callable[[], list[Argument]]:
-    """Options of a command for fields of its operation: type, choices and help are the field's, where `options` say
-    nothing else."""
-
-    def make() -> list[Argument]:
-        fields = {field.parameter: field for field in operation.fields}
-        return [field_argument(fields[name], f"--{name.replace('_', '-')}", **options) for name in names]
-
-    return make
+    """Options for fields of an operation: type, choices and help are the field's, unless `options` differ."""
+    return lambda: [
+        field_argument(field, f"--{field.parameter.replace('_', '-')}", **options)
+        for field in operation.fields
+        if field.parameter in names
+    ]
 
 
 def field_argument(field: Field, name: str, **options: Any) -> Argument:
@@ -11382,47 +11361,35 @@ def field_argument(field: Field, name: str, **options: Any) -> Argument:
     schema = field.kind.schema
     kind = schema.get("type")
     if kind == "boolean":
-        return argument(name, **{"action": "store_const", "const": True, "help": field.doc} | options)
+        return argument(name, field.doc, **{"action": "store_const", "const": True, **options})
     own: Json = {"choices": schema["enum"]} if "enum" in schema else {}
     own |= {"type": int, "metavar": "N"} if kind == "integer" else {}
     own |= {"type": float, "metavar": "S"} if kind == "number" else {}
     own |= {"action": "append"} if kind == "array" and name.startswith("--") else {}
-    return argument(name, help=field.doc or None, **own | options)
+    return argument(name, field.doc or None, **own | options)
 
 
 class Listing(NamedTuple):
-    """How the answer to an operation is printed: each item by `text`; `nothing` is said where there is none. `help` and
-    an example stand in the help of its command."""
+    """How the answer to an operation is printed, each item by `text`; and the help and an example of its command."""
 
     text: Callable[[Json], str] = fields_text
-    nothing: Callable[[argparse.Namespace], str] = lambda args: "there is nothing"
+    nothing: str | Callable[[argparse.Namespace], str] = "there is nothing"
     help: str = ""
     example: str = ""
 
 
+def _nothing_locked(args: argparse.Namespace) -> str:
+    return "nothing is locked" + (f" that overlaps with {args.path}" if args.path else "")
+
+
+_NO_NOTE = "there is no such note: `agenthub note set KEY VALUE` makes one"
 TEXTS = {
-    "agents": Listing(
-        agent_text, lambda args: "nobody is registered", "who is here", "agenthub agents --status active"
-    ),
-    "task": Listing(task_text, help="one task, with its result", example="agenthub task show 01a2…-4fe2"),
-    "locks": Listing(
-        lock_line,
-        lambda args: "nothing is locked" + (f" that overlaps with {args.path}" if args.path else ""),
-        "who has locked what",
-        "agenthub locks src/api/x.py",
-    ),
-    "notes": Listing(
-        note_line,
-        lambda args: "there is no such note: `agenthub note set KEY VALUE` makes one",
-        "the notes on the board",
-        "agenthub note list handover/",
-    ),
-    "get_note": Listing(
-        lambda note: value_text(note["value"]), help="print a note", example="agenthub note get handover/auth"
-    ),
-    "delete_note": Listing(
-        lambda note: f"{note['key']} is gone", help="remove a note", example="agenthub note delete handover/auth"
-    ),
+    "agents": Listing(_agent_text, "nobody is registered", "who is here", "agents --status active"),
+    "task": Listing(task_text, help="one task, with its result", example="task show 01a2…-4fe2"),
+    "locks": Listing(lock_line, _nothing_locked, "who has locked what", "locks src/api/x.py"),
+    "notes": Listing(_note_line, _NO_NOTE, "the notes on the board", "note list handover/"),
+    "get_note": Listing(lambda note: value_text(note["value"]), "", "print a note", "note get handover/auth"),
+    "delete_note": Listing(lambda note: f"{note['key']} is gone", "", "remove a note", "note delete handover/auth"),
 }
 
 
@@ -11449,13 +11416,11 @@ def operation_line(operation: Operation[..., Any]) -> tuple[str, CommandLine]:
         ask = functools.partial(identity.client.request, operation, **values)
         registers = operation.actor and operation.default_actor is None
         answer = identity.act(lambda client: ask()) if registers else ask()
-        show_all(args, answer if operation.items else [answer], listing.text, listing.nothing(args))
+        nothing = listing.nothing if isinstance(listing.nothing, str) else listing.nothing(args)
+        show_all(args, answer if operation.items else [answer], listing.text, nothing)
 
-    name = " ".join(word for word in words if not word.isupper())
-    row = CommandLine(
-        run, listing.help or operation.summary, (arguments,), listing.example or f"agenthub {operation.command}"
-    )
-    return name, row
+    name, example = " ".join(word for word in words if not word.isupper()), listing.example or operation.command
+    return name, CommandLine(run, listing.help or operation.summary, (arguments,), f"agenthub {example}")
 
 
 def field_value(args: argparse.Namespace, field: Field) -> Any:
@@ -11473,9 +11438,6 @@ def command_lines(first: str | None = None) -> dict[str, CommandLine]:
     rows = [operation for operation in OPERATIONS.values() if operation.command]
     by_name = COMMAND_LINES | dict(operation_line(row) for row in rows if first in (None, row.command.split()[0]))
     return {name: row for name, row in by_name.items() if first in (None, name.partition(" ")[0])}
-
-
-# what an argument may be
 
 
 def duration(text: str) -> float:
@@ -11503,13 +11465,18 @@ def amount(text: str) -> float:
 
 # --- Commands ---------------------------------------------------------------------------------------------------------
 
-TO_WHOM = argument("to", help="an agent_id, a name, ALL, #channel, @capability, or several with commas")
-THE_TEXT = argument("text", help="the message; - reads stdin")
-AS_JSON = argument("--json-message", action="store_true", help="the text is JSON")
-OF_TYPE = argument("--type", help="the message's type, e.g. request")
-WITH_TTL = argument("--ttl", type=float, metavar="S", help="seconds after which it is not delivered any more")
+TO_WHOM = argument("to", "an agent_id, a name, ALL, #channel, @capability, or several with commas")
+THE_TEXT = argument("text", "the message; - reads stdin")
+AS_JSON = argument("--json-message", "the text is JSON", action="store_true")
+OF_TYPE = argument("--type", "the message's type, e.g. request")
+WITH_TTL = argument("--ttl", "seconds after which it is not delivered any more", type=float, metavar="S")
+_HISTORY_HELP = "print what you sent and got, read or not, or what was said in a channel"
+_LOCK_HELP = "lock paths, or run a command under a lock: lock PATH… -- COMMAND…"
+_RENEWED = f"with a command it is renewed while that runs, default {COMMAND_LOCK_TTL}"
+_LOCK_TTL_HELP = f"seconds after your last sign of life, default {LOCK_TTL}; {_RENEWED}"
+_STATUS_HELP = "the hub, who you are there, and which requests are open"
 NEWEST = argument(
-    "--limit", type=whole_number, default=DEFAULT_LIMIT, metavar="N", help=f"the newest N, default {DEFAULT_LIMIT}"
+    "--limit", f"the newest N, default {DEFAULT_LIMIT}", type=whole_number, default=DEFAULT_LIMIT, metavar="N"
 )
 
 
@@ -11534,52 +11501,42 @@ def recipient_of(args: argparse.Namespace) -> str | list[str]:
 
 
 @command_line("register", "register, or register again", example="agenthub register alpha --capability review")
-@argument("id", nargs="?", help="the agent_id; default: made from name and session")
-@argument("--name", help="what people call it")
-@argument("--capability", action="append", help="something it can do; may be repeated")
+@argument("id", "the agent_id; default: made from name and session", nargs="?")
+@argument("--name", "what people call it")
+@argument("--capability", "something it can do; may be repeated", action="append")
 def _register_command(args: argparse.Namespace) -> None:
     identity = Identity(args)
     identity.client.agent_id = args.id or identity.client.agent_id
-    answer = identity.register(args.name, args.capability)
-    show(args, answer, registered_text(answer))
+    show(args, identity.register(args.name, args.capability), _registered_text)
 
 
-# messages
+def _shown_options() -> list[Argument]:
+    """An option for each field of a message that goes through to its envelope."""
+    return from_operation(Operations.send, *Operations.send.shown)()
 
 
-@command_line(
-    "send", "send a message", TO_WHOM, THE_TEXT, OF_TYPE, AS_JSON, WITH_TTL, example='agenthub send alpha "hi"'
-)
-@argument("--id", help="idempotency key; default: made")
-@argument("--reply-to", metavar="ID", help="the message this answers")
-@argument("--delay", type=float, metavar="S", help="seconds before it is delivered")
-@argument("--one", action="store_true", help="to one of a group only: the least busy, then the next")
-@argument("--lease", type=duration, metavar="S", help=f"with --one: seconds to acknowledge in, default {JOB_LEASE}")
+@command_line("send", "send a message", _shown_options, example='agenthub send alpha "hi"')
+@arguments(TO_WHOM, THE_TEXT, OF_TYPE, AS_JSON, WITH_TTL)
+@argument("--id", "idempotency key; default: made")
+@argument("--reply-to", "the message this answers", metavar="ID")
+@argument("--delay", "seconds before it is delivered", type=float, metavar="S")
+@argument("--one", "to one of a group only: the least busy, then the next", action="store_true")
+@argument("--lease", f"with --one: seconds to acknowledge in, default {JOB_LEASE}", type=duration, metavar="S")
 def _send_command(args: argparse.Namespace) -> None:
-    message = message_of(args)
-    more = Sending(
-        id=args.id or new_message_id(), reply_to=args.reply_to, ttl=args.ttl, delay=args.delay, lease=args.lease
-    )
-    receipt = Identity(args).act(
-        lambda client: client.send_message(recipient_of(args), message, args.type, args.one, **more)
-    )
+    identity, message, id = Identity(args), message_of(args), args.id or new_message_id()
+    more = Sending(id=id, reply_to=args.reply_to, ttl=args.ttl, delay=args.delay, lease=args.lease)
+    more.update(cast(Sending, {name: getattr(args, name) for name in Operations.send.shown}))
+    receipt = identity.act(lambda client: client.send_message(recipient_of(args), message, args.type, args.one, **more))
     if "recipients" in receipt:
         warn(receipt)
-        show(args, receipt, sent_text(receipt))
+        show(args, receipt, _sent_text(receipt))
     else:  # a heartbeat, which goes to nobody
         show(args, receipt, f"alive at {receipt['last_heartbeat']}")
 
 
-@command_line(
-    "ask",
-    "send a request and print its answer",
-    TO_WHOM,
-    THE_TEXT,
-    AS_JSON,
-    WITH_TTL,
-    example='agenthub ask alpha "is main green?" --wait 120',
-)
-@argument("--wait", type=amount, default=60, metavar="S", help="seconds to wait for the answer, default 60")
+@command_line("ask", "send a request and print its answer", example='agenthub ask alpha "is main green?" --wait 120')
+@arguments(TO_WHOM, THE_TEXT, AS_JSON, WITH_TTL)
+@argument("--wait", "seconds to wait for the answer, default 60", type=amount, default=60, metavar="S")
 def _ask_command(args: argparse.Namespace) -> None:
     identity, message = Identity(args), message_of(args)
     more = Sending(id=new_message_id(), ttl=args.ttl)
@@ -11587,45 +11544,43 @@ def _ask_command(args: argparse.Namespace) -> None:
         receipt = identity.act(lambda client: client.send_message(recipient_of(args), message, "request", **more))
         if receipt["recipients"]:  # else `answer_to` says so
             warn(receipt)
-        answer = identity.client.answer_to(receipt, args.wait)
-        show(args, answer, message_line(answer))
+        show(args, identity.client.answer_to(receipt, args.wait), message_line)
 
 
 @command_line("reply", "answer a message by its id", AS_JSON, example='agenthub reply 01a2…-4fe2 "yes, since 12:04"')
-@argument("id", help="the id of the message, as recv --json and status show it")
+@argument("id", "the id of the message, as recv --json and status show it")
 @THE_TEXT
-@argument("--type", choices=("response", "error", "ack"), default="response", help="default response")
+@argument("--type", "default response", choices=("response", "error", "ack"), default="response")
 def _reply_command(args: argparse.Namespace) -> None:
     message = message_of(args)
     receipt = Identity(args).act(lambda client: client.reply(args.id, message, args.type))
     warn(receipt)
-    show(args, receipt, sent_text(receipt))
+    show(args, receipt, _sent_text(receipt))
 
 
 @command_line("ping", "how long an agent takes to acknowledge", example="agenthub ping alpha")
-@argument("to", help="an agent_id or a name")
-@argument("--wait", type=amount, default=10, metavar="S", help="seconds to wait for it, default 10")
+@argument("to", "an agent_id or a name")
+@argument("--wait", "seconds to wait for it, default 10", type=amount, default=10, metavar="S")
 def _ping_command(args: argparse.Namespace) -> None:
     seconds = Identity(args).act(lambda client: client.ping(args.to, args.wait))
-    result = {"agent_id": args.to, "seconds": round(seconds, 6)}
-    show(args, result, f"{args.to} acknowledged after {seconds * 1000:.1f} ms")
+    text = f"{args.to} acknowledged after {seconds * 1000:.1f} ms"
+    show(args, {"agent_id": args.to, "seconds": round(seconds, 6)}, text)
 
 
 @command_line("recv", "print what is unread and acknowledge it", example="agenthub recv --as alpha --wait 30")
-@argument("--wait", type=float, metavar="S", help=f"wait up to S seconds (at most {MAX_WAIT}) for something")
-@argument("--peek", action="store_true", help="acknowledge nothing")
-@argument("--limit", type=whole_number, metavar="N", help=f"at most N messages, default {DEFAULT_LIMIT}")
+@argument("--wait", f"wait up to S seconds (at most {MAX_WAIT}) for something", type=float, metavar="S")
+@argument("--peek", "acknowledge nothing", action="store_true")
+@argument("--limit", f"at most N messages, default {DEFAULT_LIMIT}", type=whole_number, metavar="N")
 def _recv_command(args: argparse.Namespace) -> None:
-    identity, claim = Identity(args), None if args.peek else SHOWING  # or a hook that waits would show the same
+    identity, wait = Identity(args), args.wait
+    claim = None if args.peek else SHOWING  # or a hook that waits would show the same
     with instead_of_waiter(identity.client):
-        envelopes = identity.act(
-            lambda client: client.messages(unread=True, limit=args.limit, wait=args.wait, claim=claim)
-        )
-        show_all(args, envelopes, message_line, "" if args.wait else "nothing unread")
+        envelopes = identity.act(lambda client: client.messages(unread=True, limit=args.limit, wait=wait, claim=claim))
+        show_all(args, envelopes, message_line, "" if wait else "nothing unread")
         if envelopes and not args.peek:
             identity.act(lambda client: client.ack(ids=[envelope["id"] for envelope in envelopes]))
-    if args.wait and not envelopes:
-        raise TimedOut(f"nothing came within {args.wait:g} s")
+    if wait and not envelopes:
+        raise TimedOut(f"nothing came within {wait:g} s")
 
 
 @command_line("listen", "print messages as they come, for ever", example="agenthub listen --as alpha --json")
@@ -11636,18 +11591,13 @@ def _listen_command(args: argparse.Namespace) -> None:
         show(args, envelope, message_line(envelope))
 
 
-@command_line(
-    "history",
-    "print what you sent and got, read or not, or what was said in a channel",
-    NEWEST,
-    OF_TYPE,
-    example="agenthub history --with beta --limit 10",
-)
-@argument("channel", nargs="?", help="a channel you are in")
-@argument("--history", choices=("joined", "full"), help="full: what was said before you joined, too")
-@argument("--after", type=int, metavar="SEQ", help="the first ones after this seq")
-@argument("--with", dest="other", metavar="AGENT", help="only what you and this agent sent each other")
-@argument("--thread", metavar="ID", help="only this thread")
+@command_line("history", _HISTORY_HELP, example="agenthub history --with beta --limit 10")
+@arguments(NEWEST, OF_TYPE)
+@argument("channel", "a channel you are in", nargs="?")
+@argument("--history", "full: what was said before you joined, too", choices=("joined", "full"))
+@argument("--after", "the first ones after this seq", type=int, metavar="SEQ")
+@argument("--with", "only what you and this agent sent each other", dest="other", metavar="AGENT")
+@argument("--thread", "only this thread", metavar="ID")
 def _history_command(args: argparse.Namespace) -> None:
     if args.history and not args.channel:
         raise Misuse("--history is for a channel: name it, e.g. agenthub history '#build' --history full")
@@ -11657,29 +11607,21 @@ def _history_command(args: argparse.Namespace) -> None:
 
 
 @command_line("search", "find what you sent or got by its words", NEWEST, example="agenthub search migration 'schema*'")
-@argument("words", nargs="+", help='all of them must be there; "a phrase", prefix*')
+@argument("words", 'all of them must be there; "a phrase", prefix*', nargs="+")
 def _search_command(args: argparse.Namespace) -> None:
     envelopes = Identity(args).act(lambda client: client.search(" ".join(args.words), args.limit))
     show_all(args, envelopes, message_line, "nothing you sent or got holds that")
 
 
 @command_line("trace", "what became of a message", example="agenthub trace 01a2…-4fe2")
-@argument("id", help="the message's id, as send prints it")
+@argument("id", "the message's id, as send prints it")
 def _trace_command(args: argparse.Namespace) -> None:
-    traced = Identity(args).act(lambda client: client.trace(args.id))
-    show(args, traced, trace_text(traced))
+    show(args, Identity(args).act(lambda client: client.trace(args.id)), _trace_text)
 
 
-# the hub and oneself
-
-
-@command_line(
-    "status",
-    "the hub, who you are there, and which requests are open",
-    example='agenthub status --set "refactoring auth" --away 30m',
-)
-@argument("--set", metavar="TEXT", help="tell others what you are doing; an empty text: nothing")
-@argument("--away", type=duration, metavar="TIME", help="away that long (30m, 2h), without --one; else be back")
+@command_line("status", _STATUS_HELP, example='agenthub status --set "refactoring auth" --away 30m')
+@argument("--set", "tell others what you are doing; an empty text: nothing", metavar="TEXT")
+@argument("--away", "away that long (30m, 2h), without --one; else be back", type=duration, metavar="TIME")
 def _status_command(args: argparse.Namespace) -> None:
     identity = Identity(args)
     if args.set is not None or args.away is not None:
@@ -11701,13 +11643,13 @@ def status_text(state: Json) -> str:
     me = state["agent_id"]
     who = f"you are {me}, {state['unread']} unread" if me else "you are not registered yet: any command does that"
     here = f"{state.get('agents', '?')} agents, {state.get('connections', '?')} connected"
-    hub = f"{state['url']} is {state['status']}, agenthub {state['version']}, {here}; {who}{engaged_text(state)}"
-    lines = [hub]
+    lines = [f"{state['url']} is {state['status']}, agenthub {state['version']}, {here}; {who}{engaged_text(state)}"]
     for request in state["requests"]:
-        owed = request["from"] == me
+        owed, at = request["from"] == me, request["timestamp"][11:19]
         what = f"{', '.join(request['waiting_for'])} owes you" if owed else f"{request['from']} waits for"
-        time_of_day = request["timestamp"][11:19]
-        lines.append(f"  {what} an answer to {request['id']} of {time_of_day}: {short_text(request)}")
+        text = " ".join(message_text(request).split())
+        text = text if len(text) <= 60 else text[:57] + "..."
+        lines.append(f"  {what} an answer to {request['id']} of {at}: {text}")
     return "\n".join(lines)
 
 
@@ -11733,34 +11675,26 @@ def _guide_command(args: argparse.Namespace) -> None:
 
 
 @command_line("backup", "copy a running hub's store to a file", example="agenthub backup hub-copy.db")
-@argument("file", help="a new file")
+@argument("file", "a new file")
 def _backup_command(args: argparse.Namespace) -> None:
     if not args.file or os.path.exists(args.file):
         raise InvalidRequest(f"{args.file or 'that'} is no new file: name one, so that no older copy is lost")
     size = Identity(args).client.backup(args.file)
-    result = {"file": args.file, "bytes": size}
-    show(args, result, f"{args.file}: {size} bytes; a hub runs on it with --db {args.file}")
+    show(args, {"file": args.file, "bytes": size}, f"{args.file}: {size} bytes; a hub runs on it with --db {args.file}")
 
 
-# channels
-
-
-@command_line(
-    "join",
-    "become a member of a channel",
-    from_operation(Operations.join_channel, "history"),
-    example="agenthub join '#build'",
-)
-@argument("channel", help="the channel's name; quote its sign: '#build'")
+@command_line("join", "become a member of a channel", example="agenthub join '#build'")
+@arguments(from_operation(Operations.join_channel, "history"))
+@argument("channel", "the channel's name; quote its sign: '#build'")
 def _join_command(args: argparse.Namespace) -> None:
     answer = Identity(args).act(lambda client: client.join(args.channel, args.history == "full"))
     how = "joined" if answer["joined"] else "already in"
-    show(args, answer, f"{how} {answer['channel']} with {names_text(answer['members'])}")
+    show(args, answer, f"{how} {answer['channel']} with {', '.join(answer['members'])}")
 
 
 @command_line("leave", "leave a channel, or the hub", example="agenthub leave '#build'")
-@argument("channel", nargs="?", help="the channel's name")
-@argument("--hub", action="store_true", help="leave the hub: its locks, tasks and channels, too")
+@argument("channel", "the channel's name", nargs="?")
+@argument("--hub", "leave the hub: its locks, tasks and channels, too", action="store_true")
 def _leave_command(args: argparse.Namespace) -> None:
     if bool(args.channel) == args.hub:
         raise Misuse("name the channel to leave, or say --hub to leave the hub itself")
@@ -11770,46 +11704,37 @@ def _leave_command(args: argparse.Namespace) -> None:
 
 
 @command_line("channels", "which channels there are, and who is in them", example="agenthub channels")
-@argument("channel", nargs="?", help="only this one")
+@argument("channel", "only this one", nargs="?")
 def _channels_command(args: argparse.Namespace) -> None:
     client = Identity(args).client
     channels = [client.channel(args.channel)] if args.channel else client.channels()
-    show_all(args, channels, channel_text, "there is no channel: `agenthub join '#name'` makes one")
-
-
-# tasks
+    show_all(args, channels, _channel_text, "there is no channel: `agenthub join '#name'` makes one")
 
 
 def show_task(args: argparse.Namespace, answer: Json) -> None:
     """What a task is after something was done to it, and what its sender should know."""
     if "recipients" in answer:
         warn(answer)
-    show(args, answer, task_text(answer.get("task") or answer))
+    show(args, answer, task_text(answer))
 
 
-@command_line(
-    "task propose", "propose a task", TO_WHOM, THE_TEXT, AS_JSON, example='agenthub task propose ALL "review PR 7"'
-)
-@argument("--lease", type=duration, metavar="S", help=f"seconds its holder may be silent, default {TASK_LEASE}")
-@argument("--deadline", type=duration, metavar="S", help="seconds after which it is cancelled")
-@argument("--depends-on", action="append", metavar="ID", help="a task to be completed first; may be repeated")
-@argument("--priority", type=int, metavar="N", help="higher goes first, default 0")
-@argument("--id", help="an id of your choice, which others can depend on")
+@command_line("task propose", "propose a task", example='agenthub task propose ALL "review PR 7"')
+@arguments(TO_WHOM, THE_TEXT, AS_JSON)
+@argument("--lease", f"seconds its holder may be silent, default {TASK_LEASE}", type=duration, metavar="S")
+@argument("--deadline", "seconds after which it is cancelled", type=duration, metavar="S")
+@argument("--depends-on", "a task to be completed first; may be repeated", action="append", metavar="ID")
+@argument("--priority", "higher goes first, default 0", type=int, metavar="N")
+@argument("--id", "an id of your choice, which others can depend on")
 def _propose_command(args: argparse.Namespace) -> None:
     message, id = message_of(args), args.id or new_message_id()
     planning = Planning(lease=args.lease, deadline=args.deadline, depends_on=args.depends_on, priority=args.priority)
     show_task(args, Identity(args).act(lambda client: client.propose(recipient_of(args), message, id, **planning)))
 
 
-@command_line(
-    "task list",
-    "the board of tasks",
-    from_operation(Operations.tasks, "state"),
-    from_operation(Operations.tasks, "holder", "proposer", metavar="AGENT"),
-    NEWEST,
-    example="agenthub task list --state open",
-)
-@argument("--mine", action="store_true", help="only those that you hold")
+@command_line("task list", "the board of tasks", example="agenthub task list --state open")
+@arguments(from_operation(Operations.tasks, "state"))
+@arguments(from_operation(Operations.tasks, "holder", "proposer", metavar="AGENT"), NEWEST)
+@argument("--mine", "only those that you hold", action="store_true")
 def _tasks_command(args: argparse.Namespace) -> None:
     client = Identity(args).client
     holder = client.agent_id or OPERATOR if args.mine else args.holder
@@ -11818,7 +11743,7 @@ def _tasks_command(args: argparse.Namespace) -> None:
 
 
 @command_line("task next", "take the best open task that you can do", example="agenthub task next --wait 60")
-@argument("--wait", type=duration, metavar="S", help="wait up to S seconds for one")
+@argument("--wait", "wait up to S seconds for one", type=duration, metavar="S")
 def _next_task_command(args: argparse.Namespace) -> None:
     task = Identity(args).act(lambda client: client.next_task(args.wait or 0))
     if task:
@@ -11841,35 +11766,17 @@ for _verb, _help, _text, _example in (
     ("release", "give a task back", "why", ' "no GPU here"'),
     ("cancel", "cancel a task you proposed", "why", ""),
 ):
-    command_line(
-        f"task {_verb}",
-        _help,
-        argument("id", help="the task's id, as recv and `task list` show it"),
-        argument("text", nargs="?", help=_text),
-        AS_JSON,
-        example=f"agenthub task {_verb} 01a2…-4fe2{_example}",
-    )(act_on_task)
+    _of_a_task = argument("id", "the task's id, as recv and `task list` show it"), argument("text", _text, nargs="?")
+    _example = f"agenthub task {_verb} 01a2…-4fe2{_example}"
+    command_line(f"task {_verb}", _help, *_of_a_task, AS_JSON, example=_example)(act_on_task)
 
 
-# locks
-
-
-@command_line(
-    "lock",
-    "lock paths, or run a command under a lock: lock PATH… -- COMMAND…",
-    example="agenthub lock src/api --wait 60 -- make generate",
-)
-@argument("paths", nargs="+", help="paths and globs, relative to the project's root")
-@argument("--wait", type=duration, metavar="S", help="wait up to S seconds for it, in the order of asking")
-@argument(
-    "--ttl",
-    type=duration,
-    metavar="S",
-    help=f"seconds after your last sign of life, default {LOCK_TTL}; with a command it is renewed while that runs,"
-    f" default {COMMAND_LOCK_TTL}",
-)
-@argument("--shared", action="store_true", help="together with others that share it")
-@argument("--note", help="what for; shown to whoever is refused")
+@command_line("lock", _LOCK_HELP, example="agenthub lock src/api --wait 60 -- make generate")
+@argument("paths", "paths and globs, relative to the project's root", nargs="+")
+@argument("--wait", "wait up to S seconds for it, in the order of asking", type=duration, metavar="S")
+@argument("--ttl", _LOCK_TTL_HELP, type=duration, metavar="S")
+@argument("--shared", "together with others that share it", action="store_true")
+@argument("--note", "what for; shown to whoever is refused")
 def _lock_command(args: argparse.Namespace) -> int:
     identity, alone, command = Identity(args), not args.command, args.command
     ttl = COMMAND_LOCK_TTL if args.ttl is None and command else args.ttl
@@ -11929,15 +11836,12 @@ class Guarded:
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return child.wait(self.lock["ttl"] / 3)
-            self._renew()
-
-    def _renew(self) -> None:
-        try:
-            self.client.renew_lock(self.lock["lock_id"])
-        except HubError as error:
-            if not self.lost:
-                say(f"the lock could not be renewed, others may take it: {error.message}")
-            self.lost = True
+            try:
+                self.client.renew_lock(self.lock["lock_id"])
+            except HubError as error:
+                if not self.lost:
+                    say(f"the lock could not be renewed, others may take it: {error.message}")
+                self.lost = True
 
     def _release(self) -> None:
         try:
@@ -11955,8 +11859,8 @@ def _in_foreground() -> bool:
 
 
 @command_line("unlock", "release locks", example="agenthub unlock src/api")
-@argument("what", nargs="*", help="a lock's id, or paths as they were locked")
-@argument("--all", action="store_true", help="all that you have")
+@argument("what", "a lock's id, or paths as they were locked", nargs="*")
+@argument("--all", "all that you have", action="store_true")
 def _unlock_command(args: argparse.Namespace) -> None:
     if bool(args.what) == args.all:
         raise Misuse("name a lock's id or the paths to release, or say --all")
@@ -11975,19 +11879,11 @@ def _unlock_command(args: argparse.Namespace) -> None:
         raise NotFound("you hold no such lock: see `agenthub locks`")
 
 
-# notes
-
-
-@command_line(
-    "note set",
-    "write a note on the board",
-    AS_JSON,
-    from_operation(Operations.set_note, "if_version"),
-    example='agenthub note set handover/auth "done up to the tests"',
-)
-@argument("key", help="the note's key")
-@argument("text", metavar="value", help="its text; - reads stdin")
-@argument("--ttl", type=duration, metavar="S", help="seconds after which it is gone")
+@command_line("note set", "write a note on the board", example='agenthub note set handover/auth "done up to the tests"')
+@arguments(AS_JSON, from_operation(Operations.set_note, "if_version"))
+@argument("key", "the note's key")
+@argument("text", "its text; - reads stdin", metavar="value")
+@argument("--ttl", "seconds after which it is gone", type=duration, metavar="S")
 def _set_note_command(args: argparse.Namespace) -> None:
     value = message_of(args)
     note = Identity(args).act(lambda client: client.set_note(args.key, value, args.if_version, args.ttl))
@@ -12001,6 +11897,9 @@ class Doctor:
     """Where to look when something does not work: each check gives a state (ok, warn or fail) and words, or None where
     there is nothing to check. Looking is a sign of life, and otherwise changes nothing."""
 
+    CHECKS = ("hub", "version", "clock", "websockets", "identity", "token", "queue", "recipient", "stream")
+    OF_AN_AGENT = ("token", "queue", "stream")  # only where it is registered
+
     def __init__(self, args: argparse.Namespace) -> None:
         self.identity, self.recipient = Identity(args), args.recipient
         self.client = self.identity.client
@@ -12010,11 +11909,11 @@ class Doctor:
 
     def examine(self) -> Iterator[tuple[str, str, str]]:
         """Every check's name, state and words. Raises Unreachable where there is no hub to ask the rest."""
-        for name, check, needs_agent in self.CHECKS:
-            if needs_agent and not self.registered:
+        for name in self.CHECKS:
+            if name in self.OF_AN_AGENT and not self.registered:
                 continue
             try:
-                result = check(self)
+                result: tuple[str, str] | None = getattr(self, f"_{name}")()
             except Unreachable:
                 raise
             except (HubError, OSError) as error:
@@ -12052,7 +11951,7 @@ class Doctor:
         without = "clients use the event stream, a hub has no /ws (pip install it)"
         return "warn", f"websockets is not installed here: {without}"
 
-    def _who(self) -> tuple[str, str]:
+    def _identity(self) -> tuple[str, str]:
         if not self.client.agent_id:
             self.client.agents("active")  # which needs the key, where there is one
             return "warn", "you are nobody here yet: `agenthub register NAME`, or any command, makes you somebody"
@@ -12075,7 +11974,7 @@ class Doctor:
         words = f"{agent['unread']} unread, the oldest for {ago(age)}: read with `agenthub recv`"
         return "warn" if age > 3600 else "ok", words
 
-    def _peer(self) -> tuple[str, str] | None:
+    def _recipient(self) -> tuple[str, str] | None:
         if not self.recipient:
             return None
         word, agents = self.recipient.casefold(), self.client.agents()
@@ -12093,21 +11992,9 @@ class Doctor:
         self.client.open_stream(self.after)
         return "ok", f"the event stream began after {(time.time() - started) * 1000:.0f} ms: live messages get through"
 
-    CHECKS: tuple[tuple[str, Callable[[Doctor], tuple[str, str] | None], bool], ...] = (
-        ("hub", _hub, False),  # the last column: only for an agent that is registered
-        ("version", _version, False),
-        ("clock", _clock, False),
-        ("websockets", _websockets, False),
-        ("identity", _who, False),
-        ("token", _token, True),
-        ("queue", _queue, True),
-        ("recipient", _peer, False),
-        ("stream", _stream, True),
-    )
-
 
 @command_line("doctor", "find out why something does not work", example="agenthub doctor alpha")
-@argument("recipient", nargs="?", help="an agent you can't reach")
+@argument("recipient", "an agent you can't reach", nargs="?")
 def _doctor_command(args: argparse.Namespace) -> int:
     failed = False
     for name, state, words in Doctor(args).examine():
@@ -12120,9 +12007,6 @@ def _doctor_command(args: argparse.Namespace) -> int:
 
 # What stands for all addresses of a machine, and what to call this one then.
 ANYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
-
-
-# what an option may be
 
 
 def log_format(text: str) -> str:
@@ -12159,9 +12043,8 @@ def host_name(text: str) -> str:
 def web_origin(text: str) -> str:
     """A web page's origin as browsers send it (RFC 6454). Raises Misuse, also for one that would be of every page."""
     if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@*\s]+", text.lower()):
-        raise Misuse(
-            f"--cors-origin {refused_value(text)} is not one page's origin: write https://HOST, without a path"
-        )
+        instead = "is not one page's origin: write https://HOST, without a path"
+        raise Misuse(f"--cors-origin {refused_value(text)} {instead}")
     return re.sub(r"(?<=^http)(://.*):80$|(?<=^https)(://.*):443$", r"\1\2", text.lower())
 
 
@@ -12181,12 +12064,8 @@ def listed(args: argparse.Namespace, name: str, kind: Callable[[str], R]) -> tup
     return tuple([kind(text.strip()) for text in texts])
 
 
-# where it listens
-
-
 class Place:
-    """Where a hub listens: an address and a port, a Unix socket, or both. `public` where others can reach it; `names`
-    are those it is called by (--allow-host)."""
+    """Where a hub listens: an address and a port, a Unix socket, or both. `names` are those of --allow-host."""
 
     def __init__(self, host: str | None, port: int, path: str, names: tuple[str, ...] = ()) -> None:
         self.host, self.port, self.path, self.names = host or "", port, path, names
@@ -12263,9 +12142,6 @@ def outward_address(host: str) -> str:
             return str(probe.getsockname()[0])
         except OSError:
             return ANYWHERE[host]
-
-
-# its key and its certificate
 
 
 def read_key(args: argparse.Namespace, place: Place) -> str | None:
@@ -12358,12 +12234,9 @@ def reload_certificate(context: ssl.SSLContext, certfile: str, keyfile: str | No
         log.error("the old certificate stays: %s", error)
 
 
-# its log
-
-
 def start_log(kind: str) -> Callable[[], None]:
-    """Have the log on stderr, a line for each entry: `text` for people, or `json` for machines. A thread writes it, so
-    that the hub does not stand still when nobody reads. Returns what ends it."""
+    """Have the log on stderr, as `text` or `json`. Returns what ends it. A thread writes it, so that the hub does not
+    stand still when nobody reads."""
     import logging
     import queue
     import threading
@@ -12377,10 +12250,9 @@ def start_log(kind: str) -> Callable[[], None]:
             nonlocal lost
             if lines.qsize() >= LOG_LINES:
                 lost += 1
-                return
-            if lost:
+            else:
                 record.lost, lost = lost, 0
-            lines.put(log_line(record, kind))
+                lines.put(log_line(record, kind))
 
         def flush(self) -> None:
             """Wait until all is written, for a while."""
@@ -12409,18 +12281,17 @@ def start_log(kind: str) -> Callable[[], None]:
 
 
 def log_line(record: logging.LogRecord, kind: str) -> str:
-    """One line for a record, as text or JSON, with nothing in it that a terminal would obey; after the text a traceback
-    follows."""
+    """One line for a record, as text (a traceback follows) or JSON, without control characters for a terminal."""
     import traceback
 
     when, level, event = timestamp(int(record.created * 1000)), record.levelname.lower(), record.getMessage()
     more: Json = dict(getattr(record, "fields", {}))
-    more |= {"lost_lines": record.lost} if hasattr(record, "lost") else {}
+    lost = getattr(record, "lost", 0)
+    more |= {"lost_lines": lost} if lost else {}
     trace = "".join(traceback.format_exception(*record.exc_info)) if record.exc_info else ""
     if kind == "json":
-        return json.dumps(
-            {"time": when, "level": level, "event": event, **more, **({"traceback": trace} if trace else {})}
-        )
+        more |= {"traceback": trace} if trace else {}
+        return json.dumps({"time": when, "level": level, "event": event, **more})
     plain = re.compile(r"[!#-~]+").fullmatch
     pairs = [f"{name}={value if plain(str(value)) else json.dumps(value)}" for name, value in more.items()]
     words = [when, *([level] if level != "info" else []), harmless(event), *pairs]
@@ -12430,40 +12301,34 @@ def log_line(record: logging.LogRecord, kind: str) -> str:
 # --- Serve ------------------------------------------------------------------------------------------------------------
 
 
-def own_option(name: str, **options: Any) -> Argument:
+def own_option(name: str, help: str, **options: Any) -> Argument:
     """An option of `serve` whose default may be in a variable; argparse looks at that as at what is typed."""
     value = os.environ.get(f"AGENTHUB_{name.upper().replace('-', '_')}")
-    return argument(f"--{name}", **options | ({"default": value} if value else {}))
+    return argument(f"--{name}", help, **options | ({"default": value} if value else {}))
 
 
 def serve_arguments() -> Iterator[Argument]:
-    """`serve`'s own options, and one for each limit. Each that takes a value is a variable too: AGENTHUB_ and its
-    name."""
-    yield own_option("host", help=f"default {HOST}; any other makes a key")
-    yield own_option("port", type=port_number, help=f"default {PORT}; 0: any that is free")
+    """`serve`'s own options, and one for each limit. The variable AGENTHUB_NAME sets the option --name, too."""
+    yield own_option("host", f"default {HOST}; any other makes a key")
+    yield own_option("port", f"default {PORT}; 0: any that is free", type=port_number)
     unix = "a Unix socket for this user only; alone, unless --host or --port is given"
-    yield own_option("unix", metavar="PATH", help=unix)
-    yield own_option("db", help="store file, or :memory:; default in the data folder")
-    yield argument("--key", help="key mode with this key; AGENTHUB_KEY is not seen by other users' ps")
-    key_file = "a file with the key; default, where one is made: beside the store"
-    yield own_option("key-file", metavar="FILE", help=key_file)
-    without = "without a key, whatever AGENTHUB_KEY says; for this machine only"
-    yield argument("--open", action="store_true", help=without)
-    yield argument("--insecure-open", action="store_true", help="without a key, for everybody who can reach it")
-    yield argument("--allow-host", action="append", metavar="NAME", help="a further name of this hub")
-    origin = "a web page's origin that may use this hub"
-    yield argument("--cors-origin", action="append", metavar="ORIGIN", help=origin)
+    yield own_option("unix", unix, metavar="PATH")
+    yield own_option("db", "store file, or :memory:; default in the data folder")
+    yield argument("--key", "key mode with this key; AGENTHUB_KEY is not seen by other users' ps")
+    yield own_option("key-file", "a file with the key; default, where one is made: beside the store", metavar="FILE")
+    yield argument("--open", "without a key, whatever AGENTHUB_KEY says; for this machine only", action="store_true")
+    yield argument("--insecure-open", "without a key, for everybody who can reach it", action="store_true")
+    yield argument("--allow-host", "a further name of this hub", action="append", metavar="NAME")
+    yield argument("--cors-origin", "a web page's origin that may use this hub", action="append", metavar="ORIGIN")
     proxy = "an address, a network, or unix: whose X-Forwarded-For, -Proto and -Host are believed"
-    yield argument("--trusted-proxy", action="append", metavar="NET", help=proxy)
-    chain = "serve TLS with this certificate chain (PEM); SIGHUP reads it again"
-    yield own_option("certfile", metavar="FILE", help=chain)
-    yield own_option("keyfile", metavar="FILE", help="the certificate's key (PEM), where it is not in the same file")
-    log = "of the log on stderr: text (default) or json"
-    yield own_option("log-format", type=log_format, default="text", help=log)
+    yield argument("--trusted-proxy", proxy, action="append", metavar="NET")
+    yield own_option("certfile", "serve TLS with this certificate chain (PEM); SIGHUP reads it again", metavar="FILE")
+    yield own_option("keyfile", "the certificate's key (PEM), where it is not in the same file", metavar="FILE")
+    yield own_option("log-format", "of the log on stderr: text (default) or json", type=log_format, default="text")
     for name, limit in Limits.rows().items():
         default = from_environment(f"AGENTHUB_{name.upper()}", amount, None)
         words = f"{limit.unit}, default {limit.default:g}: {limit.why}"
-        yield argument(f"--{name.replace('_', '-')}", type=amount, metavar="N", default=default, help=words)
+        yield argument(f"--{name.replace('_', '-')}", words, type=amount, metavar="N", default=default)
 
 
 @command_line("serve", "run a hub", serve_arguments, example="agenthub serve --port 8080", client=False)
@@ -12504,7 +12369,7 @@ async def _serve_until_signal(args: argparse.Namespace) -> int:
         await server.stop()
         place.close()
         raise HubError(place.refusal(error)) from None
-    end = _until_signal(server.loop, args, tls)
+    end = _until_signal(server, args, tls)
     where = "" if elsewhere == DEFAULT_URL else f"AGENTHUB_URL={shell_quote(elsewhere)} "
     secret = f"AGENTHUB_KEY={pasted} " if pasted else ""
     print(f'agenthub {VERSION} at {url}, store {path}; next: {where}{secret}python agenthub.py send alpha "hi"')
@@ -12515,14 +12380,11 @@ async def _serve_until_signal(args: argparse.Namespace) -> int:
     return 0
 
 
-def _until_signal(
-    loop: asyncio.AbstractEventLoop, args: argparse.Namespace, tls: ssl.SSLContext | None
-) -> asyncio.Future[None]:
-    """What is done when a signal asks for the end. A second signal ends the process at once; with TLS, SIGHUP reads the
-    certificate again."""
+def _until_signal(server: Server, args: argparse.Namespace, tls: ssl.SSLContext | None) -> asyncio.Future[None]:
+    """It ends with the first signal; a second exits at once. With TLS, SIGHUP reads the certificate again."""
     import signal
 
-    end: asyncio.Future[None] = loop.create_future()
+    loop, end = server.loop, server.loop.create_future()
     ends = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
         ends.append(signal.SIGHUP)
@@ -12570,8 +12432,7 @@ def make_settings(args: argparse.Namespace, place: Place, path: str) -> Settings
 
 
 def _most_connections() -> float:
-    """The descriptors that the system lets a process have, after they were raised to the most that it may, less those
-    that the hub itself needs."""
+    """How many connections the system allows: the most descriptors a process may have, less those the hub needs."""
     try:
         import resource
     except ImportError:
@@ -12590,13 +12451,15 @@ DEMO_PAUSE = 0.25  # seconds after each step where a person looks on: 4 s in all
 BENCH_SECONDS = 1.5  # for each of four figures: 7 s with all that is around them
 BENCH_GROUP = 64  # messages of one WebSocket that are under way, and rows of one commit to compare it with
 BENCH_TEXT = "x" * 100  # a short message, and as much in a row
-JSON_OPTION = argument("--json", action="store_true", help="one JSON object a line")
+_DEMO_HELP = "two agents at work on a hub of their own, for a few seconds"
+_BENCH_EXAMPLE = "TMPDIR=/where/the/store/is python agenthub.py bench"
+_BENCH_HELP = "how many messages a second a hub makes durable here, beside SQLite alone; takes 7 s"
+JSON_OPTION = argument("--json", "one JSON object a line", action="store_true")
 
 
 @contextlib.contextmanager
 def own_hub(*options: str) -> Iterator[str]:
-    """A hub in a process of its own that ends with this, also where a SIGTERM ends it. Gives its URL. Raises
-    HubError."""
+    """The URL of a hub in a process of its own that ends with this, also at SIGTERM. Raises HubError."""
     import signal
     import subprocess
 
@@ -12619,12 +12482,8 @@ def own_hub(*options: str) -> Iterator[str]:
         signal.signal(signal.SIGTERM, before)
 
 
-# two agents at work
-
-
 class DemoStep(NamedTuple):
-    """A row of the demo: in words; which agent; what one would type. The result is kept under a name for later rows;
-    `refused` is the code of the error that comes instead."""
+    """A row: what happens, who types what, the name to keep the result under, or the code of the error that comes."""
 
     words: str
     who: str
@@ -12639,22 +12498,15 @@ def _read_all(client: Client, args: argparse.Namespace) -> list[Json]:
     return envelopes
 
 
-def _messages_text(envelopes: list[Json]) -> str:
-    return "\n".join(map(message_line, envelopes))
-
-
 # The commands of the demo: what each asks of the hub, and how the result is printed.
 DEMO_CALLS: dict[str, tuple[Callable[[Client, argparse.Namespace], Any], Callable[[Any], str]]] = {
-    "register": (lambda client, args: client.register(), registered_text),
-    "send": (lambda client, args: client.send_message(args.to, args.text), sent_text),
-    "recv": (_read_all, _messages_text),
-    "reply": (lambda client, args: client.reply(args.id, args.text), sent_text),
-    "task propose": (lambda client, args: client.propose(args.to, args.text), lambda result: task_text(result["task"])),
-    "task accept": (lambda client, args: client.accept(args.id), lambda result: task_text(result["task"])),
-    "task complete": (
-        lambda client, args: client.complete(args.id, args.text),
-        lambda result: task_text(result["task"]),
-    ),
+    "register": (lambda client, args: client.register(), _registered_text),
+    "send": (lambda client, args: client.send_message(args.to, args.text), _sent_text),
+    "recv": (_read_all, lambda envelopes: "\n".join(map(message_line, envelopes))),
+    "reply": (lambda client, args: client.reply(args.id, args.text), _sent_text),
+    "task propose": (lambda client, args: client.propose(args.to, args.text), task_text),
+    "task accept": (lambda client, args: client.accept(args.id), task_text),
+    "task complete": (lambda client, args: client.complete(args.id, args.text), task_text),
     "lock": (lambda client, args: client.lock(args.paths, note=args.note), lambda lock: f"locked {lock_line(lock)}"),
     "unlock": (lambda client, args: client.unlock(paths=args.what), lambda locks: f"released {locks[0]['paths'][0]}"),
 }
@@ -12676,13 +12528,7 @@ STEPS = (
 )
 
 
-@command_line(
-    "demo",
-    "two agents at work on a hub of their own, for a few seconds",
-    JSON_OPTION,
-    example="python agenthub.py demo",
-    client=False,
-)
+@command_line("demo", _DEMO_HELP, JSON_OPTION, example="python agenthub.py demo", client=False)
 def _demo_command(args: argparse.Namespace) -> None:
     """Two agents talk, share out work and lock files on a hub of their own, which ends with it. Every line is real."""
     with own_hub("--db", ":memory:") as url:
@@ -12723,16 +12569,7 @@ def _take(step: DemoStep, typed: str, client: Client, kept: Json) -> tuple[Json,
     return {"result": result}, text(result)
 
 
-# how fast it is
-
-
-@command_line(
-    "bench",
-    "how many messages a second a hub makes durable here, beside SQLite alone; takes 7 s",
-    JSON_OPTION,
-    example="TMPDIR=/where/the/store/is python agenthub.py bench",
-    client=False,
-)
+@command_line("bench", _BENCH_HELP, JSON_OPTION, example=_BENCH_EXAMPLE, client=False)
 def _bench_command(args: argparse.Namespace) -> None:
     """Durable messages a second, beside what SQLite alone makes durable in the same folder, in the same run."""
     import tempfile
@@ -12818,6 +12655,14 @@ BENCHES = ((1, "HTTP, one connection", _http_rate), (BENCH_GROUP, f"WebSocket, {
 # --- Main -------------------------------------------------------------------------------------------------------------
 
 
+CLIENT_ARGUMENTS = (
+    argument("--as", "who you are; else AGENTHUB_AGENT", dest="identity", metavar="ID"),
+    argument("--url", f"the hub; else AGENTHUB_URL, else {DEFAULT_URL}"),
+    argument("--cacert", "a certificate (PEM) to trust, too; else AGENTHUB_CACERT", metavar="FILE"),
+    JSON_OPTION,
+)
+
+
 def read_command(words: list[str]) -> argparse.Namespace:
     """The arguments; what stands behind `--` is, for `lock`, a command. Raises Misuse, or SystemExit (argparse)."""
     end = words.index("--") if words[:1] == ["lock"] and "--" in words else len(words)
@@ -12830,8 +12675,7 @@ def read_command(words: list[str]) -> argparse.Namespace:
 
 
 def make_parser(first: str | None) -> argparse.ArgumentParser:
-    """The parser for the commands whose names begin with that word, or for all where there is none: to build them all
-    takes 5 ms."""
+    """The parser for the commands whose names begin with that word, or for all, which takes 5 ms more."""
     import argparse
 
     parser = argparse.ArgumentParser("agenthub", description="Agents find each other and talk.", allow_abbrev=False)
@@ -12843,25 +12687,13 @@ def make_parser(first: str | None) -> argparse.ArgumentParser:
         if verb and group not in groups:
             sub = commands.add_parser(group, help=GROUPS[group], description=GROUPS[group], allow_abbrev=False)
             groups[group] = sub.add_subparsers(metavar="COMMAND", required=True, prog=f"agenthub {group}")
-        sub = (groups[group] if verb else commands).add_parser(
-            verb or name, help=row.help, description=row.help, epilog=f"example: {row.example}", allow_abbrev=False
-        )
-        for each in arguments_of(row):
-            sub.add_argument(*each.names, **each.options)
+        texts: Json = {"help": row.help, "description": row.help, "epilog": f"example: {row.example}"}
+        sub = (groups[group] if verb else commands).add_parser(verb or name, **texts, allow_abbrev=False)
+        for each in (*row.arguments, *(CLIENT_ARGUMENTS if row.client else ())):
+            for one in [each] if isinstance(each, Argument) else each():
+                sub.add_argument(one.name, **one.options)
         sub.set_defaults(run=row.run, verb=verb, command=None, called=name)
     return parser
-
-
-def arguments_of(row: CommandLine) -> Iterator[Argument]:
-    """All arguments of a command, with those that every command of a client has."""
-    for each in row.arguments:
-        yield from [each] if isinstance(each, Argument) else each()
-    if row.client:
-        yield argument("--as", dest="identity", metavar="ID", help="who you are; else AGENTHUB_AGENT")
-        yield argument("--url", help=f"the hub; else AGENTHUB_URL, else {DEFAULT_URL}")
-        trusted = "a certificate (PEM) to trust, too; else AGENTHUB_CACERT"
-        yield argument("--cacert", metavar="FILE", help=trusted)
-        yield JSON_OPTION
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -12916,8 +12748,7 @@ def text_in(value: Json, key: str) -> str:
 
 
 class HookIdentity(Identity):
-    """Who a coding agent's session is. Its hooks, its shell and its MCP server are one agent, and so is the session
-    that replaces it after `/clear`. It prints nothing."""
+    """Who a session is: its hooks, shell and MCP server are one agent, as is the session that replaces it."""
 
     keeps = True  # also where --as or AGENTHUB_AGENT named the agent: the session's shell sees neither
 
@@ -12946,11 +12777,8 @@ class HookIdentity(Identity):
             self._save(state)
 
     def enter(self, event: Json) -> None:
-        """Become the agent of the session that the starting one replaces, and of its shell and its MCP server.
-
-        Those may name a session of their own. Where they name none, all of one folder share a key: they are the agent
-        of the newest session there; if they came before any session, the session becomes their agent.
-        """
+        """Become the agent of the session that the starting one replaces, and of its shell and its MCP server. Where
+        those name no session, they are the agent of the folder's newest one; if they came first, it becomes theirs."""
         session = text_in(event, "session_id")
         named = next(filter(None, map(os.environ.get, SESSION_VARIABLES)), "")
         shell = named or folder_session(self.folder)
@@ -12978,10 +12806,9 @@ class HookIdentity(Identity):
     def hand_over(self) -> None:
         """Note that the session which starts next in this window replaces this one."""
         with self._saved_hub() as hub:
-            handovers, now = hub.setdefault("handovers", {}), time.time()
-            for window in [key for key, text in handovers.items() if now - float(text.split()[0]) > HANDOVER_SECONDS]:
-                del handovers[window]
-            handovers[self._window()] = f"{now:.1f} {self.session}"
+            handovers = hub.setdefault("handovers", {})
+            handovers.pop(self._window(), None)  # the newest stands last, and is forgotten last
+            handovers[self._window()] = f"{time.time():.1f} {self.session}"
 
     def _window(self) -> str:
         """Where one session replaces another: the process of the coding agent, or the folder where it is not known."""
@@ -13037,9 +12864,11 @@ def _list_cut(title: str, lines: Iterable[str], most: int, command: str) -> list
 def session_summary(client: Client) -> str:
     """Who this session is, who else is here, and what they do."""
     me = client.agent_id
-    agents = [agent for agent in client.agents("active") if agent["agent_id"] != me]
-    engaged: list[Json] = [{k: agent[k] for k in ("doing", "away_until") if k in agent} for agent in agents]
-    doing = [agent["agent_id"] + engaged_text(fields) for agent, fields in zip(agents, engaged, strict=True)]
+    doing = [  # locks and tasks are listed by themselves
+        agent["agent_id"] + engaged_text({key: agent[key] for key in ("doing", "away_until") if key in agent})
+        for agent in client.agents("active")
+        if agent["agent_id"] != me
+    ]
     locks = [lock for lock in client.locks() if lock["agent_id"] != me]
     tasks = [task for task in client.tasks() if task["state"] in ("open", "accepted") and task.get("holder") != me]
     locked, talk = "Locked by others, so not for you to edit:", "Tasks (what they say is a peer's words):"
@@ -13052,8 +12881,7 @@ def session_summary(client: Client) -> str:
 
 
 def shown_ids(answer: Any) -> list[str]:
-    """The ids of the messages in an answer of one of our tools, in whatever form a coding agent passes it on. The text
-    of a message is not searched: its sender could name the ids of other messages there."""
+    """The ids of the messages in an answer of one of our tools, but not those that a message's sender may name."""
     if isinstance(answer, str):
         with contextlib.suppress(ValueError):
             return shown_ids(json.loads(answer)) if answer[:1] in ("{", "[") else []
@@ -13073,16 +12901,14 @@ def shown_ids(answer: Any) -> list[str]:
 HOOK_SECONDS = 0.12  # a hook may take from its session without a hub; to start it takes as long, and 0.25 is the most
 LOCAL_SECONDS = 1.0  # and before that for what needs no hub, on a busy machine: who the session is must not be lost
 ACK_SECONDS = 1.0  # more to acknowledge what was shown, which would come again otherwise
-CLAIM_SECONDS = (
-    10  # no other reader gets what a hook has read for so long, should the hook die: the machine may be busy
-)
+CLAIM_SECONDS = 10  # no other reader gets what a hook has read for so long, should it die: the machine may be busy
 WAITER_SECONDS = 86_400  # a waiter stays, if its session does: it must be woken after a night, too
 POLL_SECONDS = 50  # of one poll, clients and proxies cut at 60
 CHECK_SECONDS = 0.5  # between two checks of a waiter whether its session is still there
 START_SECONDS = 0.5  # before a waiter reads that starts with its session
 YIELD_SECONDS = 2  # an older waiter has to end in, which may just be showing something
 AUTO_LOCK_SECONDS = 120  # for an edit: as long as a person may take to allow it
-BLOCKS = 7  # of a session's end in a row: Claude Code ends the turn at the ninth, whatever we say
+BLOCKS = 7  # of a session's end in a row: Claude Code ends the turn at the ninth, and does not show the last block
 EDITS = ("Edit", "MultiEdit", "NotebookEdit", "Write")  # tools that write to a path
 
 
@@ -13101,8 +12927,7 @@ class Hook:
         self._showing, self._local_done = threading.Lock(), threading.Event()
 
     def run_within(self, seconds: float, work: Callable[[], None]) -> None:
-        """Run something for so many seconds. After that it goes on in vain: it can show nothing any more. If it has
-        shown something by then, it gets another second to acknowledge that."""
+        """Run something for so many seconds, after which it can show nothing, but acknowledge what it has shown."""
         worker = start_thread(self.run_quietly, work)
         self._local_done.wait(LOCAL_SECONDS)
         worker.join(seconds)
@@ -13115,11 +12940,9 @@ class Hook:
         """Run something. An error ends it, and is printed only with AGENTHUB_DEBUG=1."""
         try:
             work()
-        except Exception:
+        except Exception as error:
             if os.environ.get("AGENTHUB_DEBUG") == "1":
-                import traceback
-
-                traceback.print_exc()
+                sys.excepthook(type(error), error, error.__traceback__)
         finally:
             self._local_done.set()
 
@@ -13138,7 +12961,8 @@ class Hook:
         elif self.event == "SessionEnd" and self.input.get("reason") in CONTINUES:
             self.identity.hand_over()
         self._local_done.set()  # the rest needs the hub
-        HOOKS[self.event](self)
+        if not self.of_subagent or self.event in ("SessionStart", "PreToolUse", "SessionEnd"):
+            HOOKS[self.event](self)
 
     def write(self, text: str, file: TextIO | None) -> None:
         """Show a text. Raises OSError where nobody reads it, or where it comes too late."""
@@ -13164,17 +12988,13 @@ class Hook:
         """Keep the session from ending, and show the model why."""
         self.write(json.dumps({"decision": "block", "reason": text}), sys.stdout)
 
-    # mail
-
     def show_mail(self, show: Callable[[str], None], wait: float | None = None, before: str = "") -> bool:
-        """Show what is unread after the text `before`, each message once, and acknowledge it. Returns whether there was
-        anything to show. The claim keeps other readers from it meanwhile, also from what has no room here."""
+        """Show the text `before` and what is unread, and acknowledge it. Returns whether there was anything to show."""
         max_bytes = READ_BYTES // 2 if before else READ_BYTES
         query = {"unread": True, "limit": READ_AT_ONCE, "wait": wait, "claim": CLAIM_SECONDS, "max_bytes": max_bytes}
 
-        def read(client: Client) -> Json:
-            page: Json = client.call("GET", "/api/v1/messages", query | {"agent_id": client.agent_id})
-            return page
+        def read(client: Client) -> Any:
+            return client.call("GET", "/api/v1/messages", query | {"agent_id": client.agent_id})
 
         client = self.identity.client
         page = self.identity.act(read) if wait is None else read(client)
@@ -13190,15 +13010,8 @@ class Hook:
     def begin_showing(self) -> None:
         """Called before something is shown: from now on this must not be cut short."""
 
-    def prompt(self) -> None:
-        """UserPromptSubmit: show what is unread."""
-        if not self.of_subagent:
-            self.show_mail(self.add_context)
-
-    def tool_used(self) -> None:
-        """PostToolUse, PostToolBatch: show what is unread, except what one of our own tools has just shown."""
-        if self.of_subagent:
-            return
+    def turn(self) -> None:
+        """UserPromptSubmit, PostToolUse, PostToolBatch: show what is unread, but not what a tool of ours has shown."""
         calls = self.input.get("tool_calls", [self.input])
         ours = [call for call in calls if re.match(r"mcp__.*agenthub.*__", text_in(call, "tool_name"))]
         if ids := [id for call in ours for id in shown_ids(call.get("tool_response"))]:
@@ -13206,9 +13019,8 @@ class Hook:
         self.show_mail(self.add_context)
 
     def stop(self) -> None:
-        """Stop: show what is unread, and have the session go on with it. Claude Code ends a session that is blocked too
-        often in a row, and does not show the last block; so after BLOCKS of them the mail stays, for the waiter."""
-        if self.of_subagent or not self.identity.client.agent_id:
+        """Stop: show what is unread, and have the session go on with it; after BLOCKS in a row it is the waiter's."""
+        if not self.identity.client.agent_id:
             return
         path, count = waiter_path(self.identity.client) + "-blocks", 0
         if self.input.get("stop_hook_active") is True:
@@ -13217,8 +13029,6 @@ class Hook:
         if count < BLOCKS and self.show_mail(self.block):
             with open(open_private(path, os.O_TRUNC), "w") as file:
                 file.write(str(count + 1))
-
-    # start and end of a session
 
     def start(self) -> None:
         """SessionStart: register, and show who is here."""
@@ -13243,8 +13053,6 @@ class Hook:
             if client.agent_id:
                 end_waiter(waiter_path(client))  # last: what it is just showing may take a while
 
-    # files
-
     def guard_edit(self) -> None:
         """PreToolUse: deny an edit of what another agent has locked; with --auto-lock, lock the path for the edit."""
         target = self.input.get("tool_input")
@@ -13253,17 +13061,14 @@ class Hook:
             return
         names = _lock_names(path, text_in(self.input, "cwd") or os.getcwd(), self.identity.folder)
         locks = [lock for lock in self.identity.act(lambda client: client.locks()) if _covers(lock["paths"], names)]
-        if lock := next((lock for lock in locks if self._forbids(lock, names)), None):
-            self._deny(names[0], lock)
-        elif self.args.auto_lock and not any(lock["remaining"] > AUTO_LOCK_SECONDS for lock in locks):
+        absolute, me = list(filter(os.path.isabs, names)), self.identity.client.agent_id
+        for lock in locks:
+            holder, is_sure = lock["agent_id"], _covers(lock["paths"], absolute)
+            if holder != me and (is_sure or not self._is_elsewhere(holder)):
+                self._deny(names[0], lock)
+                return
+        if self.args.auto_lock and not any(lock["remaining"] > AUTO_LOCK_SECONDS for lock in locks):
             self._lock(names[0])
-
-    def _forbids(self, lock: Json, names: list[str]) -> bool:
-        """Whether a lock that covers a file is another agent's, and means this file, as an absolute path always
-        does."""
-        if lock["agent_id"] == self.identity.client.agent_id:
-            return False
-        return _covers(lock["paths"], list(filter(os.path.isabs, names))) or not self._is_elsewhere(lock["agent_id"])
 
     def _lock(self, name: str) -> None:
         """Lock a path for an edit, or deny the edit where another agent was quicker."""
@@ -13292,10 +13097,10 @@ class Hook:
 
 HOOKS: dict[str, Callable[[Hook], None]] = {  # by Claude Code's names
     "SessionStart": Hook.start,
-    "UserPromptSubmit": Hook.prompt,
+    "UserPromptSubmit": Hook.turn,
     "PreToolUse": Hook.guard_edit,
-    "PostToolUse": Hook.tool_used,
-    "PostToolBatch": Hook.tool_used,
+    "PostToolUse": Hook.turn,
+    "PostToolBatch": Hook.turn,
     "Stop": Hook.stop,
     "SessionEnd": Hook.end,
 }
@@ -13311,8 +13116,7 @@ def start_thread(work: Callable[..., object], *args: object) -> threading.Thread
 
 
 def _put_on_path() -> None:
-    """Have the session's shell find the launcher by the name that all texts have for it (Claude Code reads this file
-    before each command)."""
+    """Have the session's shell find the launcher: Claude Code reads this file before each command."""
     import shutil
 
     path, folder = os.environ.get("CLAUDE_ENV_FILE"), os.path.dirname(os.path.abspath(sys.argv[0]))
@@ -13392,8 +13196,7 @@ class Waiter(Hook):
             self._step_back(None, None)
 
     def _step_back(self, number: int | None, frame: Any) -> None:
-        """Signal handler: the session reads its mail itself, so end the poll. An answer that is on its way is still
-        read and shown, because the hub counts it as ours; otherwise the hub sees that nobody waits any more."""
+        """Signal handler: the session reads its mail itself, so end the poll; an answer on its way is still shown."""
         import socket
 
         connection, self.steps_back = self.identity.client.in_use, True
@@ -13445,10 +13248,8 @@ class Waiter(Hook):
 def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
+    except OSError as error:
+        return isinstance(error, PermissionError)
     return True
 
 
@@ -13478,8 +13279,7 @@ def end_waiter(path: str) -> None:
         _take_over(file)
         os.unlink(path)
     for suffix in ("-held", "-held-polls", "-blocks"):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path + suffix)
+        _remove(path + suffix)
 
 
 _HOOK_HELP = "what a coding agent's hook runs: the event as JSON on stdin, its answer on stdout"
@@ -13519,8 +13319,7 @@ MODERN_ONLY = ("resultType", "ttlMs", "cacheScope")  # members of a result
 
 
 def hub_messages(client: Client, message: Json) -> Iterator[Json]:
-    """What the hub's /mcp answers a request with, which is made one of the modern revision: progress as it comes, and
-    last the response. Raises HubError, and OSError or EOFError where the connection breaks."""
+    """What the hub's /mcp answers, progress first, the response last. Raises HubError, OSError, EOFError."""
     import base64
 
     method, params = message["method"], message.get("params", {})
@@ -13550,21 +13349,13 @@ class StdioRequest:
         self.id, self.params = message["id"], message.get("params", {})  # type: str | int, Json
         self.is_tool = message["method"] == "tools/call"
 
-    def cancel(self) -> None:
-        """End it: its connection is closed, and it is not answered."""
-        self.cancelled = True
-        self.client.close()
-
 
 Work = Callable[[StdioRequest], "Json | None"]  # gives the response
 
 
 class Stdio:
-    """MCP on stdin and stdout, one JSON object a line: a bridge to the hub's /mcp.
-
-    What needs no hub is answered here. Every other request has a thread and a connection of its own, so that one that
-    waits holds up no other. Where there is no hub, the result of a tool says what to do.
-    """
+    """MCP on stdin and stdout, one JSON object a line: a bridge to the hub's /mcp. What needs no hub is answered here;
+    any other request has a thread and a connection of its own, so that one that waits holds up no other."""
 
     def __init__(self, identity: Identity, write: Callable[[bytes], object]) -> None:
         import threading
@@ -13614,8 +13405,6 @@ class Stdio:
     def _caller(self) -> Caller:
         return Caller(self._identity.client.agent_id or "", False, {})
 
-    # requests on threads
-
     def _start(self, key: object, era: Era, message: Json, work: Work) -> None:
         with self._lock:
             if key in self._running:
@@ -13630,10 +13419,8 @@ class Stdio:
             answer = work(request)
         except RpcError as error:
             answer = error.wire(request.id)
-        except Exception:
-            import traceback
-
-            traceback.print_exc()
+        except Exception as error:
+            sys.excepthook(type(error), error, error.__traceback__)
             answer = RpcError(INTERNAL, "agenthub failed at this request; its stderr says why").wire(request.id)
         with self._lock:  # before the answer: its id may then be used again
             if self._running.get(key) is request:
@@ -13642,12 +13429,12 @@ class Stdio:
             self.say(answer)
 
     def _cancel(self, key: object) -> None:
+        """End a request: its connection is closed, and it is not answered."""
         with self._lock:
             request = self._running.pop(key, None)
         if request:
-            request.cancel()
-
-    # calls of tools, reads of resources
+            request.cancelled = True
+            request.client.close()
 
     def _forward(self, request: StdioRequest) -> Json | None:
         """The hub's answer to a request. Where the hub does not answer the call of a tool, a result says so."""
@@ -13656,7 +13443,8 @@ class Stdio:
             raise RpcError(INVALID_PARAMS, f"`{name}` must be a string")
         try:
             if request.is_tool and request.params["name"] == "register":
-                self._renew()
+                with self._joining:  # the hub's tool makes a token that nobody keeps, and the oldest of an agent's end
+                    self._identity.register()
             self._join(request.client)
             own = self._identity.client
             with instead_of_waiter(own) if request.is_tool else contextlib.nullcontext():  # it may read mail
@@ -13667,8 +13455,8 @@ class Stdio:
             raise RpcError(REFUSED, error.message) from None
 
     def _ask_hub(self, request: StdioRequest) -> Json | None:
-        """The hub's answer. A session that the hub has forgotten registers again, once. What the hub has not got, or
-        may get twice, is sent again for RETRY_SECONDS, if the hub was there before. Raises HubError."""
+        """The hub's answer. An agent that it has forgotten registers again, once. What it has not got, or may get
+        twice, is sent again for RETRY_SECONDS, if the hub was there before. Raises HubError."""
         ends_at, tries, has_joined = 0.0, 0, False
         while not request.cancelled:
             try:
@@ -13691,8 +13479,7 @@ class Stdio:
         return None
 
     def _exchange(self, request: StdioRequest) -> Json:
-        """Send a request, pass on what the hub says before the response, and return that. Raises HubError; OSError or
-        EOFError where the connection breaks."""
+        """The response to a request; what comes before it is passed on. Raises HubError, OSError, EOFError."""
         for message in hub_messages(request.client, request.message):
             self._has_met = True
             if "id" in message:
@@ -13700,11 +13487,8 @@ class Stdio:
             self.say(message)
         raise EOFError("the stream ended without a response")
 
-    # the session's agent
-
     def _join(self, client: Client, again: bool = False) -> None:
-        """Give a client the name and token of this session's agent, which is registered first if it is not; `again`: if
-        the hub has forgotten it. Raises HubError."""
+        """Give a client the session's id and token; register first if need be, or `again`. Raises HubError."""
         with self._joining:
             own = self._identity.client
             self._identity.act(lambda own: None if own.token and not again else own.heartbeat())
@@ -13714,22 +13498,14 @@ class Stdio:
                     greeting = {"jsonrpc": "2.0", "id": 0, "method": "server/discover"}
                     self._has_greeted = any("result" in message for message in hub_messages(client, greeting))
 
-    def _renew(self) -> None:
-        """Get a new token: the hub's tool makes one that nobody keeps, and the oldest of an agent's tokens end."""
-        with self._joining:
-            self._identity.register()
-
     def _beat(self) -> None:
-        """Keep the agent active for as long as this runs. One that has left does not come back by this, but with the
-        next call of a tool."""
+        """Keep the agent active while this runs. One that has left comes back with the next call of a tool only."""
         client = self._identity.another_client()
         while True:
             with contextlib.suppress(HubError, OSError):
                 self._join(client)
                 client.heartbeat()
             time.sleep(HEARTBEAT_SECONDS)
-
-    # subscriptions
 
     def _watch(self, request: StdioRequest) -> Json | None:
         """A subscription. It is confirmed when the hub has confirmed it, so that no change in between is missed."""
@@ -13752,8 +13528,7 @@ class Stdio:
         return None
 
     def _changes(self, request: StdioRequest, uris: list[str]) -> Iterator[list[str]]:
-        """Which resources have changed, each time some have; after a break, any may have. First, once: none, when the
-        hub listens or can't be reached."""
+        """Which resources have changed (after a break, any may have); first none, once the hub listens or is away."""
         begun, tries = False, 0
         while not request.cancelled:
             try:
@@ -13768,42 +13543,29 @@ class Stdio:
                 time.sleep(0 if request.cancelled else pause_after(tries))
 
 
-class Writer:
-    """Writes to a file descriptor on a thread of its own: a client that reads nothing must not keep us from seeing that
-    it has gone, and nothing may be left in a buffer that the process would wait for at its end."""
-
-    def __init__(self, file: int) -> None:
-        import queue
-
-        self._file = file
-        self._queue: queue.Queue[bytes] = queue.Queue(MAX_OWED)  # b"" at its end
-        self._thread = start_thread(self._run)
-        self.put = self._queue.put
-
-    def _run(self) -> None:
-        while data := self._queue.get():
-            with contextlib.suppress(OSError):  # nobody reads any more
-                while data:
-                    data = data[os.write(self._file, data) :]
-
-    def end(self) -> None:
-        """Write what is left, if somebody takes it."""
-        self.put(b"")
-        self._thread.join(STOP_SECONDS)
+def _write_from(queue: queue.Queue[bytes]) -> None:
+    """Write to stdout what a queue holds, up to b"". Without a buffer: the process would wait for it at its end."""
+    while data := queue.get():
+        with contextlib.suppress(OSError):  # nobody reads any more
+            while data:
+                data = data[os.write(1, data) :]
 
 
 @command_line("mcp", "serve the tools to a model, over MCP on stdin and stdout", example="agenthub mcp --as alpha")
 def _mcp_command(args: argparse.Namespace) -> None:
-    """Serve MCP until stdin ends."""
+    """Serve MCP until stdin ends. Answers are written on a thread: a client that reads none must not hide its end."""
+    import queue
+
     identity = Identity(args, next(filter(None, map(os.environ.get, SESSION_VARIABLES)), folder_session()))
     identity.client.name = None if identity.client.agent_id else folder_name()
     identity.client.metadata = about_session()
-    writer = Writer(1)
-    server = Stdio(identity, writer.put)
+    answers: queue.Queue[bytes] = queue.Queue(MAX_OWED)
+    writer, server = start_thread(_write_from, answers), Stdio(identity, answers.put)
     for line in sys.stdin.buffer:
         if line.strip():
             server.take(line)
-    writer.end()
+    answers.put(b"")
+    writer.join(STOP_SECONDS)
 
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
@@ -13825,8 +13587,7 @@ def _blanked(pattern: re.Pattern[str], text: str) -> str:
 
 
 class SettingsMember(NamedTuple):
-    """A member of an object or array: where it begins, its key or index, where its value begins and ends, that value,
-    and where the comma behind it is, or -1."""
+    """A member of an object or array, with the places of its start, of its value, and of the comma behind it or -1."""
 
     start: int
     key: str | int
@@ -13837,8 +13598,7 @@ class SettingsMember(NamedTuple):
 
 
 class JsonSettings:
-    """JSON text, in which comments and a comma behind the last member may be; an empty one is that of an empty object.
-    Raises InvalidJson for other text."""
+    """JSON text, maybe with comments and a comma at the end; empty text is an empty object. Raises InvalidJson."""
 
     def __init__(self, text: str) -> None:
         self.text = text = text if text.strip(_EMPTY) else text.rstrip(_BLANK) + "{}\n"
@@ -13896,8 +13656,8 @@ class JsonSettings:
         return json.dumps(value, separators=(",", ":") if self.is_tight else (", ", ": "), ensure_ascii=False)
 
     def _walk(self, path: JsonPath) -> Iterator[tuple[int, list[SettingsMember], SettingsMember | None]]:
-        """For each key of a path: where its object or array begins, the members, and the member of that key, None at
-        the end where there is none; of several with that key the last, as JSON readers have it. Raises InvalidJson."""
+        """For each key of a path: where its object or array begins, its members, and the last of that key, or None at
+        the end. Raises InvalidJson."""
         at, value = self._skip(0), self.value
         for depth, key in enumerate(path):
             kind, words = (dict, "an object") if isinstance(key, str) else (list, "an array")
@@ -14029,8 +13789,7 @@ def with_hooks(text: str, groups: dict[str, list[Json]]) -> str:
 
 
 def without_own(text: str, before: Any) -> str:
-    """The settings without our server and hooks, and without what is empty then and was not there `before`: a JSON
-    value, None where it is not known. Raises InvalidJson."""
+    """The settings without our server and hooks, and what is then empty and was not `before`. Raises InvalidJson."""
     value = JsonSettings(text).value
     paths = _own_hook_paths(value)
     paths += [("mcpServers", "agenthub")] if _is_own_server(value_at(value, "mcpServers", "agenthub")) else []
@@ -14113,18 +13872,13 @@ BACKUP = ".agenthub-backup"  # behind the name of a file, for what it held befor
 
 
 class AgentConfig(NamedTuple):
-    """How a coding agent is set up: the files for its MCP servers and for its hooks, and which hooks it gets.
-
-    Of two files the first is for all projects, and begins with its folder (`${VARIABLE:-~/folder}/`); the second is for
-    one project. Hooks are for agents whose JSON, in and out, is Claude Code's. Each is what stands behind `agenthub
-    hook`: an event by Claude Code's name, and options; before a colon is the agent's own name of the event.
-    """
+    """How a coding agent is set up. Hooks are for agents whose JSON, in and out, is Claude Code's."""
 
     title: str
     note: str  # printed after an installation
-    servers: tuple[str, str]
+    servers: tuple[str, str]  # files: for all projects (`${VARIABLE:-~/folder}/` is its folder), and for one project
     hook_files: tuple[str, str] | None = None
-    hooks: str = ""
+    hooks: str = ""  # words behind `agenthub hook`: an event of Claude Code's, options; before a colon its own name
     timeout: int = HOOK_TIMEOUT  # of a hook, in the agent's unit
 
     def paths(self, in_project: bool) -> tuple[str, str]:
@@ -14155,26 +13909,20 @@ AGENT_CONFIGS = {
     ),
     "codex": AgentConfig(
         "Codex",
-        "type /hooks in Codex once to trust the hooks; it has none that wakes an idle session, and its edits come as"
-        " patches, so that locks are not held against them",
+        "type /hooks in Codex once to trust the hooks; none wakes an idle session, and locks don't stop its edits",
         ("${CODEX_HOME:-~/.codex}/config.toml", ".codex/config.toml"),
         ("${CODEX_HOME:-~/.codex}/hooks.json", ".codex/hooks.json"),
         "SessionStart, UserPromptSubmit, PostToolUse, Stop",
     ),
     "gemini": AgentConfig(
         "Gemini CLI",
-        "it has no hook that wakes an idle session, and refuses edits in words of its own, so that locks are not held"
-        " against them",
+        "it has no hook that wakes an idle session, and locks don't stop its edits",
         _GEMINI,
         _GEMINI,
         "SessionStart, BeforeAgent:UserPromptSubmit, AfterTool:PostToolUse, AfterAgent:Stop, SessionEnd",
         HOOK_TIMEOUT * 1000,
     ),
-    "cursor": AgentConfig(
-        "Cursor",
-        "hooks are left out, because Cursor's speak another language: its agent reads messages by the tools",
-        ("${:-~}/.cursor/mcp.json", ".cursor/mcp.json"),
-    ),
+    "cursor": AgentConfig("Cursor", "it has tools, but no hooks", ("${:-~}/.cursor/mcp.json", ".cursor/mcp.json")),
 }
 
 
@@ -14200,14 +13948,13 @@ class Change(NamedTuple):
         texts = [(side or b"").decode(errors="replace") for side in (self.before, self.after)]
         if None not in (self.before, self.after) and max(map(len, texts[0].split("\n"))) > LONG_LINE:
             for step in (1, -1):
-                same = len(os.path.commonprefix([text[::step] for text in texts]))
+                same = len(os.path.commonprefix([text[::step] for text in texts]))  # noqa: RUF071 (of characters)
                 texts = [text[same:] if step > 0 else text[: len(text) - same] for text in texts]
         lines = difflib.unified_diff(texts[0].split("\n"), texts[1].split("\n"), self.file, self.file, n=0, lineterm="")
         return {"file": self.file, "action": self.action, "diff": "\n".join([line.rstrip("\r") for line in lines])}
 
     def write(self) -> None:
-        """Make the change, whole or not at all. A symbolic link is followed, and the file's mode kept. Raises OSError;
-        HubError where another program wrote in between."""
+        """Make the change, whole or not at all; links and modes stay. Raises OSError, HubError if the file changed."""
         path = os.path.realpath(self.file)
         if self.before == self.after:
             return
@@ -14219,8 +13966,7 @@ class Change(NamedTuple):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         new = f"{path}.{os.urandom(4).hex()}"
         try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-            with open(os.open(new, flags, self.mode), "wb") as file:
+            with open(new, "xb", opener=functools.partial(os.open, mode=self.mode)) as file:
                 file.write(self.after)
                 file.flush()
                 os.fsync(file.fileno())
@@ -14233,11 +13979,9 @@ class Change(NamedTuple):
 
 
 def _read_file(path: str) -> bytes | None:
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), open(path, "rb") as file:
+        return file.read()
+    return None
 
 
 def _remove(file: str, folders: Iterable[str] = ()) -> None:
@@ -14280,11 +14024,8 @@ agenthub.run_process()
 
 
 class Installation:
-    """What this program puts into settings: calls of its launcher, with the agent and the hub that the command line
-    names. The launcher imports this file, which Python then compiles once only: a call takes half as long.
-
-    A journal beside the launcher says in which files these calls are, and which of the files and folders we made.
-    """
+    """What this program puts into settings: calls of its launcher, which imports this file (compiled once: twice as
+    fast). A journal beside the launcher says in which files calls are, and which files and folders we made."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         Client(args.url)  # raises InvalidRequest where that is no URL
@@ -14344,9 +14085,8 @@ class Installation:
         Change(self.journal, _read_file(self.journal), json.dumps(rows).encode() if rows else None).write()
 
     def install(self, changes: list[Change]) -> None:
-        """Make changes and print them; with --dry-run only print them. What was in a file of the user's is kept beside
-        it, and the launcher is written before it is named."""
-        changes = [*self.launchers(), *changes]
+        """Make changes and print them, or only print them. What was in a user's file is kept beside it."""
+        changes = [*self.launchers(), *changes]  # the launcher is written before it is named
         if not self.dry_run:
             private_folder(self.folder)
             rows = self.read_journal()
@@ -14378,24 +14118,17 @@ def _journal_row(change: Change) -> Json:
     return {"new": change.before is None, "folders": made}
 
 
-_PRODUCT = argument("product", choices=tuple(AGENT_CONFIGS), help="the coding agent")
-_USER_HELP = "in all projects of yours: the default"
-_USER = argument("--user", action="store_false", dest="project", default=False, help=_USER_HELP)
-_PROJECT = argument("--project", action="store_true", help="in this folder's project only")
 _AUTO_LOCK = argument("--auto-lock", action="store_true", help="lock files while they are edited (claude)")
-_DRY_RUN = argument("--dry-run", action="store_true", help="only show what would be changed")
-
-
-@command_line(
-    "install",
-    "have a coding agent use agenthub: its MCP server and its hooks",
-    example="agenthub install claude --dry-run",
+_INSTALL_ARGUMENTS = (
+    argument("product", choices=tuple(AGENT_CONFIGS), help="the coding agent"),
+    argument("--user", action="store_false", dest="project", default=False, help="in all your projects: the default"),
+    argument("--project", action="store_true", help="in this folder's project only"),
+    argument("--dry-run", action="store_true", help="only show what would be changed"),
 )
-@_PRODUCT
-@_USER
-@_PROJECT
-@_AUTO_LOCK
-@_DRY_RUN
+_INSTALL_HELP = "have a coding agent use agenthub: its MCP server and its hooks"
+
+
+@command_line("install", _INSTALL_HELP, *_INSTALL_ARGUMENTS, _AUTO_LOCK, example="agenthub install claude --dry-run")
 def install_command(args: argparse.Namespace) -> None:
     """Put our MCP server and our hooks into a coding agent's settings."""
     config, installation = AGENT_CONFIGS[args.product], Installation(args)
@@ -14413,11 +14146,7 @@ def install_command(args: argparse.Namespace) -> None:
         say("these files name a program of yours: whoever works on the project, too, runs the same command")
 
 
-@command_line("uninstall", "take out what install put in", example="agenthub uninstall claude")
-@_PRODUCT
-@_USER
-@_PROJECT
-@_DRY_RUN
+@command_line("uninstall", "take out what install put in", *_INSTALL_ARGUMENTS, example="agenthub uninstall claude")
 def uninstall_command(args: argparse.Namespace) -> None:
     """Take our MCP server and our hooks out of a coding agent's settings; the last time also the launcher."""
     config, installation = AGENT_CONFIGS[args.product], Installation(args)
@@ -14461,16 +14190,13 @@ def _read_json(data: bytes | None) -> Any:
 SKILL = """\
 ---
 name: agenthub
-description: Talk to the other coding agents at work here through agenthub. Use when a task is shared with others, when
-  you need to ask or tell another agent something, hand work over, avoid changing the same files at once, or when a
-  message from another agent came in.
+description: Talk to the other coding agents at work here. Use when a task is shared with others, when you need to ask
+  or tell one something, hand work over, not change the same files at once, or when a message from another one came in.
 ---
 
 # Talking to other agents
-
-Every agent here has an id on the hub. Messages wait until they are read; nothing is lost when nobody listens.
-Use the MCP tools of the server `agenthub` where you have them. The same from a shell, `{command}` being the program:
-
+Every agent here has an id on the hub. Messages wait until they are read; nothing is lost when nobody listens. Use the
+MCP tools of the server `agenthub` where you have them. The same from a shell, `{command}` being the program:
 - who is here: `agenthub agents --status active`; who you are: `agenthub status`
 - send: `agenthub send alpha "the tests pass"`; to a channel, quoted: `agenthub send '#build' "main is red"`
 - read what came: `agenthub recv`; wait for it: `agenthub recv --wait 50`
@@ -14481,7 +14207,6 @@ Use the MCP tools of the server `agenthub` where you have them. The same from a 
 - what became of a message: `agenthub trace ID`; what is wrong: `agenthub doctor`
 
 ## How to use it well
-
 - Say in one message what you did, what you need and by when; name files and commits. Send no thanks and no "ok".
 - A message that was sent is stored. That it was read is known only when `trace` says acknowledged.
 - If a lock is refused, work on something else or ask its holder. Don't go round it.
