@@ -1050,10 +1050,6 @@ def _path_text(value: Any) -> str:
     return value
 
 
-def _one_path(value: Any) -> tuple[str, ...]:
-    return _paths(_path_text(value))
-
-
 def _paths(value: Any) -> tuple[str, ...]:
     """Paths and globs, or a single one, in their normal spelling."""
     many = [value] if isinstance(value, str) else value
@@ -1078,10 +1074,6 @@ def _doing(value: Any) -> str:
     return value
 
 
-def _anything(value: Any) -> Any:
-    return value
-
-
 AgentId = Annotated[str, _AGENT_ID]
 NewAgentId = Annotated[str, Kind(_AGENT_ID.schema, _new_agent_id)]
 Name = Annotated[str, Kind(_RECIPIENT.schema, _new_name)]
@@ -1096,7 +1088,7 @@ MessageType = Annotated[str, _TYPE]
 MessageId = Annotated[str, _MESSAGE_ID]
 NewMessageId = Annotated[str, Kind(_MESSAGE_ID.schema, _new_message_id)]
 MessageIds = Annotated[Sequence[str], list_of(_MESSAGE_ID, MAX_PAGE, f"a list of up to {MAX_PAGE} message ids")]
-JsonValue = Annotated[Any, Kind({}, _anything, nullable=True)]
+JsonValue = Annotated[Any, Kind({}, lambda value: value, nullable=True)]
 Seq = Annotated[int, number(0, (1 << 63) - 1, whole=True)]
 PageLimit = Annotated[int, number(1, MAX_PAGE, whole=True), f"default {DEFAULT_LIMIT}"]
 WaitSeconds = Annotated[float, number(0, MAX_WAIT)]
@@ -1109,7 +1101,7 @@ ClaimSeconds = Annotated[float, number(1, 86_400)]
 Priority = Annotated[int, number(-100, 100, whole=True)]
 NoteVersion = Annotated[int, number(0, (1 << 53) - 1, whole=True)]
 Channel = Annotated[str, Kind({"type": "string"}, _channel)]
-OnePath = Annotated[str, Kind(_PATH_SCHEMA, _one_path)]
+OnePath = Annotated[str, Kind(_PATH_SCHEMA, lambda value: _paths(_path_text(value)))]
 _MANY_PATHS = {"type": "array", "items": _PATH_SCHEMA, "minItems": 1}
 Paths = Annotated[str | Sequence[str], Kind({"oneOf": [_PATH_SCHEMA, _MANY_PATHS]}, _paths)]
 NoteKey = Annotated[str, pattern("[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}", "a key: 1 to 128 of A-Z a-z 0-9 . _ : / -")]
@@ -1716,24 +1708,16 @@ def _task_words(task: Task) -> list[tuple[str, str]]:
     return [("state", "ended" if task.ended else task.state), *held, *waits]
 
 
-def _job_words(job: Job) -> list[tuple[str, str]]:
-    return [("holder", job.holder) if job.holder else ("group", job.group)]
-
-
-def _note_words(note: Note) -> list[tuple[str, str]]:
-    return [("state", "gone" if note.gone else "here")]
-
-
 STATE = (
     State(Agent, "agents", ("agent_id",), _agent_words),
     State(Seen, "seen", ("agent_id",)),
     State(Departed, "departed", ("agent_id",)),
     State(Member, "members", ("channel", "agent_id"), lambda member: [("agent", member.agent_id)]),
     State(Asked, "requests", ("id",), lambda r: [("agent", name) for name in {r.asker, *r.asked}], lambda r: r.seq),
-    State(Job, "jobs", ("seq",), _job_words),
+    State(Job, "jobs", ("seq",), lambda job: [("holder", job.holder) if job.holder else ("group", job.group)]),
     State(Task, "tasks", ("id",), _task_words, lambda task: (task.since, task.seq), aside="result", once=("payload",)),
     State(Lock, "locks", ("lock_id",), lambda lock: [("agent", lock.agent_id)]),
-    State(Note, "notes", ("key",), _note_words, lambda note: note.at, aside="value"),
+    State(Note, "notes", ("key",), lambda n: [("state", "gone" if n.gone else "here")], lambda n: n.at, aside="value"),
 )
 
 
@@ -2340,10 +2324,8 @@ class Hub:
             return sorted(name for name in group if name != sender), to
         holders = self.named(to)
         if len(holders) > 1:
-            raise AmbiguousRecipient(
-                f"{len(holders)} agents are named `{to}`: send to one of the ids {', '.join(holders[:10])}",
-                candidates=holders,
-            )
+            many = f"{len(holders)} agents are named `{to}`: send to one of the ids {', '.join(holders[:10])}"
+            raise AmbiguousRecipient(many, candidates=holders)
         inbox = holders[0] if holders else to
         return (inbox,), inbox
 
@@ -2425,7 +2407,9 @@ class Hub:
         for channel in self.channels_of(agent_id):
             self._expel(channel, agent_id)
         self._free_locks(agent_id)
-        self._give_up_jobs(agent_id, at)
+        for seq in list(self.jobs.find("holder", agent_id)):
+            self._hand_on(self.jobs[seq], at, self._worker(self.jobs[seq], at))
+        self._turns.pop(agent_id, None)
         for id in self.tasks_of(agent_id):
             self._lose(self.tasks[id], at, f"{agent_id} has left the hub")
 
@@ -2867,12 +2851,6 @@ class Hub:
                 if self.jobs[seq].sender != agent_id and seq not in self.delayed:
                     self._hand_on(self.jobs[seq], at, agent_id)
 
-    def _give_up_jobs(self, agent_id: str, at: int) -> None:
-        """An agent left: others get its jobs."""
-        for seq in list(self.jobs.find("holder", agent_id)):
-            self._hand_on(self.jobs[seq], at, self._worker(self.jobs[seq], at))
-        self._turns.pop(agent_id, None)
-
     def _elapse_jobs(self, at: int) -> None:
         """Hand on what was not acknowledged in time, as much as a turn may take; and what lies with a group in which an
         agent is free: room may have come about by other means."""
@@ -3204,10 +3182,6 @@ class Hub:
         """The requests that wait for locks, in order."""
         return [want for want in self.locks.waiting.values() if want.wait_until > at]
 
-    def locks_ready(self, at: int) -> list[str]:
-        """The ids of the requests that could have their locks now."""
-        return self.locks.ready(at, self.live(at))
-
     @command
     def take_lock(self, at: int, want: LockRequest) -> Lock | None:
         """Lock all of these paths; None where the request has to wait for them. Raises LockHeld."""
@@ -3479,21 +3453,13 @@ class Codec(NamedTuple):
     decode: Callable[[Any], Any] | None = None
 
 
-def _digests(data: bytes) -> tuple[bytes, ...]:
-    return tuple(data[i : i + 32] for i in range(0, len(data), 32))
-
-
-def _tuple(text: str) -> tuple[str, ...]:
-    return tuple(json.loads(text))
-
-
 CODECS = {
     "str": Codec("TEXT NOT NULL"),
     "int": Codec("INTEGER NOT NULL"),
     "bytes": Codec("BLOB NOT NULL"),
     "bool": Codec("INTEGER NOT NULL", int, bool),
-    "tuple[str, ...]": Codec("TEXT NOT NULL", dump, _tuple),
-    "tuple[bytes, ...]": Codec("BLOB NOT NULL", b"".join, _digests),
+    "tuple[str, ...]": Codec("TEXT NOT NULL", dump, lambda text: tuple(json.loads(text))),
+    "tuple[bytes, ...]": Codec("BLOB NOT NULL", b"".join, lambda data: tuple(re.findall(b"(?s).{32}", data))),
 }
 
 
@@ -3699,11 +3665,6 @@ _NO_GAP: tuple[str, RowsOf] = (
 BESIDES: dict[tuple[type[Any], type[Any]], tuple[str, RowsOf]] = {(Put, Lock): _FENCE, (Gone, Departed): _NO_GAP}
 
 
-def is_stored(change: Any) -> bool:
-    """Whether a change lasts; all others are news for those who are connected."""
-    return type(change) is not Presence
-
-
 def statements_of(changes: list[Any]) -> Iterator[tuple[str, list[Any]]]:
     """The statements that write the changes, each with its rows; changes of one kind in a row are written together."""
     for kind, run in itertools.groupby(changes, type):
@@ -3860,10 +3821,6 @@ class Search:
         """Whether so much is not in the index, or is and should not be, that it is worth a turn."""
         return self.damaged or (self.indexed >= 0 and (self.untidy or self.indexed <= seq - INDEX_BATCH))
 
-    def next_up_to(self, seq: int) -> tuple[int, int, int]:
-        """What NEXT_TO_INDEX is to be asked with."""
-        return self.indexed, seq, INDEX_BATCH + 1
-
     def advance(self, messages: list[tuple[int, str]], up_to: int) -> int:
         """Bring the index some way up to date with the next messages, within the caller's transaction, which is none
         of a message's: an index can be made again. Returns what `indexed` is once that is durable."""
@@ -3916,11 +3873,6 @@ def find_words(
 
 
 # --- Store ------------------------------------------------------------------------------------------------------------
-
-
-def quote_path(path: str) -> str:
-    """A file's path for a URI (RFC 3986), as SQLite reads one."""
-    return re.sub("[?#%]", lambda match: f"%{ord(match[0]):02X}", path)
 
 
 SEQS_BY = {"deliveries": "inbox", "messages": "sender", "channel_messages": "channel"}
@@ -4107,7 +4059,8 @@ class Store:
         made again; where even that fails, it is left alone, and searches look through the messages themselves."""
         self.check()
         search, again = self.search, self.search.damaged
-        messages = [] if again else cast(Any, list(self._rows(NEXT_TO_INDEX, search.next_up_to(up_to), self._writer)))
+        page = (search.indexed, up_to, INDEX_BATCH + 1)
+        messages = [] if again else cast(Any, list(self._rows(NEXT_TO_INDEX, page, self._writer)))
         try:
             self._writer.execute("BEGIN IMMEDIATE")
             indexed = search.make_again() if again else search.advance(messages, up_to)
@@ -4182,7 +4135,8 @@ class Store:
         options: Json = {"isolation_level": None, "check_same_thread": False, "timeout": 1}
         if self.path == ":memory:":
             return self._sqlite.connect(self.path, **options)
-        return self._sqlite.connect(f"file:{quote_path(os.path.abspath(self.path))}?mode=rw", uri=True, **options)
+        path = re.sub("[?#%]", lambda match: f"%{ord(match[0]):02X}", os.path.abspath(self.path))  # in a URI (RFC 3986)
+        return self._sqlite.connect(f"file:{path}?mode=rw", uri=True, **options)
 
     @contextlib.contextmanager
     def _snapshot(self) -> Iterator[sqlite3.Connection]:
@@ -4308,8 +4262,8 @@ class Store:
         with self._snapshot() as reader:
             try:
                 return self._find_words(reader, query, who, before, limit, now, self.search.indexed >= 0)
-            except self._sqlite.DatabaseError as error:
-                if type(error) is not self._sqlite.DatabaseError:  # busy, or out of something: no fault of the index
+            except (self._sqlite.DatabaseError, MemoryError) as error:  # a damaged index may ask for absurd amounts
+                if type(error) not in (self._sqlite.DatabaseError, MemoryError):  # busy, say: no fault of the index
                     raise
                 self.search.damaged = True
                 if reader.in_transaction:
@@ -4346,11 +4300,8 @@ class Store:
 
     def deliveries(self, seq: int) -> dict[str, dict[str, Any]]:
         """What became of a message, by inbox: times in milliseconds since 1970, and by which interfaces."""
-        rows = self._rows(
-            "SELECT inbox, acked_at, acked_via, pushed_at, pushed_via, claimed_at, claimed_until, expired_at"
-            f" FROM deliveries WHERE {_IN_ITS_INBOXES}",
-            (seq,),
-        )
+        columns = "inbox, acked_at, acked_via, pushed_at, pushed_via, claimed_at, claimed_until, expired_at"
+        rows = self._rows(f"SELECT {columns} FROM deliveries WHERE {_IN_ITS_INBOXES}", (seq,))
         names = ("acknowledged", "acknowledged_via", "pushed", "pushed_via", "claimed", "claimed_until", "expired")
         return {row[0]: dict(zip(names, row[1:], strict=True)) for row in rows}
 
@@ -5164,18 +5115,8 @@ class Operations:
         between = (name, other) if other else ("", "")
         wanted = Wanted(type or "", sender or "", thread or "", root.message.seq if root else 0, between)
         newest = start is None and not unread
-        query = InboxQuery(
-            name,
-            newest,
-            unread,
-            claim > 0,
-            limit or DEFAULT_LIMIT,
-            max_bytes or MAX_ANSWER,
-            wanted,
-            bool(sent or other),
-            channel or "",
-            since,
-        )
+        most = (limit or DEFAULT_LIMIT, max_bytes or MAX_ANSWER)
+        query = InboxQuery(name, newest, unread, claim > 0, *most, wanted, bool(sent or other), channel or "", since)
         first = (sys.maxsize if before is None else before) if newest else start or 0
         page, at = yield from wait_for_page(api, query, first, call.at, wait)
         return (
@@ -5328,7 +5269,8 @@ class Operations:
             and proposer in (None, task.proposer)
             and api.hub.may_see(call.agent_id, task)
         ]
-        first = sorted(chosen, key=_task_order)[: limit or DEFAULT_LIMIT]
+        chosen.sort(key=lambda task: (_TASK_RANK[task.state], -task.priority, -task.since if task.ended else task.seq))
+        first = chosen[: limit or DEFAULT_LIMIT]
         return Response(lambda: {"tasks": tasks_json(api, first, call.at), "total": len(chosen)})
 
     @operation("POST", "/api/v1/tasks", aliases=FROM | {"task": "message"})
@@ -5443,17 +5385,9 @@ class Operations:
         """Lock all of the paths, or none; at once, or when it is this agent's turn."""
         name, at, over, ends_at = call.agent_id, call.at, not wait, call.at + int((wait or 0) * 1000)
         wait_until = ends_at + POSITION_SECONDS * 1000 if wait else 0
-        want = LockRequest(
-            name,
-            id or api.mint()[:12],
-            tuple(paths),
-            mode or "exclusive",
-            int((ttl or LOCK_TTL) * 1000),
-            note or "",
-            wait_until,
-            auto_renew is not False,
-            reentrant is not False,
-        )
+        lasts, flags = int((ttl or LOCK_TTL) * 1000), (auto_renew is not False, reentrant is not False)
+        what = (id or api.mint()[:12], tuple(paths), mode or "exclusive")
+        want = LockRequest(name, *what, lasts, note or "", wait_until, *flags)
         leave = make_command(Hub.leave_lock_queue, name, want.id)
         while True:
             keep_until = at + POSITION_SECONDS * 1000 if again and wait else 0
@@ -5606,10 +5540,6 @@ OPERATIONS: dict[str, Operation[..., Any]] = {
     name: row for name, row in vars(Operations).items() if isinstance(row, Operation)
 }
 _TASK_RANK = {"accepted": 0, "open": 1, "blocked": 2, "completed": 3, "cancelled": 3}
-
-
-def _task_order(task: Task) -> tuple[int, int, int]:
-    return _TASK_RANK[task.state], -task.priority, -task.since if task.ended else task.seq
 
 
 # reading an inbox
@@ -5785,12 +5715,9 @@ def registration_json(api: Api, agent: Agent, token: str, at: int) -> Json:
     """The answer to a registration."""
     hub = api.hub
     crowd = len(hub.agents) > MAX_PEERS  # then those that are active, and not all of them
-    others = itertools.islice(hub.active if crowd else hub.agents, MAX_PEERS)
-    peers = [
-        {"agent_id": name, "name": hub.agents[name].name, "status": hub.status(name, at)}
-        for name in others
-        if name != agent.agent_id
-    ]
+    first = itertools.islice(hub.active if crowd else hub.agents, MAX_PEERS)
+    others = [name for name in first if name != agent.agent_id]
+    peers = [{"agent_id": name, "name": hub.agents[name].name, "status": hub.status(name, at)} for name in others]
     body = {"success": True, "agent_id": agent.agent_id, "session_id": agent.session_id, "name": agent.name}
     body |= {"websocket_url": f"/ws/{agent.agent_id}", "token": token, "peers": peers}
     return body | {"unread": hub.unread(agent.agent_id)}
@@ -6726,10 +6653,6 @@ _METHODS |= {"resources/subscribe": _check_resource, "resources/unsubscribe": _c
 HANDSHAKE = Era(_METHODS, NO_RESOURCE, lambda method, result: result)
 
 
-def _discover(caller: Caller, params: Json) -> Json:
-    return {"supportedVersions": list(MODERN_VERSIONS), **_HELLO}
-
-
 _CACHED = {
     "server/discover": (LIST_TTL, "public"),
     "tools/list": (LIST_TTL, "private"),  # a caller that may act as any agent sees `as`
@@ -6747,7 +6670,8 @@ def _wrap(method: str, result: Json) -> Json:
     return {"resultType": "complete", **result, **cached, "_meta": meta}
 
 
-MODERN = Era({"server/discover": _discover, **_BOTH}, INVALID_PARAMS, _wrap)
+_DISCOVERED = {"supportedVersions": list(MODERN_VERSIONS), **_HELLO}
+MODERN = Era({"server/discover": lambda caller, params: _DISCOVERED, **_BOTH}, INVALID_PARAMS, _wrap)
 
 
 def check_envelope(message: Json, headers: dict[str, str] | None) -> None:
@@ -7193,11 +7117,8 @@ _AFTER_MESSAGE = {  # by the type of the message; `about` is the message or task
     "ping": (),
 }
 _SHOW = ("task show {task_id}",)
-_BY_STATE = {
-    "open": ("task accept {task_id}",),
-    "blocked": _SHOW,
-    "accepted": (*_SHOW, 'send {holder} "…"'),
-}  # a task's
+# A task's.
+_BY_STATE = {"open": ("task accept {task_id}",), "blocked": _SHOW, "accepted": (*_SHOW, 'send {holder} "…"')}
 _AFTER_CHECK = {"identity": ("register",), "queue": ("recv",), "recipient": ("agents",)}
 
 
@@ -7800,10 +7721,6 @@ def _text_chunk(message: Message, envelope: str) -> bytes:
     return http_chunk(f"{envelope}\n")
 
 
-def _socket_frame(message: Message, envelope: str) -> bytes:
-    return websocket_frame(envelope.encode())
-
-
 def presence_json(news: Presence) -> str:
     """The frame that tells of an agent's coming, going or doing (JSON text)."""
     return dump({"type": "presence"} | {key: value for key, value in news._asdict().items() if value})
@@ -7963,7 +7880,10 @@ class SocketReader(InboxReader):
     via = "websocket"
 
     def __init__(self, server: Server, upgrade: Upgrade, socket: HubSocket) -> None:
-        super().__init__(server, upgrade.agent_id, upgrade.after, _socket_frame, socket.transport)
+        def encode(message: Message, envelope: str) -> bytes:
+            return websocket_frame(envelope.encode())
+
+        super().__init__(server, upgrade.agent_id, upgrade.after, encode, socket.transport)
         self._explicit, self._socket = upgrade.explicit, socket
         self._written: list[int] = []  # and not pinged for yet
         self._pinged: tuple[int, ...] = ()  # what the ping that is on its way stands for
@@ -8230,11 +8150,7 @@ def counts_json(server: Server) -> Json:
     hub, tasks = server.hub, server.hub.count_tasks()
     counts: Json = {"event": "counts", "agents": len(hub.agents), "active": len(hub.active)}
     counts |= {"messages": server.api.committed, "unread": sum(map(hub.unread, hub.inboxes))}
-    return counts | {
-        "open_tasks": tasks["open"],
-        "accepted_tasks": tasks["accepted"],
-        "locks": len(hub.locks.held),
-    }
+    return counts | {"open_tasks": tasks["open"], "accepted_tasks": tasks["accepted"], "locks": len(hub.locks.held)}
 
 
 # --- Running ----------------------------------------------------------------------------------------------------------
@@ -8387,7 +8303,8 @@ class LockQueue:
 
     def _ask(self) -> None:
         self._moving = False
-        for id in self._server.hub.locks_ready(self._server.clock()) if self.runners else ():
+        hub, at = self._server.hub, self._server.clock()
+        for id in hub.locks.ready(at, hub.live(at)) if self.runners else ():
             if id in self.runners:
                 self.runners[id].wake(NEWS)
         self._server.schedule()
@@ -9045,7 +8962,7 @@ class HubSocket(ServerConnection):
 
 # --- Committer --------------------------------------------------------------------------------------------------------
 
-Leave = Callable[["HubError | None"], None]  # called when what it waits for is durable, or with why it can't be
+Leave = Callable[["HubError | None"], object]  # called when what it waits for is durable, or with why it can't be
 
 
 class Worker:
@@ -9177,7 +9094,7 @@ class Committer:
             return  # its end schedules the next
         changes, top = self.hub.take_changes(), self.hub.seq
         waiters, self._waiters = self._waiters, []
-        if not any(map(is_stored, changes)):
+        if all(type(change) is Presence for change in changes):  # news for those who are connected, which nothing keeps
             self._committed(changes, top, waiters)
             return
         started = time.perf_counter()
@@ -9410,7 +9327,7 @@ class Listener:
         import asyncio
 
         if self.library and not self.library.done():
-            await asyncio.wait([self.library])
+            await asyncio.wait([self.library], timeout=STOP_SECONDS / 2)
         for listener in self._listeners:
             listener.close()
 
@@ -9679,16 +9596,13 @@ class Server:
         if not self._bringing:
             return
         if self.committer.busy:
-            self.when_durable(self._bring_later)
+            self.when_durable(lambda error: self.loop.call_soon(self._bring_due))
             return
         self._bringing = False
         try:
             self._bring(self.clock(), self.limits.retention * 1000)
         except StorageFull as error:
             self.api.trouble = error.message
-
-    def _bring_later(self, error: HubError | None) -> None:
-        self.loop.call_soon(self._bring_due)
 
     def _bring(self, at: int, kept: float) -> None:
         if due := self.store.due(at):
@@ -9949,12 +9863,12 @@ def values_of(operation: Operation[..., Any], args: tuple[Any, ...], named: Json
     if not (names or args or named):
         return {}
     values = dict(zip(names, args, strict=False)) | named
-    twice_or_too_many = len(values) < len(args) + len(named)
-    if twice_or_too_many or not required <= values.keys() <= names.keys():
+    if len(values) < len(args) + len(named) or not required <= values.keys() <= names.keys():
         raise TypeError(f"{operation.name}() takes {', '.join(names)}; it needs {', '.join(required) or 'none'}")
-    if "id" in names and values.get("id") is None:
-        values["id"] = new_message_id()
-    return {names[name]: value for name, value in values.items() if value is not None or name in required}
+    fields = {names[name]: value for name, value in values.items() if value is not None or name in required}
+    if "id" in names and "id" not in fields:
+        fields["id"] = new_message_id()
+    return fields
 
 
 def environment_secret(variable: str, value: str | None) -> str:
@@ -10028,9 +9942,8 @@ class ClientBase(Operations):
         name = self.name if self.agent_id or self.name else "agent"
         about = (self.agent_id, self.session_id, name, able, self.metadata)
         values = values_of(Operations.register_agent, about, {})
-        answer: Json = yield from self._repeat(
-            self._encode("POST", Operations.register_agent.path, values, token=self.key)
-        )
+        request = self._encode("POST", Operations.register_agent.path, values, self.key)
+        answer: Json = yield from self._repeat(request)
         self.agent_id, self.session_id, self.token = answer["agent_id"], answer["session_id"], answer["token"]
         self._lost = self._left = False
         return answer
@@ -10061,7 +9974,7 @@ class ClientBase(Operations):
         is for one of the group in `to`: if that one does not acknowledge it in `lease` seconds, the next gets it."""
         if one:
             more["deliver"] = "one"
-        return self._do(Operations.send, to, message, type, **more)
+        return self._ask(Operations.send, (to, message, type), cast(Json, more))
 
     @plan
     def reply(self, to: Json | str, message: Any, type: str | None = "response") -> ClientSteps[Json]:
@@ -10240,7 +10153,7 @@ class ClientBase(Operations):
     def guide(self) -> ClientSteps[str]:
         """The hub's page on how to use it, for a model; as this agent, with the key where this client has it."""
         query = {"agent_id": self.agent_id, "format": "json"}
-        answer = yield from self._repeat(self._encode("GET", "/guide", query=query, token=self.key or None))
+        answer = yield from self._repeat(self._encode("GET", "/guide", query, self.key or None))
         return str(answer["guide"])
 
     @plan
@@ -10257,7 +10170,7 @@ class ClientBase(Operations):
         handle, part = tempfile.mkstemp(".part", os.path.basename(path) + ".", os.path.dirname(os.path.abspath(path)))
         try:
             with open(handle, "w+b") as file:
-                yield Outgoing(self._encode("POST", Operations.copy_store.path, token=self.key or None), file)
+                yield Outgoing(self._encode("POST", Operations.copy_store.path, {}, self.key or None), file)
                 file.flush()
                 os.fsync(file.fileno())
             _put_in_place(part, path)
@@ -10275,7 +10188,7 @@ class ClientBase(Operations):
         """See that this agent's event stream can be opened, and that its first line arrives."""
         query = {"agent_id": self._me(), "after": after}
         try:
-            yield NextItem(lambda: self._encode("GET", Operations.stream.path, query=query), lambda line: line)
+            yield NextItem(lambda: self._encode("GET", Operations.stream.path, query), lambda line: line)
         except (OSError, EOFError) as error:
             raise self._unreachable(error) from error
 
@@ -10306,11 +10219,8 @@ class ClientBase(Operations):
 
     def _mcp(self, body: Json, headers: Headers) -> NextItem:
         """The messages with which the hub's /mcp answers one of JSON-RPC; `headers` besides those that all have."""
-        both = (
-            ("Accept", "application/json, text/event-stream"),
-            ("MCP-Protocol-Version", MODERN_VERSIONS[0]),
-            *headers,
-        )
+        version = ("MCP-Protocol-Version", MODERN_VERSIONS[0])
+        both = (("Accept", "application/json, text/event-stream"), version, *headers)
         path = f"/mcp/{quote(self._me())}"
         return NextItem(lambda: self._encode("POST", path, body, headers=both), message_in)
 
@@ -10329,7 +10239,7 @@ class ClientBase(Operations):
             yield Item(message.get("params", {}).get("uri", ""))
 
     def _stream_request(self, operation: Operation[..., Any]) -> bytes:
-        return self._encode("GET", operation.path, query={"agent_id": self._me(), "format": "json"})
+        return self._encode("GET", operation.path, {"agent_id": self._me(), "format": "json"})
 
     def _receive(
         self, stream: NextItem, take: Callable[[Any], ClientSteps[None]], over: Callable[[], bool]
@@ -10353,10 +10263,8 @@ class ClientBase(Operations):
         """The seconds to wait before a stream that failed is opened again. Raises an error that would come again."""
         if isinstance(error, (UnknownAgent, Unauthorized)) and not self._lost:
             self._lost, self.token = True, ""
-            reason, pause = (
-                f"{self.url} has lost its store, or has another: unread messages are gone",
-                pause_after(tries),
-            )
+            reason = f"{self.url} has lost its store, or has another: unread messages are gone"
+            pause = pause_after(tries)
         else:
             failure, pause = self._retry(error, tries)
             reason = failure.message
@@ -10394,35 +10302,29 @@ class ClientBase(Operations):
         return self.agent_id
 
     def _route(self, method: str, path: str, in_path: Iterable[str], values: Json) -> bytes:
-        """The bytes of a request: the fields `in_path` go there, the others into the query or the body."""
+        """The bytes of a request: the fields `in_path` go there."""
         for name in in_path:
             path = path.replace(f"{{{name}}}", quote(str(values.pop(name))))
-        by_query = method in ("GET", "DELETE")
-        return self._encode(method, path, None if by_query else values, values if by_query else None)
+        return self._encode(method, path, values)
 
-    def _encode(
-        self,
-        method: str,
-        path: str,
-        body: Json | None = None,
-        query: Json | None = None,
-        token: str | None = None,
-        headers: Headers = (),
-    ) -> bytes:
-        """The bytes of a request. The token says who asks; where there is none the key does."""
+    def _encode(self, method: str, path: str, fields: Json, token: str | None = None, headers: Headers = ()) -> bytes:
+        """The bytes of a request: its fields go into the query or the body. The token says who asks; where there is
+        none the key does."""
+        in_body, text = method in ("POST", "PUT"), b""
         try:
-            text = dump(body).encode() if body else b""
+            if in_body and fields:
+                text = dump(fields).encode()
         except ValueError as error:
             raise InvalidRequest(f"this can't be sent as JSON: {error}") from None
-        if query:
-            pairs = [f"{name}={_query_value(value)}" for name, value in query.items() if value is not None]
-            path = f"{path}?{'&'.join(pairs)}" if pairs else path
+        pairs = () if in_body else [f"{name}={_query_value(v)}" for name, v in fields.items() if v is not None]
+        if pairs:
+            path = f"{path}?{'&'.join(pairs)}"
         head = f"{method} {path} HTTP/1.1\r\nHost: {self._host}\r\n"
         if token := (self.token or self.key) if token is None else token:
             head += f"Authorization: Bearer {token}\r\n"
         for name, value in headers:
             head += f"{name}: {value}\r\n"
-        if method in ("POST", "PUT"):
+        if in_body:
             head += f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\n"
         return f"{head}\r\n".encode() + text
 
@@ -10872,8 +10774,7 @@ class AgentClient(ClientBase):
 
 
 async def receive(incoming: asyncio.StreamReader, seconds: float | None) -> bytes:
-    """The next bytes, or none at the end. Raises EOFError where none come in time. asyncio.wait_for would make a
-    task."""
+    """The next bytes, none at the end. Raises EOFError where none come in time. asyncio.wait_for would make a task."""
     if seconds is None:
         return await incoming.read(RECEIVE)
     import asyncio
@@ -11378,7 +11279,7 @@ class Listing(NamedTuple):
     example: str = ""
 
 
-def _nothing_locked(args: argparse.Namespace) -> str:
+def _no_lock(args: argparse.Namespace) -> str:
     return "nothing is locked" + (f" that overlaps with {args.path}" if args.path else "")
 
 
@@ -11386,7 +11287,7 @@ _NO_NOTE = "there is no such note: `agenthub note set KEY VALUE` makes one"
 TEXTS = {
     "agents": Listing(_agent_text, "nobody is registered", "who is here", "agents --status active"),
     "task": Listing(task_text, help="one task, with its result", example="task show 01a2…-4fe2"),
-    "locks": Listing(lock_line, _nothing_locked, "who has locked what", "locks src/api/x.py"),
+    "locks": Listing(lock_line, _no_lock, "who has locked what", "locks src/api/x.py"),
     "notes": Listing(_note_line, _NO_NOTE, "the notes on the board", "note list handover/"),
     "get_note": Listing(lambda note: value_text(note["value"]), "", "print a note", "note get handover/auth"),
     "delete_note": Listing(lambda note: f"{note['key']} is gone", "", "remove a note", "note delete handover/auth"),
@@ -11510,12 +11411,12 @@ def _register_command(args: argparse.Namespace) -> None:
     show(args, identity.register(args.name, args.capability), _registered_text)
 
 
-def _shown_options() -> list[Argument]:
+def _options_of_send() -> list[Argument]:
     """An option for each field of a message that goes through to its envelope."""
     return from_operation(Operations.send, *Operations.send.shown)()
 
 
-@command_line("send", "send a message", _shown_options, example='agenthub send alpha "hi"')
+@command_line("send", "send a message", _options_of_send, example='agenthub send alpha "hi"')
 @arguments(TO_WHOM, THE_TEXT, OF_TYPE, AS_JSON, WITH_TTL)
 @argument("--id", "idempotency key; default: made")
 @argument("--reply-to", "the message this answers", metavar="ID")
