@@ -110,12 +110,12 @@ class World:
         type: str = "message",
         id: str | None = None,
         known: ah.Receipt | None = None,
-        plan: ah.Plan = ah.NO_PLAN,
+        plan: ah.Plan | None = None,
         **more: object,
     ) -> ah.Receipt:
         """Send a message; `known` is what is stored under its id, `more` are fields of it (`reply_to`, `lease`, …)."""
         message = ah.Message(0, id or "", type, sender, "", payload, 0, **more)
-        return self.apply("send", ah.Draft(message, to, known, plan))
+        return self.apply("send", ah.Draft(message, to, known, plan or ah.Plan()))
 
     def state(self) -> ah.Snapshot:
         """All that the hub knows, as one value to compare."""
@@ -134,7 +134,7 @@ class World:
             lines["Content-Length"] = str(len(body))
         head = f"{method} {target} HTTP/1.1\r\n" + "".join(f"{n}: {v}\r\n" for n, v in lines.items()) + "\r\n"
         reader = ah.RequestReader(self.limits)
-        reader.feed(head.encode() + body)
+        reader.buffer += head.encode() + body
         request = reader.next()
         answer, extra = ah.dispatch(self.api, request.head, request.body, peer, self.clock())
         self.commit()
@@ -158,7 +158,7 @@ class World:
             try:
                 value = parked.step.work()
             except ah.HubError as error:
-                return parked.throw(error, self.clock())
+                return parked.resume(error, self.clock())
             return parked.resume(value, self.clock())
         if isinstance(parked.step, ah.Progress):
             self.progress.append(parked.step)
@@ -456,7 +456,7 @@ def test_an_answer_that_is_not_from_a_hub_is_recognised() -> None:
 def test_text_of_a_peer_is_harmless_and_looks_like_no_other_message() -> None:
     assert ah.harmless("a\x1b[31m\u202eb\tc\n") == "a\\x1b[31m\\u202eb\tc\n"
     assert ah.indented("a\r\nb\u2028c") == "a\n    b\n    c"
-    assert ah.read_timestamp(ah.timestamp(1_700_000_000_123)) == 1_700_000_000.123
+    assert ah.timestamp(1_700_000_000_123) == "2023-11-14T22:13:20.123Z"
 
 
 @pytest.mark.parametrize(("payload", "title"), [
@@ -532,6 +532,7 @@ def test_patterns_overlap_where_trying_all_paths_finds_a_common_one() -> None:
         ("*.py", "*.js", False), ("a*c", "*b", False), ("a*b", "*ab", True), ("*a*", "b*b", True),
         ("x[0-9]", "x[!0-9]", False),
         ("x[a-f]", "x[e-z]", True), ("x[!a]", "x[!b]", True), ("x[", "x[", True), ("[]a]", "]", True),
+        ("[]", "[]", True), ("[!]", "x", False),
         ("?", "ab", False), ("**", "any/thing", True),
         (".", "any/thing", True), ("a/**/b", "a/b", True), ("a/**/b", "a/x/y/b", True), ("a/**/b", "a/x", True),
         ("a/**/b*", "b/**", False), ("/etc", "etc", False),
@@ -650,8 +651,9 @@ def test_fields_may_be_left_out_or_unknown_and_missing_ones_are_named() -> None:
     ("Beta", "01TYEi4Mjf2Tft2SWjjVtdQ3", "beta-01TYEi4M"), ("Code Reviewer", "abc", "code-reviewer-abc"),
     ("Ünï", "12345678", "n-12345678"), ("日本", "12345678", "12345678"), ("x" * 64, "12345678", "x" * 55 + "-12345678"),
 ])  # fmt: skip
-def test_an_id_is_derived_from_name_and_session(name: str, session: str, agent_id: str) -> None:
-    assert ah.derived_id(name, session) == agent_id == ah.NewAgentId.__metadata__[0].check(agent_id)
+def test_an_id_is_derived_from_name_and_session(name: str, session: str, agent_id: str, world: World) -> None:
+    _, answer = world.call("POST", "/api/v1/agents/register", {"name": name, "session_id": session})
+    assert answer["agent_id"] == agent_id
 
 
 def test_a_refusal_does_not_show_what_looks_like_a_secret() -> None:
@@ -692,7 +694,7 @@ def test_requests_are_read_from_pieces_of_any_size_one_after_another(name: str, 
     data, body = GOOD_REQUESTS[name]
     reader, found = ah.RequestReader(ah.Limits()), []
     for start in range(0, len(data + POST), size):
-        reader.feed((data + POST)[start : start + size])
+        reader.buffer += (data + POST)[start : start + size]
         while request := reader.next():
             found.append(request)
     assert [request.body for request in found] == [body, b"hello"] and not reader.started
@@ -762,7 +764,7 @@ def test_a_malformed_request_is_refused_in_pieces_of_any_size(data: bytes) -> No
         reader = ah.RequestReader(ah.Limits())
         with pytest.raises(ah.HubError) as caught:
             for start in range(0, len(data), size):
-                reader.feed(data[start : start + size])
+                reader.buffer += data[start : start + size]
                 while reader.next():
                     pass
         assert caught.value.status == BAD_REQUESTS[data]
@@ -778,7 +780,7 @@ def test_random_bytes_are_requests_or_refusals_and_nothing_else() -> None:
             data = data or bytearray(b"x")
         reader = ah.RequestReader(ah.Limits())
         with contextlib.suppress(ah.HubError):
-            reader.feed(bytes(data))
+            reader.buffer += bytes(data)
             while reader.next():
                 pass
 
@@ -809,7 +811,7 @@ def test_the_absolute_form_names_the_host_whatever_the_header_says() -> None:
         (b"https://h?a=b", "h", "/"),
     ]:  # fmt: skip
         reader = ah.RequestReader(ah.Limits())
-        reader.feed(b"GET " + target + b" HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        reader.buffer += b"GET " + target + b" HTTP/1.1\r\nHost: localhost\r\n\r\n"
         head = reader.next().head
         assert (head.host, head.path) == (host, path)
 
@@ -836,7 +838,7 @@ def test_an_upgrade_field_counts_only_where_the_connection_field_names_it() -> N
     ]:  # fmt: skip
         reader = ah.RequestReader(ah.Limits())
         head = f"GET /ws/a HTTP/{version}\r\nHost: h\r\nUpgrade: websocket\r\nConnection: {connection}\r\n\r\n"
-        reader.feed(head.encode())
+        reader.buffer += head.encode()
         assert ("upgrade" in reader.next().head.headers) == heard
 
 
@@ -888,7 +890,7 @@ def test_folders_and_files_are_private_whatever_the_umask(tmp_path: Path) -> Non
 def test_a_change_is_stored_or_known_as_news() -> None:
     kinds = [kind for kind in vars(ah).values() if isinstance(kind, type) and kind.__doc__]
     changes = {kind for kind in kinds if kind.__doc__.startswith("Change:")}
-    assert changes == {*ah.WRITES, ah.Put, ah.Gone} and len(changes) > 10
+    assert changes == {key[0] if isinstance(key, tuple) else key for key in ah.WRITES} and len(changes) > 10
     assert {kind for kind in kinds if kind.__doc__.startswith("News, never stored:")} == {ah.Presence}
 
 
@@ -898,11 +900,11 @@ def test_a_change_is_stored_or_known_as_news() -> None:
 def test_values_are_found_by_each_of_their_words_until_they_are_gone() -> None:
     table = ah.Table(next(row for row in ah.STATE if row.kind is ah.Asked))
     one, two = ah.Asked("1", 1, "a", "1", ("b", "c")), ah.Asked("2", 2, "b", "2", ("b",))
-    assert table.put(one) is None and table.put(two) is None and table.put(one._replace(asked=("c",))) == one
+    table.put(one), table.put(two), table.put(one._replace(asked=("c",)))
     assert (list(table.find("agent", "a")), list(table.find("agent", "b"))) == (["1"], ["2"])
-    assert [r.id for r in ah.Requests(table).of("c")] == ["1"] and sorted(table.words("agent")) == ["a", "b", "c"]
+    assert list(table.find("agent", "c")) == ["1"] and sorted(table.words("agent")) == ["a", "b", "c"]
     assert table.drop("1").asked == ("c",) and table.drop("1") is None and not table.find("agent", "c")
-    assert table.drop("2") and not table and not table._index
+    assert table.drop("2") and not table and not table.words("agent")
 
 
 def test_the_key_of_a_kind_of_state_is_one_field_or_several() -> None:
@@ -1042,7 +1044,7 @@ def lock(
 ) -> ah.Lock | None:
     """Take a lock; None where it has to be waited for."""
     until_ms = world.clock() + int(wait * 1000) if wait else 0
-    id = id or f"{agent}-{world.hub.locks.fence}-{len(world.hub.locks.held)}"
+    id = id or f"{agent}-{world.hub.fence}-{len(world.hub.locks)}"
     mode = more.pop("mode", "exclusive")
     paths = tuple(map(ah.normal_path, paths))
     want = ah.LockRequest(agent, id, paths, mode, int(ttl * 1000), wait_until=until_ms, **more)
@@ -1050,7 +1052,7 @@ def lock(
 
 
 def held(world: World) -> dict[str, str]:
-    return {path: one.agent_id for one in world.hub.locks.held.values() for path in one.paths}
+    return {path: one.agent_id for one in world.hub.locks.values() for path in one.paths}
 
 
 def test_overlapping_paths_are_refused_with_their_holder_and_end(crew: World) -> None:
@@ -1097,7 +1099,7 @@ def test_locking_again_renews_and_a_fencing_token_is_never_used_twice(crew: Worl
     crew.apply("unlock", "w2")
     crew.commit()
     again = ah.Hub(crew.limits, crew.store.load(), crew.clock())
-    assert again.locks.fence == 2 and not again.locks.held, "no lock is left, and the number is"
+    assert again.fence == 2 and not again.locks, "no lock is left, and the number is"
 
 
 def test_a_takeover_keeps_tasks_and_channels_and_frees_locks(crew: World) -> None:
@@ -1107,7 +1109,7 @@ def test_a_takeover_keeps_tasks_and_channels_and_frees_locks(crew: World) -> Non
     crew.clock.advance(ah.ACTIVE_SECONDS)
     crew.register("w1", "another")
     assert held(crew) == {"b": "w2"} and not crew.hub.locks.waiting
-    assert crew.hub.tasks_of("w1") == [task] and crew.hub.channels_of("w1") == ["#c"]
+    assert list(crew.hub.tasks.find("holder", "w1")) == [task] and list(crew.hub.members) == [("#c", "w1")]
     crew.commit()
     assert crew.is_what_the_store_says()
 
@@ -1161,7 +1163,7 @@ def test_shared_lock_requests_go_together_and_abandoned_ones_hold_up_none(crew: 
     assert lock(crew, "w3", "a", id="w3", wait=5) is None
     lock(crew, "boss", "z"), lock(crew, "w3", "z", id="z", wait=5)
     crew.clock.advance(6)
-    assert [want.id for want in crew.hub.waiting_locks(crew.clock())] == ["w1", "w2"]
+    assert [want.id for want in crew.hub.locks.waiting_at(crew.clock())] == ["w1", "w2"]
     crew.apply("unlock", "boss", "", ("z",))
     assert lock(crew, "w1", "z"), "whoever does not ask any more stands in nobody's way"
     crew.apply("unlock", "boss")
@@ -1184,7 +1186,7 @@ def test_a_lock_request_that_would_wait_in_a_circle_is_refused(crew: World) -> N
 
 def ready(world: World) -> list[str]:
     """The ids of the requests that could have their locks now."""
-    return world.hub.locks.ready(world.clock(), world.hub.live(world.clock()))
+    return world.hub.locks.ready(world.clock())
 
 
 def test_a_command_waits_for_another_of_the_same_agent(crew: World) -> None:
@@ -1240,7 +1242,7 @@ def test_paths_are_released_singly_or_all_by_their_agent_only(crew: World) -> No
     assert crew.apply("unlock", "w2", "", ("a",)) == [] and crew.apply("unlock", "w1", "none") == []
     assert crew.apply("unlock", "operator", one.lock_id)[0].paths == ("a", "c") and held(crew) == {"b": "w2"}
     crew.commit()
-    assert crew.is_what_the_store_says() and crew.hub.locks.paths == 1
+    assert crew.is_what_the_store_says()
 
 
 def test_an_agent_that_leaves_holds_nothing_and_waits_for_nothing(crew: World) -> None:
@@ -1505,9 +1507,9 @@ def test_an_asker_is_notified_once_when_all_it_asked_are_offline(pair: World) ->
     pair.commit()
     (notice,), _ = pair.store.messages(pair.hub.unread_after("beta-2", 0, 99, 99), pair.clock())
     assert (notice.type, notice.sender, notice.reply_to, notice.thread) == ("error", "alpha-1", asked.id, asked.id)
-    assert json.loads(notice.payload)["code"] == "offline" and asked.id in pair.hub.requests.open
+    assert json.loads(notice.payload)["code"] == "offline" and asked.id in pair.hub.requests
     pair.send("alpha-1", "beta-2", '"!"', "response", reply_to=asked.id)
-    assert not pair.hub.requests.open
+    assert not pair.hub.requests
 
 
 def test_an_asker_is_notified_when_an_unanswered_request_runs_out(pair: World) -> None:
@@ -1515,26 +1517,26 @@ def test_an_asker_is_notified_when_an_unanswered_request_runs_out(pair: World) -
         pair.send("beta-2", "alpha-1", f"{n}", "request", expires_at=pair.clock() + 1000).message for n in range(2)
     )
     pair.send("alpha-1", "beta-2", '"wait"', "ack", reply_to=first.id)
-    assert len(pair.hub.requests.open) == 2, "an ack is no answer"
+    assert len(pair.hub.requests) == 2, "an ack is no answer"
     pair.send("alpha-1", "operator", '"not to the asker"', "response", reply_to=first.id)
-    assert len(pair.hub.requests.open) == 2
+    assert len(pair.hub.requests) == 2
     pair.send("alpha-1", "beta-2", '"!"', "response", reply_to=first.id)
-    assert list(pair.hub.requests.open) == [second.id]
+    assert list(pair.hub.requests) == [second.id]
     pair.commit()
     pair.clock.advance(2)
     pair.apply("expire", tuple(pair.store.expired(pair.clock())))
     pair.commit()
     found, _ = pair.store.messages(pair.hub.unread_after("beta-2", 0, 99, 99), pair.clock(), ah.Wanted(type="error"))
     assert [(m.reply_to, json.loads(m.payload)["code"]) for m in found] == [(second.id, "expired")]
-    assert not pair.hub.requests.open and pair.is_what_the_store_says()
+    assert not pair.hub.requests and pair.is_what_the_store_says()
 
 
 def test_open_requests_are_bounded_and_end_with_their_asker(pair: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ah, "MAX_REQUESTS", 3)
     ids = [pair.send("beta-2", "alpha-1", f"{n}", "request").message.id for n in range(5)]
-    assert list(pair.hub.requests.open) == ids[2:]
+    assert list(pair.hub.requests) == ids[2:]
     pair.apply("leave", "beta-2")
-    assert not pair.hub.requests.open
+    assert not pair.hub.requests
     pair.commit()
     assert pair.is_what_the_store_says()
 
@@ -1542,7 +1544,7 @@ def test_open_requests_are_bounded_and_end_with_their_asker(pair: World, monkeyp
 def test_a_request_to_an_unregistered_name_passes_to_the_agent_that_comes(pair: World) -> None:
     pair.send("beta-2", "Gamma", '"?"', "request")
     pair.register("g-1", None, "gamma")
-    assert [r.asked for r in pair.hub.requests.of("g-1")] == [("g-1",)] and pair.hub.requests.of("Gamma") == []
+    assert [r.asked for r in pair.hub.requests_of("g-1")] == [("g-1",)] and pair.hub.requests_of("Gamma") == []
     pair.commit()
     assert values_of(pair.store.load(), ah.Asked) == values_of(pair.state(), ah.Asked) != ()
 
@@ -1563,18 +1565,18 @@ def test_only_an_agent_that_was_asked_can_answer(pair: World) -> None:
     asked = pair.send("beta-2", "alpha-1", '"?"', "request").message
     for sender in ("gamma-3", "beta-2"):
         pair.send(sender, "beta-2", '"!"', "response", reply_to=asked.id)
-    assert list(pair.hub.requests.open) == [asked.id]
+    assert list(pair.hub.requests) == [asked.id]
     pair.send("alpha-1", "beta-2", '"!"', reply_to=asked.id)
-    assert not pair.hub.requests.open
+    assert not pair.hub.requests
 
 
 def test_open_requests_stay_in_the_order_in_which_they_were_asked(pair: World) -> None:
     ids = [pair.send("beta-2", to, '"?"', "request").message.id for to in ("Gamma", "alpha-1", "alpha-1")]
     pair.register("g-1", None, "gamma")
-    assert [request.id for request in pair.hub.requests.of("beta-2")] == ids == list(pair.hub.requests.open)
+    assert [request.id for request in pair.hub.requests_of("beta-2")] == ids == list(pair.hub.requests)
     pair.commit()
     again = ah.Hub(pair.limits, pair.store.load(), pair.clock())
-    assert list(again.requests.open) == ids
+    assert list(again.requests) == ids
 
 
 def test_unregistered_names_with_mail_may_be_as_many_as_agents() -> None:
@@ -1618,7 +1620,7 @@ def test_workers_that_acknowledge_at_once_take_turns(crew: World) -> None:
     for _ in range(6):
         got += (worker := job(crew).inboxes)
         crew.apply("ack", worker[0], up_to=crew.hub.seq)
-    assert got == ["w1", "w2", "w3"] * 2 and not crew.hub.jobs and not crew.hub.jobs._index
+    assert got == ["w1", "w2", "w3"] * 2 and not crew.hub.jobs and not crew.hub.jobs.words("holder")
 
 
 def test_a_job_without_a_free_worker_waits_for_the_first_that_comes(crew: World) -> None:
@@ -1741,13 +1743,13 @@ def test_a_delayed_job_is_given_when_due_and_an_expired_one_ends(crew: World) ->
 
 def test_a_request_for_one_of_many_is_answered_by_its_present_holder(crew: World) -> None:
     asked = crew.send("boss", "@build", '"?"', "request", lease=1000)
-    assert crew.hub.requests.of("w1")[0].asked == ("w1",)
+    assert crew.hub.requests_of("w1")[0].asked == ("w1",)
     crew.clock.advance(1)
     crew.apply("elapse")
     crew.send("w1", "boss", '"late"', "response", reply_to=asked.message.id)
-    assert crew.hub.requests.open, "it was handed on meanwhile"
+    assert crew.hub.requests, "it was handed on meanwhile"
     crew.send("w2", "boss", '"here"', "response", reply_to=asked.message.id)
-    assert not crew.hub.requests.open
+    assert not crew.hub.requests
 
 
 def test_a_worker_with_room_again_or_back_from_silence_gets_waiting_jobs() -> None:
@@ -1829,7 +1831,8 @@ def test_a_lease_begins_after_earlier_jobs_and_a_stuck_worker_loses_all(crew: Wo
     assert crew.is_what_the_store_says()
     for _ in range(20):
         job(crew)
-    assert crew.hub.load_of("w4") == ah.JOBS_AHEAD == crew.hub.load_of("w1") and crew.hub.unread("@build") == 3
+    assert [len(crew.hub.jobs.find("holder", name)) for name in ("w1", "w4")] == [ah.JOBS_AHEAD] * 2
+    assert crew.hub.unread("@build") == 3
 
 
 def test_only_a_group_can_be_sent_a_message_for_one(crew: World) -> None:
@@ -1991,10 +1994,10 @@ def test_after_a_restart_leases_of_tasks_and_locks_begin_again(tmp_path: Path) -
     world.clock.advance(3600)
     hub = ah.Hub(world.limits, world.store.load(), world.clock())
     hub.apply("elapse", world.clock())
-    assert hub.tasks[task].state == "accepted" and set(hub.locks.held) == {"l", "m"}
+    assert hub.tasks[task].state == "accepted" and set(hub.locks) == {"l", "m"}
     world.clock.advance(10)
     hub.apply("elapse", world.clock())
-    assert hub.tasks[task].state == "open" and not hub.locks.held
+    assert hub.tasks[task].state == "open" and not hub.locks
     world.store.close()
 
 
@@ -2089,9 +2092,7 @@ def test_the_next_task_is_by_urgency_then_fewest_candidates_then_age(crew: World
     crew.register("CALLER", None, None, "build")
     team, mine = propose(crew, "@build"), propose(crew, "CALLER")
     assert crew.hub.best_task("CALLER").id == mine, "ALL in a name is nothing but letters"
-    assert (
-        all(crew.hub.tasks[id].holder == "w1" for id in crew.hub.tasks_of("w1")) and len(crew.hub.tasks_of("w1")) == 6
-    )
+    assert [crew.hub.tasks[id].holder for id in crew.hub.tasks.find("holder", "w1")] == ["w1"] * 6
 
 
 def test_a_board_is_bounded_and_forgets_what_ended_long_ago(crew: World) -> None:
@@ -2183,14 +2184,14 @@ def test_channels_reach_their_members_and_end_with_the_last_of_them(crew: World)
     assert crew.send("w1", "#ops").inboxes == ("w2",) and crew.send("boss", "#ops").inboxes == ("w1", "w2")
     assert crew.send("w1", ("#ops", "w2", "w3")).inboxes == ("w2", "w3"), "each gets one copy"
     crew.commit()
-    assert crew.is_what_the_store_says() and crew.hub.channels_of("w1") == ["#ops"]
+    assert crew.is_what_the_store_says() and ("#ops", "w1") in crew.hub.members
     assert (
         crew.apply("leave_channel", "w1", "#ops")
         and not crew.apply("leave_channel", "w1", "#ops")
         and not crew.apply("leave_channel", "w1", "#no")
     )
     crew.apply("leave", "w2")
-    assert crew.hub.channels == {} and crew.send("boss", "#ops").inboxes == ()
+    assert crew.hub.members == {} and crew.send("boss", "#ops").inboxes == ()
     crew.commit()
     assert crew.is_what_the_store_says()
     small = World(max_channels=1)
@@ -2214,15 +2215,22 @@ def test_what_an_agent_is_doing_lasts_and_ends_with_its_session(crew: World) -> 
     refused(ah.Forbidden, crew, lambda: crew.apply("set_status", "operator", "x", 0))
 
 
+def write_note(
+    world: World, who: str, key: str, value: str | None, version: int | None = None, ends: int = 0, id: str = ""
+) -> ah.Note:
+    """Write a note, or remove it."""
+    return world.apply("set_note", who, key, value, version, ends, id)
+
+
 def test_a_notes_versions_never_repeat_and_guard_its_changes(crew: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = lambda value, version=None, who="w1", ends=0: crew.apply("set_note", who, "k", value, version, ends)
+    write = lambda value, version=None, who="w1", ends=0: write_note(crew, who, "k", value, version, ends)
     assert write("1", 0).version == 1 and write("2", 1, "w2").version == 2 and write("3").version == 3
     for expected in (0, 2, 9):
         error = refused(ah.VersionConflict, crew, lambda expected=expected: write("x", expected))
         assert error.details == {"version": 3, "agent_id": "w1"}
-    once = lambda value: crew.apply("set_note", "w1", "once", value, 0, 0, "change-1")
+    once = lambda value: write_note(crew, "w1", "once", value, 0, 0, "change-1")
     assert once("1") == once("1") and crew.hub.notes["once"].version == 1, "the same change again"
-    gone = [crew.apply("set_note", "w1", "once", None, None, 0, "change-2") for _ in "12"]
+    gone = [write_note(crew, "w1", "once", None, None, 0, "change-2") for _ in "12"]
     assert gone[0] == gone[1] and gone[0].version == 2
     write(None, 3)
     refused(ah.NotFound, crew, lambda: write(None))
@@ -2243,17 +2251,18 @@ def test_a_notes_versions_never_repeat_and_guard_its_changes(crew: World, monkey
     assert crew.hub.notes == {} and crew.is_what_the_store_says()
     monkeypatch.setattr(ah, "MAX_GONE_NOTES", 2)
     for key in "xyz":
-        crew.apply("set_note", "w1", key, "1"), crew.apply("set_note", "w1", key, None)
+        write_note(crew, "w1", key, "1"), write_note(crew, "w1", key, None)
     crew.commit()
-    assert list(crew.hub.notes) == ["y", "z"] and not crew.hub.note_keys() and crew.is_what_the_store_says()
+    assert list(crew.hub.notes.find("state", "gone")) == ["y", "z"] == [*crew.hub.notes]
+    assert crew.is_what_the_store_says()
     small = World(max_notes=1)
     small.register("a")
     (
-        small.apply("set_note", "a", "1", "1"),
-        small.apply("set_note", "a", "1", None),
-        small.apply("set_note", "a", "2", "1"),
+        write_note(small, "a", "1", "1"),
+        write_note(small, "a", "1", None),
+        write_note(small, "a", "2", "1"),
     )
-    refused(ah.StorageFull, small, lambda: small.apply("set_note", "a", "3", "1"))
+    refused(ah.StorageFull, small, lambda: write_note(small, "a", "3", "1"))
 
 
 # registration, presence and all together
@@ -2641,14 +2650,8 @@ class Player:
 
     def note(self) -> None:
         key, version = self.chance.choice("kl"), self.chance.choice([None, 0, self.model.versions.get("k")])
-        self.world.apply(
-            "set_note",
-            self.name,
-            key,
-            self.chance.choice(["1", "2", None]),
-            version,
-            self.chance.choice([0, self.clock() + 9000]),
-        )
+        ends = self.chance.choice([0, self.clock() + 9000])
+        write_note(self.world, self.name, key, self.chance.choice(["1", "2", None]), version, ends)
 
     def status(self) -> None:
         self.world.apply(
@@ -2657,9 +2660,8 @@ class Player:
 
     def elapse(self) -> None:
         self.world.apply("elapse")
-        assert self.world.hub.next_at > self.clock() and all(
-            map(self.world.hub.live(self.clock()), self.world.hub.locks.held.values())
-        )
+        hub, at = self.world.hub, self.clock()
+        assert hub.next_at > at and all(hub.lock_ends(lock, at) > at for lock in hub.locks.values())
 
     def restart(self) -> None:
         self.world.commit()
@@ -2681,8 +2683,8 @@ class Player:
             ("pushed", {(n, seq) for n, i in inboxes for seq in i.pushed}, model.pushed),
             ("claims", {(n, seq): until for n, i in inboxes for seq, until in i.claims.items()}, model.claims),
             ("aside", hub.delayed, model.aside),
-            ("open", {r.id: (r.asker, set(r.asked)) for r in hub.requests.open.values()}, model.open),
-            ("members", {(c, name) for c, names in hub.channels.items() for name in names}, model.members),
+            ("open", {r.id: (r.asker, set(r.asked)) for r in hub.requests.values()}, model.open),
+            ("members", set(hub.members), model.members),
             ("jobs", {seq: job.holder or job.group for seq, job in hub.jobs.items()}, model.jobs),
             ("tasks", {id: (task.state, task.holder) for id, task in hub.tasks.items()}, model.tasks),
         ]:
@@ -2694,9 +2696,8 @@ class Player:
         self.nobody_shares_what_is_exclusive(when)
 
     def nobody_shares_what_is_exclusive(self, when: str) -> None:
-        live = self.world.hub.live(self.clock())
-        users: dict[str, list[ah.Lock]] = {}
-        for lock in filter(live, self.world.hub.locks.held.values()):
+        hub, at, users = self.world.hub, self.clock(), {}
+        for lock in [lock for lock in hub.locks.values() if hub.lock_ends(lock, at) > at]:
             for file in {file for path in lock.paths for file in covered(path, LOCKED_FILES)}:
                 users.setdefault(file, []).append(lock)
         for file, locks in users.items():
@@ -2727,6 +2728,16 @@ CHOICES = {  # what a field of a command may be, where it does not depend on wha
 }  # fmt: skip
 
 
+def fields_of_command(name: str) -> list[str] | None:
+    """The fields of a command: of a public method of the hub whose first parameter is the time."""
+    rule = getattr(ah.Hub, name)
+    names = list(inspect.signature(rule).parameters)[1:] if inspect.isfunction(rule) and name[0] != "_" else []
+    return names[1:] if names[:1] == ["at"] else None
+
+
+COMMANDS = [name for name in vars(ah.Hub) if fields_of_command(name) is not None]
+
+
 class Fields:
     """Makes fields of commands by the names of their parameters, so that a new command is tried out as well."""
 
@@ -2735,8 +2746,8 @@ class Fields:
 
     def of(self, rule: str) -> list[object]:
         """Something for each field of a command but the time."""
-        names = list(inspect.signature(ah.COMMANDS[rule]).parameters)[2:]
-        return [self.chance.choice(CHOICES[name]) if name in CHOICES else getattr(self, name)(rule) for name in names]
+        chance, names = self.chance, fields_of_command(rule)
+        return [chance.choice(CHOICES[name]) if name in CHOICES else getattr(self, name)(rule) for name in names]
 
     def agent_id(self, rule: str) -> str:
         hub = self.world.hub
@@ -2751,7 +2762,7 @@ class Fields:
     def draft(self, rule: str) -> ah.Draft:
         now, choice = self.world.clock(), self.chance.choice
         kind = choice(["message", "request", "response", "ping", "task_proposal", *self.world.hub.TASK_MESSAGES])
-        about = choice(["", *self.world.hub.requests.open, *self.world.hub.tasks])
+        about = choice(["", *self.world.hub.requests, *self.world.hub.tasks])
         times = {"expires_at": choice([0, 0, now + 5000]), "due_at": choice([0, 0, now + 2000])}
         id = choice(["", f"id-{now}"])
         times["digest"] = b"d" * 16 if id else b""
@@ -2790,7 +2801,7 @@ def test_any_command_is_refused_without_a_change_or_stored_whole(seed: int) -> N
     fields, done = Fields(seed, world), set()
     for step in range(1500):
         world.clock.advance(fields.chance.choice([0.001, 0.5, 2]))
-        rule = fields.chance.choice([*ah.COMMANDS, *["register"] * 4, *["send"] * 8])
+        rule = fields.chance.choice([*COMMANDS, *["register"] * 4, *["send"] * 8])
         values = fields.of(rule)
         if rule == "disconnect" and not world.hub.connections:
             continue
@@ -2803,7 +2814,7 @@ def test_any_command_is_refused_without_a_change_or_stored_whole(seed: int) -> N
         if step % 10 == 0:
             world.commit()
             assert without_seen(world.state()) == without_seen(world.store.load()), (rule, values)
-    assert done == set(ah.COMMANDS) and world.hub.seq > 100
+    assert done == set(COMMANDS) and len(done) > 20 and world.hub.seq > 100
 
 
 def test_an_agent_that_just_came_is_active_after_a_crash_too(tmp_path: Path) -> None:
@@ -3022,11 +3033,12 @@ def test_a_search_ignores_case_unicode_spelling_and_text_far_down(tmp_path: Path
     world.store.close()
 
 
-def test_the_text_of_a_deeply_nested_message_can_be_read(tmp_path: Path) -> None:
-    deep: object = "bottom"
-    for _ in range(900):
-        deep = [deep]
-    assert ah.text_of(deep) == "bottom" and ah.text_of({"a": [1, {"b": "c"}], "d": None}) == "a\n1\nb\nc\nd\nnull"
+def test_all_text_of_a_message_is_searched_however_deep_it_lies() -> None:
+    assert ah.payload_text("[" * 900 + '"bottom"' + "]" * 900) == "bottom"
+    assert ah.payload_text('{"a":[1,{"b":"C \\"q\\" \\u00e9"}],"d":null,"":[],"e":-1.5}') == (
+        'a\n1\nb\nc "q" é\nd\nnull\n\ne\n-1.5'
+    )
+    assert ah.payload_text('"no end') == ""
 
 
 def test_a_search_reads_a_bounded_number_of_bytes(pair: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -3379,7 +3391,7 @@ def test_large_messages_are_swept_released_and_indexed_a_few_at_a_time(
     world.store.due(world.clock()))] == [
         2, 2, 2]  # fmt: skip
     world.store.index(world.hub.seq)
-    assert world.store.search.indexed == 5, "what goes over the bound is taken in, and no more"
+    assert world.store.search.indexed == 3, "what goes over the bound waits for the next turn"
 
 
 def test_a_log_with_an_empty_file_or_damaged_head_is_kept(tmp_path: Path) -> None:
@@ -3554,7 +3566,7 @@ def test_a_store_that_is_busy_is_not_taken_as_damaged(pair: World, monkeypatch: 
     def busy(*given: object) -> None:
         raise sqlite3.OperationalError("database is locked")
 
-    monkeypatch.setattr(ah, "find_words", busy)
+    monkeypatch.setattr(ah.Store, "_find_words", busy)
     with pytest.raises(ah.StorageFull, match="retry"):
         pair.store.find_words(ah.Query.read("x"), "a", 9, 9, 0)
     assert not pair.store.search.damaged and not pair.store.broken
@@ -3568,10 +3580,10 @@ def test_a_store_that_is_busy_is_not_taken_as_damaged(pair: World, monkeypatch: 
 def test_a_parked_operation_goes_on_with_what_its_step_gave(pair: World) -> None:
     def steps() -> ah.Steps[str]:
         receipt = yield from ah.do(ah.Hub.send, ah.Draft(ah.Message(0, "", "message", "beta-2", "", "1", 0), "alpha-1"))
-        woken = yield ah.Until("alpha-1", pair.clock() + 5, "mail")
+        why, _ = yield ah.Until("alpha-1", pair.clock() + 5, "mail")
         value = yield ah.Offload(lambda: 3)
         yield ah.DURABLE
-        return f"{receipt.message.seq} {woken.why} {value}"
+        return f"{receipt.message.seq} {why} {value}"
 
     parked = ah.run_steps(pair.hub, steps(), pair.clock())
     assert isinstance(parked.step, ah.Until) and parked.resume(ah.NEWS, pair.clock()) is parked
@@ -3587,7 +3599,7 @@ def test_a_refused_command_is_raised_in_the_step_that_asked_for_it(pair: World) 
         return "never"
 
     parked = ah.run_steps(pair.hub, steps(), pair.clock())
-    answer = parked.throw(ah.StorageFull("full"), pair.clock())
+    answer = parked.resume(ah.StorageFull("full"), pair.clock())
     assert answer.status == 507, "what no step catches becomes the answer"
 
 
@@ -3598,7 +3610,7 @@ def test_a_caller_that_goes_away_takes_back_what_it_waits_for(pair: World) -> No
 
     pair.apply("take_lock", ah.LockRequest("alpha-1", "l", ("src",), "exclusive", 1000))
     ah.run_steps(pair.hub, steps(), pair.clock()).abandon(pair.clock())
-    assert not pair.hub.locks.held
+    assert not pair.hub.locks
 
 
 # --- Operations -------------------------------------------------------------------------------------------------------
@@ -3956,12 +3968,12 @@ def test_an_id_again_gets_the_first_answer_and_other_content_none(pair: World) -
 
 def test_an_id_is_known_before_its_message_has_reached_the_disk(pair: World) -> None:
     body = b'{"to": "alpha-1", "message": 1, "id": "x"}'
-    head = ah.Head("POST", "", "", "", {}, "", "application/json", len(body), True)
-    call = ah.Call(head, body, "beta-2", pair.clock(), "127.0.0.1", None, False)
+    head = ah.Head("POST", "", "", {}, "", "application/json", len(body), True)
+    call = ah.Call(pair.api, head, body, "beta-2", pair.clock(), "127.0.0.1", None, False)
     values = {"to": "alpha-1", "message": 1, "id": "x"}
-    first, second = (ah.Operations.send.run(pair.api, call, values).body() for _ in range(2))
+    first, second = (ah.Operations.send.run(call, values).body() for _ in range(2))
     pair.hub.take_changes()
-    third = ah.Operations.send.run(pair.api, call, values).body()
+    third = ah.Operations.send.run(call, values).body()
     assert json.loads(second) == json.loads(third) == {**json.loads(first), "duplicate": True}
 
 
@@ -4339,6 +4351,10 @@ def test_the_board_is_in_order_and_can_be_narrowed(crew: World) -> None:
     assert ids() == ["t3", "t1", "t2", "t0"] and ids("limit=1") == ["t3"] and ids("agent_id=w3") == ["t3", "t2", "t0"]
     assert ids("state=open") == ["t1"] and ids("holder=w2") == ["t3"] and ids("proposer=w1") == []
     assert crew.call("GET", "/api/v1/tasks?state=done")[0] == 400
+    for verb, who, id in (("complete", "w2", "t3"), ("cancel", "boss", "t2")):
+        crew.clock.advance(1)
+        act(crew, verb, who, id)
+    assert ids() == ["t1", "t2", "t3", "t0"], "of ended ones, whatever their end, the newest comes first"
 
 
 def test_locks_over_http_say_who_has_what(crew: World) -> None:
@@ -4380,7 +4396,7 @@ def test_only_a_request_that_comes_again_keeps_its_position(crew: World) -> None
         "POST", "/api/v1/locks", json.dumps({"agent_id": who, "paths": ["src"], "wait": 1, "id": who, **more}).encode(),
         Content_Type="application/json",
     )  # fmt: skip
-    order = lambda: [want.agent_id for want in crew.hub.waiting_locks(crew.clock())]
+    order = lambda: [want.agent_id for want in crew.hub.locks.waiting_at(crew.clock())]
     first, second, third = ask("w2", again=True), ask("w3"), ask("boss")
     assert order() == ["w2", "w3", "boss"]
     crew.clock.advance(1)
@@ -4396,7 +4412,7 @@ def test_only_a_request_that_comes_again_keeps_its_position(crew: World) -> None
     crew.clock.advance(ah.POSITION_SECONDS)
     assert order() == [] and list(crew.hub.locks.waiting) == ["w2"]
     crew.apply("elapse")
-    assert not crew.hub.locks.waiting and crew.hub.locks.paths == 1
+    assert not crew.hub.locks.waiting and held(crew) == {"src": "w1"}
 
 
 def test_notes_over_http(crew: World) -> None:
@@ -4488,21 +4504,28 @@ def test_the_tools_are_few_and_cost_a_model_little() -> None:
 
 
 def listed_tools(free: bool) -> str:
-    return ah.dump(ah.settled(ah.respond(ah.MODERN, request("tools/list"), ah.Caller("", free))))
+    return ah.dump(ah.McpCall(ah.MODERN, request("tools/list"), "", free).resume(None, 0).body)
 
 
 def request(method: str, **params: object) -> dict:
     return {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
 
 
-def test_an_operation_with_a_tool_description_is_a_tool(pair: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tool_takes_the_fields_of_its_operation(pair: World, monkeypatch: pytest.MonkeyPatch) -> None:
     Paths, WaitSeconds = ah.Paths, ah.WaitSeconds  # annotations are read by these names
 
-    def count_words(api: ah.Api, call: ah.Call, paths: Paths, wait: WaitSeconds | None = None) -> ah.Response:
+    def count_words(call: ah.Call, paths: Paths, wait: WaitSeconds | None = None) -> ah.Response:
         return ah.Response({"agent_id": call.agent_id, "count": len(paths), "wait": wait})
 
-    row = ah.operation("POST", "/x", tool="Counts words.")(count_words)
-    monkeypatch.setitem(ah.TOOLS, "count_words", ah.tool_of(row))
+    row = ah.operation("POST", "/x")(count_words)
+
+    def count(call: object, row: object, values: dict) -> object:
+        """Counts
+        words."""
+        return ah.call_operation(call, row, **values)
+
+    docs = {"paths": "", "wait": ""}
+    monkeypatch.setitem(ah.TOOLS, "count_words", ah.Tool(count, docs, (row,)))
     listed = json.loads(listed_tools(False))["result"]["tools"][-1]
     assert listed["description"] == "Counts words." and listed["inputSchema"]["required"] == ["paths"]
     assert listed["inputSchema"]["properties"]["paths"] == {"type": "array", "items": {"type": "string"}}
@@ -4620,7 +4643,6 @@ def test_ask_agent_waits_for_the_answer_and_leaves_other_mail_alone(pair: World)
     pair.send("beta-2", "alpha-1", '"yes"', "response", reply_to=asked["id"], thread=asked["id"])
     pair.commit()
     response = pair.finish(call.resume(ah.NEWS, pair.clock()))
-    assert call.last_event(response).startswith("event: message\ndata: {")
     answer = response.body["result"]["structuredContent"]
     assert answer["answer"]["message"] == "yes" and answer["notice"]
     assert [m["message"] for m in answer["messages"]] == ["seen"], "what it kept from others it shows"
@@ -4855,10 +4877,8 @@ def test_a_session_watches_no_more_resources_than_the_limit(pair: World, monkeyp
         and "unsubscribe" in subscribe("hub://inbox/alpha-1")["error"]["message"]
     )
     params = {"notifications": {"resourceSubscriptions": ["hub://agents", "hub://inbox/alpha-1"]}}
-    assert ah.filter_of(params, ah.Caller("", True)) == (
-        {"resourceSubscriptions": ["hub://agents"]},
-        ["hub://agents"],
-    )
+    call = ah.McpCall(ah.MODERN, request("subscriptions/listen", **params), "", True)
+    assert ah.granted_subscription(call)[1] == ["hub://agents"]
 
 
 def test_a_registration_without_session_says_how_to_go_on(world: World) -> None:
@@ -4979,7 +4999,7 @@ def test_a_subscription_is_granted_only_what_exists_and_may_be_known(pair: World
 
 # A hub with the tools and resources that the conformance suite asks for, in the tables where ours stand.
 FIXTURES = """
-import sys
+import re, sys
 import agenthub as ah
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8DwHwAFBQIAX8jx0gAAAABJRU5ErkJggg=="
@@ -4987,7 +5007,7 @@ WAV = "UklGRiYAAABXQVZFZm10IBAAAAABAAEAQB8AAAB9AAACABAAZGF0YQIAAAA="
 text = lambda words: {"type": "text", "text": words}
 image = {"type": "image", "data": PNG, "mimeType": "image/png"}
 embedded = {"uri": "test://embedded-resource", "mimeType": "text/plain", "text": "embedded"}
-resource = {"type": "resource", "resource": embedded}
+embedded = {"type": "resource", "resource": embedded}
 string = {"type": "string"}
 address = {"$anchor": "addressDef", "type": "object", "properties": {"street": string, "city": string}}
 contact = {"type": "string", "enum": ["phone", "email"]}
@@ -5000,38 +5020,54 @@ SCHEMA = {
     "then": {"required": ["phone"]}, "else": {"required": ["email"]}, "additionalProperties": False,
 }
 
-def tool(name, *content, schema={"type": "object"}, progress=(), **more):
-    def run(caller, values):
+tools, resources, own = {}, {}, dict(ah.MODERN)
+
+def tool(name, *content, schema={"type": "object"}, progress=(), error=None, **more):
+    def run():
         for each in progress:
             yield ah.Progress(each, total=100)
+        if error:
+            raise error
         return {"content": list(content), **more}
-    ah.TOOLS[name] = ah.Tool(run, "a tool of the conformance suite", schema=schema)
+    tools[name] = run, {"name": name, "description": "a tool of the conformance suite", "inputSchema": schema}
 
-def incapable(caller, values):
-    raise ah.RpcError(ah.MISSING_CAPABILITY, "needs sampling", {"requiredCapabilities": {"sampling": {}}})
+def list_tools(call):
+    return {"tools": own["tools/list"](call)["tools"] + [row for run, row in tools.values()]}
 
-def contents(**members):
-    def read(caller, named):
-        return {key: value % named if key == "text" else value for key, value in members.items()}
-        yield
-    return read
+def call_tool(call):
+    name = call.params["name"]
+    return tools[name][0]() if name in tools else own["tools/call"](call)
+
+def resource(uri, mime, **contents):
+    ah.RESOURCES[uri] = uri[7:], "a resource of the conformance suite", None
+    resources[uri.replace("{id}", "(.+)")] = {"mimeType": mime, **contents}
+
+def read_resource(call):
+    for uri, contents in resources.items():
+        if match := re.fullmatch(uri, call.params["uri"]):
+            text = {"text": contents["text"] % match.groups()} if "text" in contents else {}
+            return {"contents": [{"uri": match[0], **contents, **text}]}
+    return own["resources/read"](call)
+
+for era in (ah.HANDSHAKE, ah.MODERN):
+    era.update({"tools/list": list_tools, "tools/call": call_tool, "resources/read": read_resource})
 
 tool("test_simple_text", text("This is a simple text response for testing."))
 tool("test_image_content", image)
 tool("test_audio_content", {"type": "audio", "data": WAV, "mimeType": "audio/wav"})
-tool("test_embedded_resource", resource)
-tool("test_multiple_content_types", text("several"), image, resource)
+tool("test_embedded_resource", embedded)
+tool("test_multiple_content_types", text("several"), image, embedded)
 tool("test_error_handling", text("This tool intentionally returns an error for testing"), isError=True)
 tool("test_tool_with_progress", text("done"), progress=(0, 50, 100))
 for name in ("test_streaming_elicitation", "test_logging_tool", "test_trigger_tool_change"):
     tool(name, text("done"))
 tool("json_schema_2020_12_tool", text("done"), schema=SCHEMA)
-ah.TOOLS["test_missing_capability"] = ah.Tool(incapable, "a tool of the conformance suite", schema={"type": "object"})
-ah.RESOURCES["test://static-text"] = ah.Resource("text", "text", contents(text="static"), "text/plain")
-ah.RESOURCES["test://static-binary"] = ah.Resource("binary", "a picture", contents(blob=PNG), "image/png")
-ah.RESOURCES["test://watched-resource"] = ah.Resource("watched", "text", contents(text="watched"), "text/plain")
-template = contents(text="Data for ID: %(id)s")
-ah.RESOURCES["test://template/{id}/data"] = ah.Resource("template", "data", template, "text/plain")
+incapable = ah.RpcError(-32021, "needs sampling", {"requiredCapabilities": {"sampling": {}}})
+tool("test_missing_capability", error=incapable)
+resource("test://static-text", "text/plain", text="static")
+resource("test://static-binary", "image/png", blob=PNG)
+resource("test://watched-resource", "text/plain", text="watched")
+resource("test://template/{id}/data", "text/plain", text="Data for ID: %s")
 sys.exit(ah.main(sys.argv[1:]))
 """
 # What agenthub does not offer, and so can't pass: each scenario with the reason.
@@ -5237,10 +5273,7 @@ def test_every_line_of_the_guide_works_as_it_is_printed(live: object, tmp_path: 
 
 
 def test_each_command_has_a_row_of_what_to_type_next() -> None:
-    assert set(ah.NEXT) == {
-        *ah.COMMAND_LINES,
-        *(ah.operation_line(row)[0] for row in ah.OPERATIONS.values() if row.command),
-    } - {"serve"}
+    assert set(ah.NEXT) == {*ah.command_lines()} - {"serve"}
 
 
 def test_commands_that_json_answers_suggest_can_be_typed(shared_hub: LiveHub) -> None:
@@ -5787,7 +5820,7 @@ def test_requests_without_a_key_are_charged_and_open_ones_are_no_guess() -> None
     opened.call("POST", "/api/v1/agents/register", {"agent_id": "a"})
     assert list(opened.hub.pace._buckets) == [("agent", "a")], "who registers pays by the name it takes"
     reader = ah.RequestReader(opened.limits)
-    reader.feed(b"GET /health HTTP/1.0\r\n\r\n")
+    reader.buffer += b"GET /health HTTP/1.0\r\n\r\n"
     assert ah.dispatch(opened.api, reader.next().head, b"", ah.Peer("127.0.0.1"), 0).answer.status == 200, (
         "no browser is that old"
     )
@@ -5818,7 +5851,7 @@ def test_operations_are_frames_of_the_same_words(crew: World) -> None:
     ]:  # fmt: skip
         got = answered(who, **frame)
         assert (got["type"], got["ref"]) == (frame["type"], 7), got
-    left = set(ah.BY_FRAME) - {"task_release", "task_cancel"}
+    left = {row.frame for row in ah.OPERATIONS.values()} - {"", "task_release", "task_cancel"}
     assert left == {
         "status", "join", "channels", "leave", "task_accept", "task_complete", "task_next", "tasks", "lock", "locks",
         "renew", "unlock", "note_set", "note_get", "notes", "note_delete",
@@ -6213,6 +6246,27 @@ def test_two_connections_of_one_agent_each_get_every_message(shared_hub: LiveHub
         assert next_envelope(one) == next_envelope(two)
 
 
+def test_a_message_is_framed_once_for_all_websockets() -> None:
+    async def play() -> None:
+        server, wrote = ah.Server(ah.Store(":memory:"), ah.Settings(ah.Limits(), websockets=False)), []
+        server.hub.register(server.clock(), "a", "s", "s", None, None, None, b"t" * 32, True)
+        transport = types.SimpleNamespace(write=wrote.append, is_closing=lambda: False)
+        protocol = types.SimpleNamespace(state=types.SimpleNamespace(name="OPEN"))
+        socket = types.SimpleNamespace(transport=transport, protocol=protocol)
+        readers = [ah.SocketReader(server, ah.Upgrade("a", 0, True, True, "", "", ""), socket) for _ in range(3)]
+        message, frames = ah.Message(1, "", "message", "b", "", '"x"', 0), {}
+        for reader in readers:
+            reader.live = True
+            assert reader.push(message, frames)
+            reader.flush()
+        assert list(frames) == ["websocket"] and wrote == [frames["websocket"]] * 3
+        for reader in readers:
+            reader.close()
+        await server.stop()
+
+    asyncio.run(play())
+
+
 def test_a_stream_gives_events_or_lines_resumes_by_id_and_acknowledges_nothing(shared_hub: LiveHub) -> None:
     me, other = shared_hub.client("reader-6"), shared_hub.client("writer-6")
     seqs = [other.send_message("reader-6", f"m{n}", type="note")["seq"] for n in range(3)]
@@ -6496,9 +6550,11 @@ def lines_of(hub: object, target: str) -> object:
     reader = ah.ResponseReader()
 
     def read() -> object:
+        rest = b""
         with line:
             while data := line.recv(65536):
-                yield from (json.loads(text) for text in reader.lines(data) if text)
+                *whole, rest = (rest + reader.feed(data)).split(b"\n")
+                yield from map(json.loads, filter(None, whole))
 
     return read()
 
@@ -6553,29 +6609,25 @@ def test_a_watcher_ends_with_its_token(live: object) -> None:
 
 
 def test_a_stuck_watcher_gets_the_number_of_what_it_missed() -> None:
-    """Against a server and a transport that only count: what a paused peer is owed is a number."""
+    """With a transport that only keeps what is written: what a paused peer is owed is a number."""
 
-    class Nothing:
-        limits, clock, dirty = ah.Limits(), FakeClock(), {}
-        hub, api = World().hub, World().api
-        closing, loop = True, type("", (), {"call_later": lambda *_: None, "time": lambda: 0.0})
+    async def play() -> None:
+        server, wrote = ah.Server(ah.Store(":memory:"), ah.Settings(ah.Limits(), websockets=False)), []
+        transport = types.SimpleNamespace(write=wrote.append, is_closing=lambda: False)
+        watcher = ah.Watcher(server, ah.Watch("operator", "sse"), transport)
+        watcher.flush()
+        watcher.pause()
+        for n in range(5):
+            server.show(ah.Put(ah.Member("#c", f"a{n}", 0)))
+        watcher.flush()
+        assert len(wrote) == 1 and wrote[0].startswith(b"%x\r\nevent: counts" % (len(wrote[0]) - 6))
+        watcher.resume(), watcher.flush()
+        assert b'"event":"missed","count":5' in wrote[1]
+        watcher.close()
+        assert not server.watchers
+        await server.stop()
 
-        def flush_soon(self) -> None: ...
-
-    server, wrote = Nothing(), []
-    server.watchers = ah.Watchers(server)
-    transport = type("", (), {"write": lambda _, data: wrote.append(data), "is_closing": lambda _: False})()
-    watcher = ah.Watcher(server, ah.Watch("operator", "sse"), transport)
-    watcher.flush()
-    watcher.pause()
-    for n in range(5):
-        server.watchers.show(ah.Put(ah.Member("#c", f"a{n}", 0)))
-    watcher.flush()
-    assert len(wrote) == 1 and wrote[0].startswith(b"%x\r\nevent: counts" % (len(wrote[0]) - 6))
-    watcher.resume(), watcher.flush()
-    assert b'"event":"missed","count":5' in wrote[1]
-    watcher.close()
-    assert not server.watchers.all
+    asyncio.run(play())
 
 
 # --- Running ----------------------------------------------------------------------------------------------------------
@@ -6720,7 +6772,7 @@ def test_what_a_wait_brought_that_nobody_heard_of_is_given_back(pair: World, too
     pair.commit()
     held = lambda: (
         pair.call("GET", "/api/v1/messages?agent_id=alpha-1&claim=1&limit=1")[1]["messages"] == [],
-        bool(pair.hub.locks.held),
+        bool(pair.hub.locks),
         [t.holder for t in pair.hub.tasks.values()],
     )
     assert held() == {"read": (True, False, []), "lock": (True, True, []), "task": (False, False, ["alpha-1"])}[tool]
@@ -6743,13 +6795,13 @@ def test_an_answer_that_finds_its_caller_gone_is_taken_back() -> None:
         await holder.register(), await waiter.register()
         await holder.lock(["x.py"])
         waiting = asyncio.create_task(waiter.lock(["x.py"], wait=5))
-        while not server.lock_queue.runners:
+        while not server.hub.locks.waiting_at(server.clock()):
             await asyncio.sleep(0.01)
-        (runner,) = server.lock_queue.runners.values()
+        (runner,) = server.readers["w"]
         runner.transport.abort()
         server.hub.unlock(server.clock(), "holder")
-        server.lock_queue._ask()
-        assert runner.closed and not server.hub.locks.held and not server.hub.waiting_locks(server.clock())
+        server._wake_lock_runners()
+        assert runner.closed and not server.hub.locks and not server.hub.locks.waiting_at(server.clock())
         waiting.cancel()
         await holder.close(), await waiter.close()
         await server.stop()
@@ -6769,8 +6821,9 @@ def test_steps_end_with_their_caller_also_while_the_disk_is_full() -> None:
 
         server.hub.register(server.clock(), "w", "", "s", None, None, None, b"", False)
         transport = types.SimpleNamespace(is_closing=lambda: False)
-        runner = ah.StepRunner(server, ah.run_steps(server.hub, steps(), server.clock()), transport, ended.append)
-        runner.begin()
+        parked = ah.run_steps(server.hub, steps(), server.clock())
+        runner = ah.StepRunner(server, parked, transport, ended.append)
+        runner.go(parked)
         assert list(server.readers) == ["w"]
         server.api.trouble = "no room"
         runner.close()
@@ -6819,7 +6872,7 @@ def test_what_the_disk_does_not_take_is_a_result_for_the_model(pair: World) -> N
     talk = pair.raw("POST", "/mcp/alpha-1", body, Content_Type="application/json", MCP_Protocol_Version="2026-07-28",
                     Mcp_Method="tools/call", Mcp_Name="send_message")  # fmt: skip
     assert talk.step is ah.DURABLE
-    answer = pair.finish(talk.throw(ah.StorageFull("the disk is full: make room"), pair.clock()))
+    answer = pair.finish(talk.resume(ah.StorageFull("the disk is full: make room"), pair.clock()))
     assert (
         answer.body["result"]["isError"]
         and answer.body["result"]["structuredContent"]["error"]["code"] == "storage_full"
@@ -6869,11 +6922,11 @@ def test_a_session_tracks_a_call_from_beginning_to_end(pair: World) -> None:
 def test_a_bug_in_a_tool_is_reported_and_the_connection_goes_on(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: object
 ) -> None:
-    def broken(caller: object, given: dict) -> object:
+    def broken(call: object, row: object, values: dict) -> object:
         raise ZeroDivisionError
         yield
 
-    monkeypatch.setitem(ah.TOOLS, "broken", ah.Tool(broken, "fails"))
+    monkeypatch.setitem(ah.TOOLS, "broken", ah.Tool(broken, {}, (ah.Operations.agents,)))
     body = world.mcp("tools/call", {"name": "broken", "arguments": {"as": "alpha"}})[1]
     assert (
         body["error"]["code"] == ah.INTERNAL
@@ -7384,7 +7437,7 @@ def test_a_slow_disk_holds_up_what_depends_on_it_and_nothing_else(tmp_path: Path
         other = ah.AgentClient(client.url, "a")
         await client.register()
         hang, commit = threading.Event(), store.commit
-        server.committer.thread._mean = 1.0  # a disk known to be slow
+        server.committer._mean = 1.0  # a disk known to be slow
         store.commit = lambda: (hang.wait(20), commit())
         sends = [
             asyncio.ensure_future(client.send_message("b", 1)),
@@ -7688,8 +7741,8 @@ def test_a_clock_set_back_changes_neither_order_nor_expiry(tmp_path: Path, monke
     times = []
     for start in (0.0, -3600.0):
         now[0] = start
-        clock, store = ah.Clock(), ah.Store(str(tmp_path / "hub.db"))
-        clock.not_before(store.latest())
+        store = ah.Store(str(tmp_path / "hub.db"))
+        clock = ah.Clock(store.latest())
         hub = ah.Hub(ah.Limits(), store.load(), clock())
         hub.register(clock(), "a", "s", "s", None, None, None, b"t" * 32, True)
         times.append(
@@ -7700,8 +7753,7 @@ def test_a_clock_set_back_changes_neither_order_nor_expiry(tmp_path: Path, monke
         store.write(hub.take_changes()), store.commit(), store.close()
     assert times[0] <= times[1] < times[0] + 60_000, "after a restart it goes on from what was written down"
     now[0] = -3 * ah.CLOCK_DAY
-    clock = ah.Clock()
-    clock.not_before(times[1])
+    clock = ah.Clock(times[1])
     assert clock() < times[1] - 2 * ah.CLOCK_DAY * 1000, "a clock that was wrong by days is right now"
 
 
@@ -7801,7 +7853,7 @@ def test_nothing_expires_while_a_commit_is_under_way(tmp_path: Path) -> None:
         while not server.store.expired(now()):
             await asyncio.sleep(0)
         hub.register(now(), "b", "s", "s", "name", None, None, b"t" * 32, True)
-        server._bring_due()
+        server._pass_time()
         assert hub.unread("b") == 1, "it waits for what is on its way to the disk"
         await durable()
         while hub.unread("b"):
@@ -7890,6 +7942,16 @@ def test_sighup_reads_a_good_certificate_and_ignores_a_bad_one(
         assert served() == "second" and before.health(), "lines that are open go on"
 
 
+def test_a_hub_stops_at_once_with_an_idle_tls_client(live: object, certificate: object) -> None:
+    chain, key = certificate("idle")
+    hub = live("--certfile", chain, "--keyfile", key, quick={"STOP_SECONDS": 30})
+    with hub.client("idle", cacert=chain) as client:
+        client.send_message("idle", "hi")
+        started = time.monotonic()
+        assert hub.stop() == 0
+        assert time.monotonic() - started < 10
+
+
 def test_a_unix_socket_is_private_and_removed_at_the_end(live: object, tmp_path: Path) -> None:
     path = tmp_path / "hub.sock"
     hub = live("--unix", str(path), port="")
@@ -7921,10 +7983,11 @@ def test_a_unix_socket_is_private_and_removed_at_the_end(live: object, tmp_path:
         port = str(taken.getsockname()[1])
         done = hub.cli("serve", "--unix", str(path), "--port", port, "--db", ":memory:")
     assert done.returncode == 1 and f"port {port}" in done.stderr and not path.exists()
-    place = ah.Place(None, 0, str(path))
+    args = ah.make_parser("serve").parse_args(["serve", "--unix", str(path)])
+    place = ah.Place(args)
     place._bind().close()
     path.unlink()
-    other = ah.Place(None, 0, str(path))._bind()
+    other = ah.Place(args)._bind()
     place._inode += path.stat().st_ino == place._inode  # should the file system have given it again
     place.close()
     assert path.exists(), "another hub's is left alone"
@@ -8049,11 +8112,11 @@ def test_a_door_remembers_no_address_whose_lines_are_gone(tmp_path: Path) -> Non
         address = (await server.listener.listen(host="127.0.0.1", port=0))[0]
         for _ in range(3):
             _, line = await asyncio.open_connection(*address)
-            while not server.connections:
+            while not server.listener.connections:
                 await asyncio.sleep(0.001)
             assert dict(server.listener.addresses) == {"127.0.0.1": 1}
             line.close()
-            while server.connections:
+            while server.listener.connections:
                 await asyncio.sleep(0.001)
             assert not server.listener.addresses
         await server.stop()
@@ -8374,6 +8437,22 @@ def test_closing_ends_listening(shared_hub: LiveHub) -> None:
     assert not listening.is_alive()
 
 
+def test_closing_ends_a_request_that_waits_in_another_thread(shared_hub: LiveHub) -> None:
+    client, errors = shared_hub.client("impatient"), []
+
+    def poll() -> None:
+        with pytest.raises(ah.Unreachable) as error:
+            client.messages(unread=True, wait=60)
+        errors.append(error.value)
+
+    polling = threading.Thread(target=poll)
+    polling.start()
+    until(lambda: shared_hub.client().agent("impatient")["connected"])
+    client.close()
+    polling.join(20)
+    assert not polling.is_alive() and errors
+
+
 def test_a_client_waits_when_asked_to_slow_down(live: object) -> None:
     hub = live("--rate-limit", "50", "--rate-burst", "2")
     client, waits = hub.client("hasty"), []
@@ -8674,7 +8753,7 @@ def test_a_line_that_the_hub_closed_for_idleness_is_not_tried_again(live: object
         waits: list = []
         async with ah.AgentClient(live("--idle-timeout", "0.2").url, "idler") as agent:
             agent.on_wait = lambda seconds, reason: waits.append(reason)
-            while not agent._idle[0][0].at_eof():
+            while not agent._idle[0].incoming.at_eof():
                 await asyncio.sleep(0.01)
             assert (await agent.health())["status"] == "ok" and not waits
 
@@ -8808,7 +8887,7 @@ def test_a_duration_has_a_unit_or_is_in_seconds(text: str, seconds: float) -> No
 def test_an_operation_with_a_command_in_its_row_is_a_command(
     shared_hub: LiveHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def poke(api: ah.Api, call: ah.Call, key: ah.NoteKey, value: ah.JsonValue, if_version: ah.IfVersion = None) -> None:
+    def poke(call: ah.Call, key: ah.NoteKey, value: ah.JsonValue, if_version: ah.IfVersion = None) -> None:
         """Poke a note."""
 
     monkeypatch.setattr(ah, "ah", ah, raising=False)  # where the annotations above are looked up
@@ -8819,6 +8898,14 @@ def test_an_operation_with_a_command_in_its_row_is_a_command(
     assert json.loads(run("poked", "[1]", "--json-message", "--if-version", "1", "--json"))["version"] == 2
     assert shared_hub.client().get_note("poked")["value"] == [1]
     assert "Poke a note" in shared_hub.here("--help").stdout and shared_hub.here("poke", "x").returncode == 2
+
+
+def test_commands_made_from_operations_stand_among_their_like(capsys: pytest.CaptureFixture) -> None:
+    assert ah.main(["nonsense"]) == 2
+    listed = re.search(r"choose from (.*)\)$", capsys.readouterr().err, re.M)[1].replace("'", "").split(", ")
+    assert listed == list(dict.fromkeys(name.split()[0] for name in ah.command_lines()))
+    for name, after in (("agents", "channels"), ("locks", "unlock")):
+        assert listed.index(name) == listed.index(after) + 1
 
 
 # --- Commands ---------------------------------------------------------------------------------------------------------
@@ -8911,46 +8998,18 @@ def test_teamwork_from_the_shell(live: object) -> None:
     run("leave", code=2), run("leave", "#build", "--hub", code=2), run("history", "--history", "full", code=2)
     assert "alpha (queued)" in run("send", "@build", "job", "--one", "--lease", "30", "--as", "beta")
 
-    made = json.loads(
-        run(
-            "task",
-            "propose",
-            "ALL",
-            "review PR 7",
-            "--id",
-            "pr7",
-            "--lease",
-            "10m",
-            "--priority",
-            "3",
-            "--as",
-            "alpha",
-            "--json",
-        )
-    )
+    options = ["--id", "pr7", "--lease", "10m", "--priority", "3", "--as", "alpha", "--json"]
+    made = json.loads(run("task", "propose", "ALL", "review PR 7", *options))
     assert made["state"] == "open" and made["task"]["lease"] == 600
-    run(
-        "task",
-        "propose",
-        "beta",
-        "merge PR 7",
-        "--depends-on",
-        "pr7",
-        "--deadline",
-        "2h",
-        "--id",
-        "merge",
-        "--as",
-        "alpha",
-    )
+    options = ["--depends-on", "pr7", "--deadline", "2h", "--id", "merge", "--as", "alpha"]
+    run("task", "propose", "beta", "merge PR 7", *options)
     assert "(task_proposal pr7): review PR 7" in run("recv", "--as", "beta")
     assert run("task", "next", "--as", "beta").startswith("pr7 accepted by beta until ")
     done = hub.here("task", "accept", "pr7", "--as", "alpha")
     assert done.returncode == 1 and "held by beta" in done.stderr
     assert "result: looks good" in run("task", "complete", "pr7", "looks good", "--as", "beta")
-    assert run("task", "accept", "merge", "--as", "beta").startswith("merge accepted") and "merge accepted" in run(
-        "task", "list", "--mine", "--as", "beta"
-    )
+    assert run("task", "accept", "merge", "--lease", "5m", "--as", "beta").startswith("merge accepted")
+    assert "merge accepted" in run("task", "list", "--mine", "--as", "beta")
     assert "released by beta" in run("task", "release", "merge", "conflicts", "--as", "beta")
     run("task", "next", "--as", "beta", code=1), run("task", "next", "--wait", "0.01", "--as", "beta", code=4)
     assert (
@@ -9033,21 +9092,8 @@ def test_a_lock_is_released_however_its_command_ends(live: object, tmp_path: Pat
     done = hub.cli("lock", "src/api/**/*.py", "--as", "maker", "--", "touch", str(tmp_path / "ran"))
     assert done.returncode == 1 and "other" in done.stderr and not (tmp_path / "ran").exists()
     other.unlock()
-    started = [
-        sys.executable,
-        "-m",
-        "agenthub",
-        "lock",
-        "src/api",
-        "--wait",
-        "30",
-        "--as",
-        "maker",
-        "--",
-        "sh",
-        "-c",
-        "echo up; exec sleep 60",
-    ]
+    words = ["-m", "agenthub", "lock", "src/api", "--wait", "30", "--as", "maker", "--", "sh", "-c"]
+    started = [sys.executable, *words, "echo up; exec sleep 60"]
     env = hub.compiled_env()
     with subprocess.Popen(started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as child:
         assert child.stdout.readline() == "up\n" and [lock["paths"] for lock in watcher.locks()] == [["src/api"]]
@@ -9065,21 +9111,8 @@ def test_a_lock_is_released_however_its_command_ends(live: object, tmp_path: Pat
 def test_the_lock_of_a_killed_command_line_ends_by_itself(live: object) -> None:
     hub = live("--rate-limit", "0")
     maker = hub.client("maker")
-    started = [
-        sys.executable,
-        "-m",
-        "agenthub",
-        "lock",
-        "src",
-        "--ttl",
-        "0.6",
-        "--as",
-        "maker",
-        "--",
-        "sh",
-        "-c",
-        "echo up; exec sleep 2",
-    ]
+    words = ["-m", "agenthub", "lock", "src", "--ttl", "0.6", "--as", "maker", "--", "sh", "-c"]
+    started = [sys.executable, *words, "echo up; exec sleep 2"]
     env = hub.compiled_env() | {"AGENTHUB_TOKEN": maker.token}
     with subprocess.Popen(started, stdout=subprocess.PIPE, text=True, env=env) as child:
         assert child.stdout.readline() == "up\n"
@@ -9165,6 +9198,32 @@ def test_the_doctor_finds_a_key_that_is_missing_or_wrong(live: object) -> None:
         assert done.returncode == code and ("fail identity" in done.stdout) == (code == 1), done.stdout
 
 
+def test_the_doctor_says_where_something_else_or_an_error_answers(shared_hub: LiveHub) -> None:
+    import http.server
+
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, body = answer if self.path == "/health" else (404, b"")
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    failure = b'{"error":{"code":"internal","message":"it broke"}}'
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Other) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        for answer in ((500, failure), (404, b"<html>"), (200, b'{"status":"ok"}')):
+            done = shared_hub.here("doctor", "--url", f"http://127.0.0.1:{other.server_port}")
+            checks = [line.split()[:2] for line in done.stdout.splitlines()]
+            assert checks[0] == ["fail", "hub:"] and done.returncode == 1, done
+            assert ("it broke" if answer[1] is failure else "agenthub: check the address") in done.stdout
+            assert not {"version:", "clock:"} & {name for _, name in checks} and ["fail", "identity:"] in checks
+        other.shutdown()
+
+
 # --- Setup ------------------------------------------------------------------------------------------------------------
 
 
@@ -9218,7 +9277,7 @@ def test_what_is_said_on_the_command_line_counts_more_than_a_variable(
         ([], "from-variable"),
     ]:
         args = ah.make_parser("serve").parse_args(["serve", *words])
-        assert ah.read_key(args, ah.Place.read(args)) == key
+        assert ah.read_key(args, ah.Place(args)) == key
     assert ah.outward_address("0.0.0.0") != "0.0.0.0"
 
 
@@ -9229,14 +9288,14 @@ def test_options_are_variables_too_and_lists_are_written_with_commas(monkeypatch
     monkeypatch.setenv("AGENTHUB_LOG_FORMAT", "json")
     monkeypatch.setenv("AGENTHUB_HOST", "0.0.0.0")
     args = ah.make_parser("serve").parse_args(["serve"])
-    settings = ah.make_settings(args, ah.Place.read(args), ":memory:")
+    settings = ah.make_settings(args, ah.Place(args), ":memory:")
     assert settings.allow_hosts == ("hub.example", "other", "0.0.0.0")
     assert len(settings.proxies) == 1 and settings.unix_proxy
     assert settings.origins == ("https://a.example", "tauri://localhost") and args.log_format == "json"
     assert settings.limits.max_per_address == 1000
     monkeypatch.delenv("AGENTHUB_HOST")
     args = ah.make_parser("serve").parse_args(["serve"])
-    assert ah.make_settings(args, ah.Place.read(args), ":memory:").limits.max_per_address == float("inf")
+    assert ah.make_settings(args, ah.Place(args), ":memory:").limits.max_per_address == float("inf")
 
 
 # --- Serve ------------------------------------------------------------------------------------------------------------
@@ -9251,8 +9310,8 @@ def test_every_limit_is_an_option_and_a_variable_and_port_is_honoured(
     monkeypatch.setenv("AGENTHUB_MAX_INBOX", "7")
     args = ah.make_parser("serve").parse_args(["serve", "--max-message", "5"])
     assert (args.max_inbox, args.max_message, args.retention) == (7, 5, None)
-    assert (ah.Place.read(args).host, ah.Place.read(args).port) == ("127.0.0.1", port)
-    assert all(hasattr(args, name) for name in ah.Limits.rows())
+    assert (ah.Place(args).host, ah.Place(args).port) == ("127.0.0.1", port)
+    assert all(hasattr(args, name) for name in ah.LIMITS)
     monkeypatch.setenv("AGENTHUB_MAX_INBOX", "many")
     assert ah.main(["serve"]) == 2
 
@@ -10110,18 +10169,18 @@ def test_over_stdio_a_call_whose_answer_is_lost_is_never_made_twice(
     shared_hub: LiveHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Unless being made twice changes nothing."""
-    calls, answers, hub_messages = [], [], ah.hub_messages
+    calls, answers, mcp_messages = [], [], ah.Client.mcp_messages
 
     def losing(client: ah.Client, message: dict) -> Iterator[dict]:
         name = message.get("params", {}).get("name")
         if name is None or calls.count(name):
-            yield from hub_messages(client, message)
+            yield from mcp_messages(client, message)
         else:
             calls.append(name)
-            assert any("result" in answer for answer in hub_messages(client, message))
+            assert any("result" in answer for answer in mcp_messages(client, message))
             raise EOFError("the connection broke")
 
-    monkeypatch.setattr(ah, "hub_messages", losing)
+    monkeypatch.setattr(ah.Client, "mcp_messages", losing)
     for name, value in (shared_hub.env | {"AGENTHUB_SESSION": "lossy"}).items():
         monkeypatch.setenv(name, value)
     identity = ah.Identity(types.SimpleNamespace(url=None, cacert=None, identity="lossy"))
@@ -10702,9 +10761,9 @@ def test_names_of_tests_have_at_most_twelve_words() -> None:
 # Words that are not of the field, and what to write instead (the left and right of the plan's table of words).
 NAMES = {  # as names in code, or between the underscores of one
     "Talk Conversation Exchange Later Wait": "Steps, StepRunner, Offload, Until",
-    "InLine place_in_line lock_place lock_places": "LockQueue, position",
+    "InLine place_in_line lock_place lock_places": "queue, position",
     "Door": "Listener",
-    "Batches Disk": "Committer, CommitThread",
+    "Batches Disk": "Committer, Worker",
     "Entries Ours Product": "AgentConfig, …",
     "Calls Shared Together Teamwork": "the operations by their name",
     "told mind minds heir stray strays": "notified, track, successor, unregistered recipient",
