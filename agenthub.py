@@ -15,16 +15,17 @@ result into JSON; the server moves bytes; clients are the same operations from t
 runs in a coding agent use a client. A message's way: bytes, request, operation, command, rules, changes, commit, then
 the reply to its sender and the push to its readers, and nothing on that way is done twice.
 
-Read from top to bottom: a part uses, when it runs, only the parts named beside it, and a test holds it to that.
+Read from top to bottom. These are the parts with their sections; a part uses, when it runs, only those named at the
+end of its row, and a test holds it to that.
 
-    1. Ground              limits, errors, values, checks of fields, path patterns, HTTP as bytes     -
-    2. Rules               the state machine; no I/O, no clock, no asyncio, no randomness              1
-    3. Log                 SQLite: tables, search, store                                              1, 2
-    4. Operations          what can be asked of a hub: a row and a function each; MCP, access         1 to 3
-    5. Server              connections, readers, commits in groups, timers                            1 to 4
-    6. Clients             Client, AgentClient                                                        1, 4
-    7. Command line        who it is, its commands, serve, doctor, demo, bench                        1, 3 to 6
-    8. In a coding agent   hooks, MCP on stdio, install                                               1, 4, 6, 7
+  1. Ground             Limits, Errors, Text, Values, Paths, Fields, HTTP, Files                              -
+  2. Rules              Changes, State, Pace, Inboxes, Locks, Hub                                             1
+  3. Log                Tables, Search, Store                                                                 1, 2
+  4. Operations         Steps, Api, Operations, JSON, Metrics, Tools, MCP, Endpoint, Guide, Access, Dispatch  1 to 3
+  5. Server             Readers, Watchers, Running, Connections, Sockets, Committer, Listener, Server         1 to 4
+  6. Clients            Requests, Client, AgentClient                                                         1, 4
+  7. Command line       Identity, Output, Command lines, Commands, Doctor, Setup, Serve, Demo, Main           1, 3 to 6
+  8. In a coding agent  Session, Hooks, Stdio, Settings, Install                                              1, 4, 6, 7
 """
 
 from __future__ import annotations
@@ -50,18 +51,50 @@ from zlib import crc32
 if TYPE_CHECKING:
     import argparse
     import asyncio
+    import base64
+    import datetime
+    import difflib
+    import fcntl
+    import gc
+    import hashlib
+    import hmac
+    import http
+    import ipaddress
     import logging
     import queue
+    import resource
+    import shlex
+    import signal
     import socket
     import sqlite3
     import ssl
+    import stat
     import subprocess
+    import tempfile
     import threading
+    import traceback
+    import unicodedata
     from collections.abc import AsyncGenerator
     from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
     from typing import IO, Concatenate, NoReturn, TextIO
 
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
+else:
+    LAZY = "argparse asyncio base64 datetime difflib fcntl gc hashlib hmac http ipaddress logging queue resource shlex"
+    LAZY += " signal socket sqlite3 ssl stat subprocess tempfile threading traceback unicodedata"
+
+    class LazyModule:
+        """A module that is imported when something in it is first used: one command needs few of them. (PEP 810 makes
+        this a statement, `lazy import`.)"""
+
+        def __init__(self, name: str) -> None:
+            self._name = name
+
+        def __getattr__(self, attribute: str) -> Any:
+            module = globals()[self._name] = __import__(self._name)
+            return getattr(module, attribute)
+
+    globals().update({name: LazyModule(name) for name in LAZY.split()})
 
 __all__ = ["AgentClient", "Client", "HubError", "main"]
 
@@ -84,8 +117,7 @@ NEVER = float("inf")  # as a time: not at all
 
 
 class Limit(float):
-    """A bound on what the hub takes: its default (0: none), its unit, and why it is what it is. A `Limits` has the
-    number under the same name."""
+    """A bound on what the hub takes: its default (0: none), its unit, and why it is what it is."""
 
     def __new__(cls, default: float, unit: str, why: str) -> Limit:
         return super().__new__(cls, default)
@@ -95,10 +127,9 @@ class Limit(float):
 
 
 class Limits:
-    """The bounds of one hub. Each row is a `serve` option (--max-message) and a variable (AGENTHUB_MAX_MESSAGE). What
-    is left out has its default; 0 means no limit, which is kept as infinity, so that code only compares. The loop guard
-    is off where rate and inbox are both unlimited and it was not set: such a hub is under load on purpose, and a load
-    repeats itself."""
+    """The bounds of one hub. Each row is a `serve` option (--max-message) and a variable (AGENTHUB_MAX_MESSAGE). 0 is
+    no limit, which is kept as infinity, so that code only compares. The loop guard is off where rate and inbox are both
+    unlimited and it was not set: such a hub is under load on purpose, and a load repeats itself."""
 
     max_message = Limit(256 * 1024, "bytes", "a message's JSON; a quarter of NATS' 1 MiB: larger things are files")
     max_inbox = Limit(10_000, "messages", "unread per agent, then the sender gets inbox_full; a week of busy work")
@@ -127,8 +158,7 @@ class Limits:
         if unknown := values.keys() - LIMITS.keys():
             raise TypeError(f"there is no limit {', '.join(sorted(unknown))}")
         for name, row in LIMITS.items():
-            value = values.get(name, row.default)
-            setattr(self, name, value if value > 0 else NEVER)
+            setattr(self, name, values.get(name, row.default) or NEVER)
 
 
 LIMITS = {name: row for name, row in vars(Limits).items() if isinstance(row, Limit)}
@@ -299,8 +329,6 @@ def timestamp(ms: int) -> str:
 
 def sha256(text: str) -> bytes:
     """The digest under which a token or key is kept."""
-    import hashlib
-
     return hashlib.sha256(text.encode()).digest()
 
 
@@ -469,14 +497,14 @@ class Draft(NamedTuple):
     plan: Plan = Plan()
 
 
-class Asked(NamedTuple):
-    """A request without an answer yet. `notified`: its asker knows that every agent it asked is offline."""
+class PendingRequest(NamedTuple):
+    """A request without an answer yet. `notified`: its asker knows that every recipient is offline."""
 
     id: str
     seq: int
     asker: str
     thread: str
-    asked: tuple[str, ...]
+    recipients: tuple[str, ...]
     notified: bool = False
 
 
@@ -495,11 +523,10 @@ class Job(NamedTuple):
 
 
 class Task(NamedTuple):
-    """Work that was proposed; its id is that of the proposal. `to` is JSON text as in an envelope. `state` is blocked
-    (until those in `waits_for` are completed), open, accepted (by its `holder`, who loses it after `lease` milliseconds
-    without a sign of life), completed or cancelled. `since` is when that state began, `reason` why, and `released_by`
-    the last agent that gave it back. `payload` is JSON text; of a task that has ended it is empty here, and with the
-    store. Times are milliseconds since 1970."""
+    """Work that was proposed; its id is that of the proposal. `to` and `payload` are JSON text as in a message; of a
+    task that has ended the payload is with the store only. `state` is blocked (until those in `waits_for` are
+    completed), open, accepted (by its `holder`, who loses it after `lease` milliseconds without a sign of life),
+    completed or cancelled; it began at `since`, because of `reason`. `released_by` was the last to give it back."""
 
     id: str
     seq: int
@@ -589,8 +616,7 @@ _PLACES = re.compile(r"(?:/\*\*)+(?=/|\Z)|\*+|\[(?:[!^][^/]|[^/!^])[^]/]*\]|.", 
 
 
 def spread(text: str) -> list[str]:
-    """A pattern with braces, as a shell reads them, written out: `src/{a,b}` is src/a and src/b. Raises ValueError
-    where it would be more than MAX_LOCK_PATHS."""
+    """A pattern with its braces written out, as in a shell. Raises ValueError for more than MAX_LOCK_PATHS."""
     if not (match := _BRACES.search(text)):
         return [text]
     head, tail = text[: match.start()], text[match.end() :]
@@ -787,8 +813,7 @@ def field_of(parameter: str, annotation: str, required: bool) -> Field:
 
 
 def fields_of(function: Callable[..., Any], skip: int) -> tuple[Field, ...]:
-    """The fields in the signature of a function, without its first `skip` parameters. `**more: Unpack[Kind]` stands for
-    the optional fields of that TypedDict."""
+    """The fields in a function's signature, behind `skip` others; `**more: Unpack[Kind]` has that TypedDict's."""
     code = function.__code__
     names = code.co_varnames[skip : code.co_argcount]
     required = len(names) - len(function.__defaults__ or ())
@@ -882,10 +907,10 @@ def list_of(item: Kind, longest: int, words: str) -> Kind:
 
 
 ID = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
-_AGENT_ID = pattern(ID, "an agent_id: 1 to 64 of A-Z a-z 0-9 . _ - and a letter or digit first")
-_MESSAGE_ID = pattern("[A-Za-z0-9._:-]{1,64}", "a message id: 1 to 64 of A-Z a-z 0-9 . _ : -")
-_CAPABILITY = pattern("[A-Za-z0-9][A-Za-z0-9._:-]{0,63}", "1 to 64 of A-Z a-z 0-9 . _ : -")
-_TYPE = pattern("[a-z][a-z0-9_.-]{0,63}", "a type: 1 to 64 of a-z 0-9 _ . - and a letter first")
+AGENT_ID = pattern(ID, "an agent_id: 1 to 64 of A-Z a-z 0-9 . _ - and a letter or digit first")
+MESSAGE_ID = pattern("[A-Za-z0-9._:-]{1,64}", "a message id: 1 to 64 of A-Z a-z 0-9 . _ : -")
+CAPABILITY = pattern("[A-Za-z0-9][A-Za-z0-9._:-]{0,63}", "1 to 64 of A-Z a-z 0-9 . _ : -")
+TYPE = pattern("[a-z][a-z0-9_.-]{0,63}", "a type: 1 to 64 of a-z 0-9 _ . - and a letter first")
 _GROUP = "#[a-z0-9][a-z0-9._-]{0,63}|@[A-Za-z0-9][A-Za-z0-9._:-]{0,63}"
 is_group = re.compile(f"{EVERYONE}|{_GROUP}").fullmatch  # its inbox holds the jobs that no agent has yet
 RECIPIENTS = "an agent_id, a name, ALL, #channel, @capability, or a list of up to 1000 of these"
@@ -937,18 +962,18 @@ def _paths(value: Any) -> tuple[str, ...]:
 
 
 SHOWN = object()  # marks a field of a message that goes through to the envelope as it is
-AgentId = Annotated[str, _AGENT_ID]
-NewAgentId = Annotated[str, without(_AGENT_ID, "(?i:all)|operator", "another agent_id: ALL and operator are reserved")]
+AgentId = Annotated[str, AGENT_ID]
+NewAgentId = Annotated[str, without(AGENT_ID, "(?i:all)|operator", "another agent_id: ALL and operator are reserved")]
 _NAMES = "a name of 1 to 64 printable characters, which is not blank, ALL or operator"
 Name = Annotated[str, without(printable(64), " *(?i:all|operator)? *", _NAMES)]
-Capabilities = Annotated[Sequence[str], list_of(_CAPABILITY, 64, "a list of up to 64 capabilities")]
+Capabilities = Annotated[Sequence[str], list_of(CAPABILITY, 64, "a list of up to 64 capabilities")]
 Metadata = Annotated[Json, Kind({"type": "object"}, _metadata)]
 _MANY_RECIPIENTS = {"type": "array", "items": _RECIPIENT.schema, "minItems": 1}
 Recipient = Annotated[str | Sequence[str], Kind({"oneOf": [_RECIPIENT.schema, _MANY_RECIPIENTS]}, _recipients)]
-MessageType = Annotated[str, _TYPE]
-MessageId = Annotated[str, _MESSAGE_ID]
-NewMessageId = Annotated[str, without(_MESSAGE_ID, "search|ack|next", "another id: search, ack and next are reserved")]
-MessageIds = Annotated[Sequence[str], list_of(_MESSAGE_ID, MAX_PAGE, f"a list of up to {MAX_PAGE} message ids")]
+MessageType = Annotated[str, TYPE]
+MessageId = Annotated[str, MESSAGE_ID]
+NewMessageId = Annotated[str, without(MESSAGE_ID, "search|ack|next", "another id: search, ack and next are reserved")]
+MessageIds = Annotated[Sequence[str], list_of(MESSAGE_ID, MAX_PAGE, f"a list of up to {MAX_PAGE} message ids")]
 JsonValue = Annotated[Any, Kind({}, lambda value: value)]
 Seq = Annotated[int, number(0, (1 << 63) - 1, whole=True)]
 PageLimit = Annotated[int, number(1, MAX_PAGE, whole=True), f"default {DEFAULT_LIMIT}"]
@@ -968,21 +993,13 @@ _DOING = f"a line of up to {MAX_DOING} printable characters, or an empty one"
 Doing = Annotated[str, text_that(str.isprintable, _DOING, maxLength=MAX_DOING)]
 Deliver = Annotated[str, choice("all", "one")]
 History = Annotated[str, choice("joined", "full")]
-DependsOn = Annotated[Sequence[str], list_of(_MESSAGE_ID, MAX_DEPENDS, f"a list of up to {MAX_DEPENDS} task ids")]
+DependsOn = Annotated[Sequence[str], list_of(MESSAGE_ID, MAX_DEPENDS, f"a list of up to {MAX_DEPENDS} task ids")]
 Flag = Annotated[bool, Kind({"type": "boolean"}, _flag)]
 StreamFormat = Annotated[str, choice("sse", "json")]
 AckMode = Annotated[str, choice("auto", "explicit")]
 
 
 # --- HTTP -------------------------------------------------------------------------------------------------------------
-
-_REASONS = (
-    "200 OK, 202 Accepted, 204 No Content, 400 Bad Request, 401 Unauthorized, 403 Forbidden, 404 Not Found, "
-    "405 Method Not Allowed, 406 Not Acceptable, 409 Conflict, 413 Content Too Large, 415 Unsupported Media Type, "
-    "429 Too Many Requests, 431 Request Header Fields Too Large, 500 Internal Server Error, 501 Not Implemented, "
-    "503 Service Unavailable, 507 Insufficient Storage"
-)
-REASONS = {int(text[:3]): text[4:] for text in _REASONS.split(", ")}
 
 # In every answer. A browser is to run nothing of it, show it in no frame, guess no type, keep no copy, and tell no
 # other site its address, which may hold a token; and pages of other sites are not to embed it.
@@ -1052,7 +1069,8 @@ class Response(NamedTuple):
 @functools.lru_cache(64)
 def plain_head(status: int, kind: str, headers: Headers, date: str, keep: bool = True) -> bytes:
     """The head of an answer, without the length of a body, as a stream has it: it changes once a second."""
-    lines = [f"HTTP/1.1 {status} {REASONS[status]}", f"Content-Type: {kind}", f"Date: {date}", *HARDENING]
+    reason = http.HTTPStatus(status).phrase
+    lines = [f"HTTP/1.1 {status} {reason}", f"Content-Type: {kind}", f"Date: {date}", *HARDENING]
     lines += [f"{name}: {value}" for name, value in headers]
     lines += ["\r\n"] if keep else ["Connection: close", "\r\n"]
     return "\r\n".join(lines).encode("latin-1", "replace")
@@ -1072,9 +1090,8 @@ def parse_headers(lines: list[bytes]) -> dict[str, str]:
     headers: dict[str, str] = {}
     for line in lines:
         if not (match := _HEADER_LINE(line)):
-            raise InvalidRequest(
-                "a header line is malformed: write `Name: value`, without folding or control characters"
-            )
+            fix = "write `Name: value`, without folding or control characters"
+            raise InvalidRequest(f"a header line is malformed: {fix}")
         name, value = match[1].decode().lower(), match[2].decode("latin-1").strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
@@ -1318,9 +1335,9 @@ def open_private(path: str, flags: int = 0) -> int:
 # === 2. Rules =========================================================================================================
 #
 # The state machine: agents, inboxes, messages, jobs, tasks, locks, notes, presence, pace. It knows no disk, no socket,
-# no clock and no chance: the same commands in the same order give the same hub and the same answers. Its main type is
-# `Hub`. A command is a public method of it whose first parameter is the time, `at`, and whose others are its fields. A
-# kind of state is a row of STATE.
+# no clock and no randomness: the same commands in the same order give the same hub and the same answers. Its main type
+# is `Hub`. A command is a public method of it whose first parameter is the time, `at`, and whose others are its fields.
+# A kind of state is a row of STATE.
 
 # --- Changes ----------------------------------------------------------------------------------------------------------
 
@@ -1452,8 +1469,8 @@ def _agent_words(agent: Agent) -> list[tuple[str, str]]:
     return [("name", agent.name.casefold()), *(("capability", word) for word in dict.fromkeys(agent.capabilities))]
 
 
-def _request_words(request: Asked) -> list[tuple[str, str]]:
-    return [("agent", name) for name in dict.fromkeys((request.asker, *request.asked))]
+def _request_words(request: PendingRequest) -> list[tuple[str, str]]:
+    return [("agent", name) for name in dict.fromkeys((request.asker, *request.recipients))]
 
 
 def _task_words(task: Task) -> list[tuple[str, str]]:
@@ -1467,7 +1484,7 @@ STATE = (
     State(Seen, "seen", ("agent_id",)),
     State(Departed, "departed", ("agent_id",)),
     State(Member, "members", ("channel", "agent_id"), lambda m: [("agent", m.agent_id), ("channel", m.channel)]),
-    State(Asked, "requests", ("id",), _request_words, lambda request: request.seq),
+    State(PendingRequest, "requests", ("id",), _request_words, lambda request: request.seq),
     State(Job, "jobs", ("seq",), lambda job: [("holder", job.holder) if job.holder else ("group", job.group)]),
     State(Task, "tasks", ("id",), _task_words, lambda task: (task.since, task.seq), aside="result", once=("payload",)),
     State(Lock, "locks", ("lock_id",), lambda lock: [("agent", lock.agent_id)]),
@@ -1518,8 +1535,7 @@ class Table(dict[Any, V]):
 
 # --- Pace -------------------------------------------------------------------------------------------------------------
 
-
-# Whose rate a request counts for: that of an `agent`, of an `address`, of whoever has the `key` there, or of a `guess`.
+# Whose rate a request counts for: an `agent`, an `address`, the callers with the `key` from an address, or a `guess`.
 Payer = tuple[str, str]
 
 
@@ -1760,15 +1776,15 @@ class Locks(Table[Lock]):
             if "exclusive" in (want.mode, other.mode) and meeting(other.paths, want.paths):
                 yield other
 
-    def against(self, want: LockRequest, at: int) -> list[Overlap]:
+    def against(self, want: LockRequest, at: int) -> Iterator[Overlap]:
         """The locks that keep these paths from being locked."""
         known = self._over.get(want.id)
         over = self.overlapping(want.paths) if known is None else [(self[id], *pair) for id, pair in known.items()]
-        return [row for row in over if self._excludes(row[0], want) and self._ends(row[0], at) > at]
-
-    def _excludes(self, lock: Lock, want: LockRequest) -> bool:
-        own = lock.agent_id == want.agent_id and (want.reentrant or lock.reentrant)
-        return "exclusive" in (want.mode, lock.mode) and want.id != lock.lock_id and not own
+        for lock, theirs, mine in over:
+            own = lock.agent_id == want.agent_id and (want.reentrant or lock.reentrant)
+            excludes = "exclusive" in (want.mode, lock.mode) and want.id != lock.lock_id and not own
+            if excludes and self._ends(lock, at) > at:
+                yield lock, theirs, mine
 
     def holders(self, at: int) -> Callable[[LockRequest], set[str]]:
         """A function that gives the agents whose locks keep a request waiting, looked up once for each request."""
@@ -1786,8 +1802,7 @@ class Locks(Table[Lock]):
     def ready(self, at: int) -> list[str]:
         """The ids of the requests that need not wait any more."""
         holders = self.holders(at)
-        free = [want for want in self.waiting_at(at) if not holders(want)]
-        return [want.id for want in free if not any(self.ahead(want, at, holders))]
+        return [w.id for w in self.waiting_at(at) if not holders(w) and not any(self.ahead(w, at, holders))]
 
     def circle(self, want: LockRequest, at: int) -> str:
         """The agent that this request would wait for and that, directly or not, waits for its agent; empty: none."""
@@ -1818,7 +1833,7 @@ class Hub:
         self.pace = Pace(limits)
         self.connections: dict[str, int] = {}
         self.seen: dict[str, int] = {}  # the last sign of life of each agent, in milliseconds since 1970
-        self.tables: dict[type[Any], Table[Any]] = {}
+        self.locks = Locks(self.lock_ends)
         self.close_to = functools.lru_cache(1_000)(self._close_to)
         self.load(snapshot, at)
 
@@ -1839,27 +1854,23 @@ class Hub:
         self._load_values(snapshot)
         self._load_inboxes(snapshot)
         self.active = {name for name in self.agents if self.status(name, at) == "active"}
-        # an agent that was asked counts as here until a sweep has looked: its asker may have to hear that it is not
-        asked = {name for request in self.requests.values() if not request.notified for name in request.asked}
-        self.active |= asked & self.agents.keys()
+        # a recipient of a request counts as here until a sweep has looked: the asker may have to hear that it is not
+        open_requests = [request for request in self.requests.values() if not request.notified]
+        self.active |= {name for request in open_requests for name in request.recipients} & self.agents.keys()
 
     def _load_values(self, snapshot: Snapshot) -> None:
-        waiting = list(self.locks.waiting.values()) if self.tables else []  # they are connected still
-        self.locks: Locks = Locks(self.lock_ends)
-        self.tables = {row.kind: Table(row) for row in STATE} | {Lock: self.locks}
+        waiting, self.locks = self.locks.waiting.values(), Locks(self.lock_ends)  # who waits is connected still
+        self.tables: dict[type[Any], Table[Any]] = {row.kind: Table(row) for row in STATE} | {Lock: self.locks}
         for row, values in zip(STATE, snapshot.values, strict=False):
             for value in sorted(values, key=row.order):
                 self.tables[row.kind].put(value)
         self.agents: Table[Agent] = self.tables[Agent]
         self.departed: Table[Departed] = self.tables[Departed]
         self.members: Table[Member] = self.tables[Member]
-        self.requests: Table[Asked] = self.tables[Asked]
+        self.requests: Table[PendingRequest] = self.tables[PendingRequest]
         self.jobs: Table[Job] = self.tables[Job]
         self.tasks: Table[Task] = self.tables[Task]
         self.notes: Table[Note] = self.tables[Note]
-        for task in sorted(self.tasks.values(), key=lambda task: task.seq):
-            # the board lists tasks by seq; the index keeps the order of `since`, in which ended tasks are forgotten
-            self.tasks[task.id] = self.tasks.pop(task.id)
         self._task_bytes = sum(len(task.payload) for task in self.tasks.values())
         self.seen = {seen.agent_id: seen.at for seen in self.tables[Seen].values()} | self.seen
         for want in waiting:
@@ -1877,19 +1888,6 @@ class Hub:
         self._pings: dict[int, tuple[str, str, int]] = {seq: (id, who, n) for seq, id, who, n in snapshot.pings}
         self.delayed = dict(snapshot.delayed)
         self._aside = collections.Counter(name for inboxes in self.delayed.values() for name in inboxes)
-
-    def snapshot(self) -> Snapshot:
-        """What a store that wrote every change would load: equal hubs have equal snapshots."""
-        inboxes = sorted(self.inboxes.items())
-        seen = [Seen(name, at) for name, at in self.seen.items() if name in self.agents]
-        values = {kind: list(table.values()) for kind, table in self.tables.items()} | {Seen: seen}
-        unread = tuple((name, tuple(inbox.unread)) for name, inbox in inboxes if inbox.unread)
-        pushed = tuple((name, seq) for name, inbox in inboxes for seq in inbox.pushed)
-        claims = tuple((name, seq, until) for name, inbox in inboxes for seq, until in sorted(inbox.claims.items()))
-        pings = tuple((seq, *ping) for seq, ping in sorted(self._pings.items()))
-        delayed = tuple(sorted(self.delayed.items()))
-        state = tuple(tuple(sorted(values[row.kind], key=self.tables[row.kind].key_of)) for row in STATE)
-        return Snapshot(self.epoch, self.seq, unread, pushed, claims, pings, delayed, self.fence, state)
 
     def take_changes(self) -> list[Any]:
         """Hand over what changed since the last call. Ids chosen by senders are kept until the call after the next: by
@@ -1914,15 +1912,14 @@ class Hub:
         self.tables[type(value)].put(value)
 
     def _drop(self, table: Table[V], key: Any, how: str = "", address: str = "") -> V | None:
-        """Have the value of a key be no more, if there is one. Returns it."""
         value = table.drop(key)
         if value is not None:
             self.changes.append(Gone(value, how, address))
         return value
 
-    def _due_by(self, at: float) -> None:
-        """See that `elapse` comes by then."""
-        self.next_at = min(self.next_at, at)
+    def _due_by(self, *times: float) -> None:
+        """See that `elapse` comes by the first of these times; 0 is none."""
+        self.next_at = min([self.next_at, *filter(None, times)])
 
     # agents: questions
 
@@ -1963,12 +1960,10 @@ class Hub:
 
     def _close_to(self, wanted: str) -> list[str]:
         """The ids of up to three agents whose id or name is much like `wanted`."""
-        from difflib import get_close_matches
-
-        agents = [self.agents[name] for name in sorted(self.agents)[:200]]
+        agents = [self.agents[name] for name in sorted(self.agents)[:200]]  # more would take over 5 ms
         ids = {word.casefold(): a.agent_id for a in agents for word in (a.name, a.agent_id)}
         fold = wanted.casefold()
-        words = [word for word in ids if word.startswith(fold)] + get_close_matches(fold, ids)
+        words = [word for word in ids if word.startswith(fold)] + difflib.get_close_matches(fold, ids)
         return list(dict.fromkeys(ids[word] for word in words))[:3]
 
     def belongs(self, agent_id: str, to: str) -> bool:
@@ -2122,7 +2117,7 @@ class Hub:
         self._put(agent, "status")
         self.changes.append(Presence(agent_id, agent.name, self.status(agent_id, at), doing))
         self._hand_out(agent_id, at)
-        self._due_by(away_until or NEVER)
+        self._due_by(away_until)
         return agent
 
     def _went_offline(self, agent: Agent, at: int) -> None:
@@ -2130,26 +2125,21 @@ class Hub:
         self.active.discard(agent.agent_id)
         self.changes.append(Presence(agent.agent_id, agent.name, "offline"))
         for request in self.requests_of(agent.agent_id):
-            mine = agent.agent_id in request.asked and not request.notified
-            if mine and not self.active.intersection(request.asked):
+            mine = agent.agent_id in request.recipients and not request.notified
+            if mine and not self.active.intersection(request.recipients):
                 self._track(request._replace(notified=True))
                 words = "is offline and has not answered: the request waits in its inbox; ask somebody else, or wait on"
                 self._notify(at, agent.agent_id, request.asker, request, "offline", f"{agent.agent_id} {words}")
 
     # messages: questions
 
+    def mail(self, name: str) -> Inbox:
+        """The inbox of an agent, a group or an unregistered recipient, to read; an empty one where there is none."""
+        return self.inboxes.get(name, _NO_MAIL)
+
     def unread(self, agent_id: str) -> int:
         """How many messages the inbox holds that are not acknowledged."""
-        return len(self.inboxes.get(agent_id, _NO_MAIL).unread)
-
-    def unread_after(self, name: str, after: int, up_to: int, limit: int, unclaimed_at: int | None = None) -> list[int]:
-        """The seqs of up to `limit` unread messages above `after`, up to `up_to`: `Inbox.after`."""
-        return self.inboxes.get(name, _NO_MAIL).after(after, up_to, limit, unclaimed_at)
-
-    def was_pushed(self, agent_id: str, seq: int) -> bool:
-        """Whether that message is unread and was written to a live reader of the inbox before."""
-        pushed = self.inboxes.get(agent_id, _NO_MAIL).pushed
-        return bool(pushed) and holds(pushed, seq)
+        return len(self.mail(agent_id).unread)
 
     def pushes(self, seq: int) -> dict[str, tuple[int, str]]:
         """When and by what that message was written to readers, where this is not with the store yet."""
@@ -2164,7 +2154,7 @@ class Hub:
         """A message under an id its sender chose, where it may not have reached the log yet."""
         return self._fresh.get(message_id) or self._settling.get(message_id)
 
-    def requests_of(self, agent_id: str) -> list[Asked]:
+    def requests_of(self, agent_id: str) -> list[PendingRequest]:
         """The requests without an answer that an agent has sent or got, oldest first."""
         return sorted([self.requests[id] for id in self.requests.find("agent", agent_id)], key=lambda one: one.seq)
 
@@ -2245,13 +2235,13 @@ class Hub:
         if type == "ping" and inboxes:
             self._pings[seq] = (message.id, message.sender, len(inboxes))
         elif type == "request" and inboxes:
-            self._track(Asked(message.id, seq, message.sender, message.thread or message.id, inboxes))
+            self._track(PendingRequest(message.id, seq, message.sender, message.thread or message.id, inboxes))
         if message.reply_to and message.via != "hub" and type != "ack":  # which says that it was seen, and is no answer
             request = self.requests.get(message.reply_to)
-            if request and message.sender in request.asked and request.asker in inboxes:
+            if request and message.sender in request.recipients and request.asker in inboxes:
                 self._drop(self.requests, message.reply_to)
 
-    def _notify(self, at: int, sender: str, to: str, about: Asked | Task, kind: str, words: str) -> None:
+    def _notify(self, at: int, sender: str, to: str, about: PendingRequest | Task, kind: str, words: str) -> None:
         """The hub speaks for an agent that does not, or can't: about a task, or a request (then `kind` is a code)."""
         if self.known(to) or (to in self.departed and isinstance(about, Task)):
             type, payload = "error", {"code": kind, "message": words}
@@ -2278,7 +2268,7 @@ class Hub:
                 self._drop_job(message.seq, at)
                 self._give(job._replace(seq=self.seq), worker, at)
 
-    def _track(self, request: Asked) -> None:
+    def _track(self, request: PendingRequest) -> None:
         """Remember that an agent waits for an answer; of too many, the oldest is forgotten."""
         self._put(request)
         if len(self.requests) > MAX_REQUESTS:
@@ -2321,7 +2311,7 @@ class Hub:
 
     def unclaim(self, at: int, agent_id: str, seqs: tuple[int, ...], until: int) -> None:
         """End the claims on these that still end then: the reader that got them is gone."""
-        claims = self.inboxes.get(agent_id, _NO_MAIL).claims
+        claims = self.mail(agent_id).claims
         if held := tuple([seq for seq in seqs if claims.get(seq) == until]):
             self.claim(at, agent_id, held, at)
 
@@ -2341,9 +2331,9 @@ class Hub:
             self._pings.pop(seq, None)
             self._drop_job(seq, at)
             if request := self._drop(self.requests, id):
-                sender = next(filter(self.known, request.asked), OPERATOR)
-                words = f"nobody answered this request in time: ask again, or somebody else than {request.asked[0]}"
-                self._notify(at, sender, request.asker, request, "expired", words)
+                sender = next(filter(self.known, request.recipients), OPERATOR)
+                words = "nobody answered this request in time: ask again, or somebody else than"
+                self._notify(at, sender, request.asker, request, "expired", f"{words} {request.recipients[0]}")
         return tuple(seq for seq, _, _ in messages)
 
     def _transfer(self, agent: Agent) -> None:
@@ -2358,8 +2348,8 @@ class Hub:
                 self._ponged(seq)
             self.changes.append(Transferred(name, agent.agent_id, tuple(old.unread)))
             for request in self.requests_of(name):
-                asked = (agent.agent_id if one == name else one for one in request.asked)
-                self._track(request._replace(asked=tuple(dict.fromkeys(asked))))
+                recipients = dict.fromkeys(agent.agent_id if one == name else one for one in request.recipients)
+                self._track(request._replace(recipients=tuple(recipients)))
 
     # jobs: messages for one of many, a work queue. The free agent with least to do gets one; where none is free it lies
     # with the group, for the first that comes. A lease begins when what its holder had before is done: an agent that
@@ -2370,7 +2360,7 @@ class Hub:
         self._drop_job(job.seq, at, ends=False)
         until = at + job.lease if worker and not self.jobs.find("holder", worker) else 0
         self._put(job._replace(holder=worker, until=until))
-        self._due_by(until or NEVER)
+        self._due_by(until)
         if worker:
             self._turns[worker] = next(self._turn)
 
@@ -2428,7 +2418,7 @@ class Hub:
                     message = message._replace(seq=self.seq, receipt_seq=message.receipt_seq or message.seq)
                     known[job.id] = known[job.id]._replace(message=message, inboxes=(now,))
             if request := self.requests.get(job.id):
-                self._track(request._replace(seq=self.seq, asked=(now,)))
+                self._track(request._replace(seq=self.seq, recipients=(now,)))
             if job.seq in self._pings:
                 self._pings[self.seq] = self._pings.pop(job.seq)
             job = job._replace(seq=self.seq)
@@ -2458,12 +2448,19 @@ class Hub:
         for group in self.jobs.words("group"):
             for name in self._resolve_one(group, "")[0]:
                 self._hand_out(name, at)
-        self._due_by(min((job.until for job in self.jobs.values() if job.until), default=NEVER))
+        self._due_by(*[job.until for job in self.jobs.values()])
 
     # tasks: work that is proposed to several agents, accepted by one of them and completed. A task changes only by one
     # of these messages; an operation on a task sends one.
 
     TASK_MESSAGES = dict.fromkeys(("task_proposal", "task_accept", "task_complete", "task_release", "task_cancel"))
+
+    def task(self, task_id: str) -> Task:
+        """A task on the board. Raises NotFound."""
+        task = self.tasks.get(task_id)
+        if not task:
+            raise NotFound(f"there is no task `{task_id}` (any more): see what there is with `task list`")
+        return task
 
     def may_see(self, agent_id: str, task: Task) -> bool:
         """Whether an agent may read what a task is about: as with messages, only those it concerns."""
@@ -2514,7 +2511,7 @@ class Hub:
         task = Task(stored.id, stored.seq, stored.sender, to, stored.payload, thread, at, lease, since=at)
         task = task._replace(deadline_at=plan.deadline_at, priority=plan.priority, depends_on=plan.depends_on)
         self._put_task(task._replace(waits_for=waits_for, state="blocked" if waits_for else "open"))
-        self._due_by(task.deadline_at or NEVER)
+        self._due_by(task.deadline_at)
         return receipt
 
     def _check_proposal(self, message: Message, plan: Plan) -> tuple[str, ...]:
@@ -2554,10 +2551,7 @@ class Hub:
         """The task a message replies to, or the only one that its recipient proposed and its sender could take."""
         message = draft.message
         if message.reply_to:
-            task = self.tasks.get(message.reply_to)
-            if not task:
-                raise NotFound(f"there is no task `{message.reply_to}` (any more): see what there is with `task list`")
-            return task
+            return self.task(message.reply_to)
         states = ("open", "accepted") if message.type == "task_accept" else ("accepted",)
         tasks = [self.tasks[id] for state in states for id in self.tasks.find("state", state)]
         inboxes, _ = self.resolve(draft.to, message.sender)
@@ -2609,10 +2603,10 @@ class Hub:
 
     def _taken(self, task: Task, at: int) -> HubError:
         details: Json = {"task_id": task.id, "state": task.state} | ({"holder": task.holder} if task.holder else {})
-        if task.ended:
-            reason = f" ({task.reason})" if task.reason else ""
-            who = f" by {task.holder}" if task.state == "completed" else reason
-            words = f"is {task.state}{who} already"
+        if task.state == "completed":
+            words = f"is completed by {task.holder} already"
+        elif task.state == "cancelled":
+            words = f"is cancelled ({task.reason}) already"
         else:
             until = details["expires_at"] = timestamp(self.lost_at(task, at))
             words = f"is held by {task.holder}, until {until} if that falls silent"
@@ -2669,7 +2663,6 @@ class Hub:
 
     def _elapse_tasks(self, at: int) -> None:
         """Tasks whose holders have been silent for too long, and those whose deadline is over."""
-        ends = NEVER
         for id in [id for state in ("accepted", "open", "blocked") for id in self.tasks.find("state", state)]:
             task = self.tasks.get(id)
             if task is None or task.ended:  # with one that it waited for
@@ -2683,8 +2676,7 @@ class Hub:
             elif lost_at <= at:
                 self._lose(task, at, f"{task.holder} has been silent for {task.lease // 1000} s")
             else:
-                ends = min(ends, lost_at, task.deadline_at or NEVER)
-        self._due_by(ends)
+                self._due_by(lost_at, task.deadline_at)
 
     # channels
 
@@ -2692,15 +2684,12 @@ class Hub:
         """Become a member of a channel; `full`: it may read what was said there before. Returns whether it is new."""
         self.expect(agent_id)
         member = self.members.get((channel, agent_id))
-        since = member.since if member else self.seq
-        if full:
-            since = 0
-        if member and member.since == since:
+        if member and (member.since == 0 or not full):
             return False
         count = len(self.members.words("channel"))
         if not self.members.find("channel", channel) and count >= self.limits.max_channels:
             raise StorageFull(f"the hub has {count} channels: use one of them, or raise --max-channels")
-        self._put(Member(channel, agent_id, since))
+        self._put(Member(channel, agent_id, 0 if full else self.seq))
         if not member:
             self._hand_out(agent_id, at)
         return not member
@@ -2719,23 +2708,22 @@ class Hub:
     def take_lock(self, at: int, want: LockRequest) -> Lock | None:
         """Lock all of these paths; None where the request has to wait for them. Raises LockHeld."""
         self.expect(want.agent_id)
-        held, waiting = self._lock_of(want), self.locks.waiting
-        against = self.locks.against(want, at)
-        in_way = against[0] if against else next(self.locks.ahead(want, at, self.locks.holders(at)), None)
-        circle = self.locks.circle(want, at) if in_way and want.wait_until > at else ""
+        held, locks = self._lock_of(want), self.locks
+        in_way = next(locks.against(want, at), None) or next(locks.ahead(want, at, locks.holders(at)), None)
+        circle = locks.circle(want, at) if in_way and want.wait_until > at else ""
         if in_way and (want.wait_until <= at or circle):
             raise self._lock_held(at, want, in_way, circle)
         if in_way is None and held and held.mode == want.mode:
             return self._grant(at, want, held)
-        paths = sum(len(one.paths) for one in self.locks.values()) + sum(len(one.paths) for one in waiting.values())
-        if paths + (0 if want.id in waiting else len(want.paths)) > self.limits.max_locks:
+        paths = sum(len(one.paths) for one in locks.values()) + sum(len(one.paths) for one in locks.waiting.values())
+        if paths + (0 if want.id in locks.waiting else len(want.paths)) > self.limits.max_locks:
             raise StorageFull(f"{paths} paths are locked or waited for: release some, or raise --max-locks")
         if in_way is None:
             return self._grant(at, want, None)
-        mine = [one for one in self.locks.waiting_at(at) if one.agent_id == want.agent_id and one.id != want.id]
+        mine = [one for one in locks.waiting_at(at) if one.agent_id == want.agent_id and one.id != want.id]
         if len(mine) >= MAX_WAITS:
             raise RateLimited(f"{want.agent_id} waits for {len(mine)} locks: wait until it has some", retry_after=5)
-        self.locks.queue(want)
+        locks.queue(want)
         return None
 
     def _lock_of(self, want: LockRequest) -> Lock | None:
@@ -2753,14 +2741,14 @@ class Hub:
         for lock in [lock for lock, *_ in self.locks.overlapping(want.paths)]:
             if lock != held and self.lock_ends(lock, at) <= at:
                 self._drop(self.locks, lock.lock_id, "expired")
+        how = "renew"
         if held is None:
             self.fence += 1
-            held_or_new = Lock(want.id, want.agent_id, want.paths, want.mode, want.ttl, want.note, self.fence, at, at)
-        else:
-            held_or_new = held
-        lock = held_or_new._replace(ttl=want.ttl, note=want.note, renewed_at=at)
+            how = "lock"
+            held = Lock(want.id, want.agent_id, want.paths, want.mode, want.ttl, want.note, self.fence, at, at)
+        lock = held._replace(ttl=want.ttl, note=want.note, renewed_at=at)
         lock = lock._replace(follows=want.follows, reentrant=want.reentrant)
-        self._put_lock(lock, at, "renew" if held else "lock")
+        self._put_lock(lock, at, how)
         return lock
 
     def _put_lock(self, lock: Lock, at: int, how: str) -> None:
@@ -2871,7 +2859,7 @@ class Hub:
         gone = self.notes.find("state", "gone")
         if len(gone) > MAX_GONE_NOTES:
             self._drop(self.notes, next(iter(gone)), "forgotten")
-        self._due_by(note.expires_at or NEVER)
+        self._due_by(note.expires_at)
 
     # time
 
@@ -2882,13 +2870,13 @@ class Hub:
             self._drop(self.locks, lock.lock_id, "expired")
         for id in [id for id, want in self.locks.waiting.items() if want.wait_until <= at]:
             self.locks.leave(id)
-        self._due_by(min((self.lock_ends(lock, at) for lock in self.locks.values()), default=NEVER))
+        self._due_by(*[self.lock_ends(lock, at) for lock in self.locks.values()])
         for note in [note for note in self.notes.values() if 0 < note.expires_at <= at]:
             self._put_note(note._replace(gone=True, size=0, at=at, expires_at=0))
-        self._due_by(min((note.expires_at for note in self.notes.values() if note.expires_at), default=NEVER))
+        self._due_by(*[note.expires_at for note in self.notes.values()])
         for agent in [agent for agent in self.agents.values() if 0 < agent.away_until <= at]:
             self.set_status(at, agent.agent_id, agent.doing, 0)
-        self._due_by(min((agent.away_until for agent in self.agents.values() if agent.away_until), default=NEVER))
+        self._due_by(*[agent.away_until for agent in self.agents.values()])
         self._elapse_jobs(at)
         self._elapse_tasks(at)
 
@@ -2918,7 +2906,7 @@ class Hub:
             if task.since < before:
                 self._drop(self.tasks, task.id)
         waiting = [task for task in self.tasks.values() if task.state in ("open", "blocked") and task.since < before]
-        for task in waiting:
+        for task in sorted(waiting, key=lambda task: task.seq):
             if not self.tasks[task.id].ended:  # else it was cancelled with one that it waited for
                 self._cancel(task, at, "nobody has taken it for as long as messages are kept")
         for note in [note for note in self.notes.values() if note.gone and note.at < before]:
@@ -2936,7 +2924,8 @@ class Hub:
 FSYNC_FAILED = (1034, 1290)  # SQLITE_IOERR_FSYNC and _DIR_FSYNC; Python says which from 3.11 on
 APPLICATION_ID = 0x61676874  # "aght" in SQLite's header: how a file says whose it is
 STORE_VERSION = 1
-
+WAL_KEPT = 64 << 20  # bytes of write-ahead log that stay after a burst: to overwrite them is quicker than to grow again
+PROBE_BYTES = 16_384  # four pages, what a small commit writes (see `write`): a disk that takes them takes that too
 
 # How a field of some type is kept: its column, how it is put there and how it is read; None: as it is.
 Codec = tuple[str, "Callable[[Any], Any] | None", "Callable[[Any], Any] | None"]
@@ -2951,8 +2940,7 @@ CODECS: dict[str, Codec] = {
 
 
 def _codecs(kind: type[Any]) -> list[Codec]:
-    hints = kind.__annotations__.values()
-    return [CODECS[str(getattr(hint, "__forward_arg__", hint))] for hint in hints]
+    return [CODECS[str(getattr(hint, "__forward_arg__", hint))] for hint in kind.__annotations__.values()]
 
 
 # A statement, and what makes its rows of a run of changes that are of one kind.
@@ -2962,7 +2950,7 @@ Write = tuple[str, Callable[[list[Any]], list[tuple[Any, ...]]]]
 def _compile(sql: str) -> Write:
     """A statement in which `:name` stands for that field of a change, and `:each.name` for each value in that field,
     with a row of its own."""
-    # the one in `each` goes last, where `_rows` unpacks it
+    # the one with `each.` goes last, where `_rows` unpacks it
     names = sorted(dict.fromkeys(re.findall(r":([a-z_.]+)", sql)), key=lambda name: name.startswith("each."))
     sql = re.sub(r":([a-z_.]+)", lambda match: f"?{names.index(match[1]) + 1}", sql)
     several = names[-1].startswith("each.")
@@ -3136,9 +3124,7 @@ def folded(text: str) -> str:
     """Text as a search compares it: without case, and one spelling where Unicode has several (NFKC)."""
     if text.isascii():
         return text.lower()
-    from unicodedata import normalize
-
-    return normalize("NFKC", normalize("NFKC", text).casefold())
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
 
 def words_of(text: str) -> list[str]:
@@ -3151,8 +3137,8 @@ _decode = json.JSONDecoder(object_pairs_hook=list).decode
 
 
 def payload_text(payload: str) -> str:
-    """What a search looks at of a message: all that can be read in its JSON text, a line each and folded, of that the
-    first INDEX_TEXT characters; nothing of what is no JSON, as on a damaged page."""
+    """What a search looks at of a message: the names and values in its JSON text, a line each and folded, up to
+    INDEX_TEXT characters. Empty where it is no JSON, as on a damaged page."""
     texts: list[str] = []
     try:
         left = [_decode(payload)]
@@ -3205,8 +3191,8 @@ class Query(NamedTuple):
 
 
 class Search:
-    """Full text over the log. A send does not pay for it: messages are taken into the index (SQLite's FTS5, where it
-    is there) when the hub has nothing else to do, and those that are not in it yet are looked through one by one."""
+    """Full text over the log. It does not slow a send down: messages are taken into the index (FTS5, if this SQLite has
+    it) when the hub has nothing else to do, and those that are not in it yet are looked through one by one."""
 
     def __init__(self, writer: sqlite3.Connection) -> None:
         self._writer = writer
@@ -3235,12 +3221,12 @@ class Search:
         return int(run("SELECT value FROM meta WHERE key = 'indexed'").fetchone()[0])
 
     def lags(self, seq: int) -> bool:
-        """Whether so much is not in the index, or is and should not be, that it is worth a turn."""
+        """Whether an `advance` is worth its turn: many messages are not in the index, or some in it are deleted."""
         return self.damaged or (self.indexed >= 0 and (self.untidy or self.indexed <= seq - INDEX_BATCH))
 
     def advance(self, messages: list[tuple[int, str]], up_to: int) -> int:
-        """Bring the index some way up to date with the next messages, within the caller's transaction, which is none
-        of a message's: an index can be made again. Returns what `indexed` is once that is durable."""
+        """Take the next messages into the index, within the caller's transaction, and deleted ones out of it. Returns
+        what `indexed` is once that is durable."""
 
         def _bounded(rows: Iterable[tuple[int, str | None]]) -> list[Any]:
             return take_within(INDEX_BYTES, rows, lambda row: min(len(row[1] or ""), INDEX_TEXT))[0]
@@ -3273,49 +3259,42 @@ SCANS = (  # of what is not in the index, and of what is
 
 # --- Store ------------------------------------------------------------------------------------------------------------
 
-
 SEQS_BY = {"deliveries": "inbox", "messages": "sender", "channel_messages": "channel"}
 ANYTHING = Wanted()
 
 
 class Store:
-    """The log on disk: SQLite in WAL mode, one connection that writes and one that reads what is committed.
-
-    `write` puts a batch of changes into a transaction and `commit` makes it durable (synchronous=FULL: after it
-    returns, a power cut loses nothing of it). Only one process may hold a file; a second is refused. Raises StoreError
-    on opening, and StorageFull where the disk takes no more."""
+    """The log on disk. `write` puts a batch of changes into a transaction, and `commit` makes it durable: after that, a
+    power cut loses nothing of it (synchronous=FULL). Only one process may hold a file. Raises StoreError when it is
+    opened, and StorageFull where the disk takes no more."""
 
     broken = ""  # why nothing can be made durable any more until the next start
 
     def __init__(self, path: str) -> None:
-        import sqlite3
-
         memory = path == ":memory:"
-        path = path if memory else os.path.realpath(path)  # one file, by whatever link it is called
-        self.path, self._sqlite = path, sqlite3
-        self._copies = os.path.basename(path) + "-copy-"  # how the names of copies begin while they are being made
+        self.path = path if memory else os.path.realpath(path)  # one file, by whatever link it is called
+        self._copies = os.path.basename(self.path) + "-copy-"  # how the names of copies begin while they are being made
         self._lock: IO[str] | None = None
         self._files: dict[str, os.stat_result] = {}
         self.pages, self._scale = 0.0, 1.0  # written to the log since the last checkpoint; how far that guess is off
         try:
             if not memory:
                 self._prepare_file()
-            self._writer = self.connect()
+            self._writer = self._reader = self.connect()
             self._open_tables()
-            self._reader = self._writer if memory else self.connect()
-            if not memory:
-                self._reader.execute("PRAGMA query_only = ON")
             self.search = Search(self._writer)
-            for connection in (self._writer, self._reader):
-                connection.execute("PRAGMA busy_timeout = 0")  # the loop waits for nobody
             if not memory:
-                self._files = {file: os.stat(file) for file in (path, f"{path}-wal")}
+                self._reader = self.connect()
+                self._reader.execute("PRAGMA query_only = ON")
+                self._files = {file: os.stat(file) for file in (self.path, f"{self.path}-wal")}
+            for connection in (self._writer, self._reader):
+                connection.execute("PRAGMA busy_timeout = 0")  # the loop does not wait for a lock
             self.epoch = str(self._reader.execute("SELECT value FROM meta WHERE key = 'epoch'").fetchone()[0])
         except (sqlite3.Error, OSError, TypeError, StoreError) as error:
             self.close()
             if isinstance(error, StoreError):
                 raise
-            raise StoreError(f"can't use {path} as the store: {error}; name another file with --db") from None
+            raise StoreError(f"can't use {self.path} as the store: {error}; name another file with --db") from None
 
     def _prepare_file(self) -> None:
         """Look at what is there before anything is changed, take the lock, make folder and file for this user only."""
@@ -3341,7 +3320,6 @@ class Store:
         os.close(open_private(self.path))
 
     def _head_of(self, path: str) -> bytes:
-        """How a file begins; nothing where there is none, or an empty one."""
         try:
             with open(path, "rb") as file:
                 return file.read(16)
@@ -3349,14 +3327,12 @@ class Store:
             return b""
 
     def _take_lock(self) -> None:
-        """One hub a file: flock ends with the process, however it ends, so a lock left behind holds nobody up."""
-        try:
-            import fcntl
-        except ImportError:  # Windows: SQLite's own locks are then all there is
-            return
+        """See that no other hub has the file. A flock ends with its process, however that ends."""
         self._lock = open(open_private(self.path + "-lock"), "r+")  # noqa: SIM115 (held until `close`)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows has no fcntl, and SQLite's own locks are all there is
+            return
         except OSError:
             pid = self._lock.read().strip() or "unknown"
             raise StoreError(
@@ -3382,7 +3358,7 @@ class Store:
         writer.execute("PRAGMA synchronous = FULL")
         writer.execute("PRAGMA fullfsync = ON")  # macOS: fsync alone does not reach the platter
         writer.execute("PRAGMA wal_autocheckpoint = 0")  # inside a commit it makes the slowest 1 %
-        writer.execute(f"PRAGMA journal_size_limit = {64 << 20}")
+        writer.execute(f"PRAGMA journal_size_limit = {WAL_KEPT}")
         if not version:
             writer.executescript(SCHEMA)
 
@@ -3403,17 +3379,20 @@ class Store:
             for sql, rows in statements_of(changes):
                 self._writer.executemany(sql, rows)
                 self.search.untidy = self.search.untidy or "INTO forgotten" in sql
-        except self._sqlite.Error as error:
+        except sqlite3.Error as error:
             raise self._refusal(error) from error
         text = sum(len(change.message.payload) for change in changes if type(change) in (Sent, Delayed))
         # a guess, which `checkpoint` corrects: 3 pages a commit, 8 rows a page, and the text in pages of 4 KiB
         self.pages += self._scale * (3 + (self._writer.total_changes - before) / 8 + text / 4096)
 
     def commit(self) -> None:
-        """Make the batch durable. This is the one call that waits for the disk; it may run on another thread."""
+        """Make the batch durable. This waits for the disk, and may run on another thread."""
+        self._execute("COMMIT")
+
+    def _execute(self, sql: str) -> sqlite3.Cursor:
         try:
-            self._writer.execute("COMMIT")
-        except self._sqlite.Error as error:
+            return self._writer.execute(sql)
+        except sqlite3.Error as error:
             raise self._refusal(error) from error
 
     def undo(self) -> None:
@@ -3424,25 +3403,19 @@ class Store:
     def probe(self) -> None:
         """Raise StorageFull unless a small change can be made durable now."""
         self.check()
-        try:
-            self._writer.execute("INSERT OR REPLACE INTO meta VALUES ('probe', zeroblob(16384))")
-            self._writer.execute("DELETE FROM meta WHERE key = 'probe'")
-        except self._sqlite.Error as error:
-            raise self._refusal(error) from error
+        self._execute(f"INSERT OR REPLACE INTO meta VALUES ('probe', zeroblob({PROBE_BYTES}))")
+        self._execute("DELETE FROM meta WHERE key = 'probe'")
 
     def checkpoint(self) -> None:
         """Move the write-ahead log into the file, as far as no reader stands in the way."""
         guessed, self.pages = self.pages, 0.0
-        try:
-            _, pages, _ = self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-        except self._sqlite.Error as error:
-            raise self._refusal(error) from error
+        _, pages, _ = self._execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
         if guessed > CHECKPOINT_PAGES:
             self._scale = min(16.0, self._scale * max(0.5, min(2.0, pages / guessed)))
 
     def index(self, up_to: int) -> None:
-        """Bring the search index some way up to date, up to a seq. Waits for the disk, like `commit`. If damaged, it is
-        made again; where even that fails, it is left alone, and searches look through the messages themselves."""
+        """Take a batch of messages up to a seq into the search index. Waits for the disk, like `commit`. If damaged, it
+        is made again; if even that fails, it is not used, and searches look through the messages themselves."""
         self.check()
         search, again = self.search, self.search.damaged
         sql = "SELECT seq, payload FROM messages WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT ?"
@@ -3455,13 +3428,11 @@ class Store:
             search.indexed, search.damaged = indexed, False
         except Exception as error:
             self.undo()
-            if isinstance(error, self._sqlite.OperationalError):
+            if isinstance(error, sqlite3.OperationalError):
                 raise self._refusal(error) from error
             search.damaged = not again
             if again:
-                search.indexed = -1
-                with contextlib.suppress(self._sqlite.Error):  # then the next start tries once more
-                    self._writer.execute("DELETE FROM meta WHERE key = 'indexed'")
+                search.indexed = -1  # until the next start, which tries again
 
     def check(self) -> None:
         """Raise StorageFull where changes would be lost: the store is broken, or one of its files is not the one that
@@ -3479,19 +3450,17 @@ class Store:
                 raise StorageFull(f"{name} was moved, replaced, emptied or removed: put it back, or stop the hub")
 
     def backup(self) -> IO[bytes]:
-        """A consistent copy of what is committed, as an open file without a name. It goes its own way from here: the
-        seqs and ids it gives must not be taken for those of the original. Callable from any thread while the hub goes
-        on writing, unless the store is in memory. Raises StorageFull."""
-        import tempfile
-
+        """A consistent copy of what is committed, as an open file without a name. It has an epoch of its own, because a
+        hub that runs on it gives seqs and ids that the original gives to other messages. Callable from any thread while
+        the hub goes on writing, unless the store is in memory. Raises StorageFull."""
         folder = None if self.path == ":memory:" else os.path.dirname(self.path)
         try:
             with tempfile.NamedTemporaryFile(suffix=".db", prefix=self._copies, dir=folder) as file:
-                with self._snapshot() as source, contextlib.closing(self._sqlite.connect(file.name)) as copy:
+                with self._snapshot() as source, contextlib.closing(sqlite3.connect(file.name)) as copy:
                     source.backup(copy)
                     copy.executescript(FINISH_COPY)
                 return open(file.name, "rb")
-        except (self._sqlite.Error, OSError) as error:
+        except (sqlite3.Error, OSError) as error:
             words = "it needs up to twice as much room as the store"
             raise StorageFull(f"the copy could not be made ({error}): {words}") from error
 
@@ -3502,7 +3471,7 @@ class Store:
         name = self.path
         if name != ":memory:":
             name = f"file:{re.sub('[?#%]', lambda match: f'%{ord(match[0]):02X}', name)}?mode=rw"  # a URI (RFC 3986)
-        return self._sqlite.connect(name, uri=True, isolation_level=None, check_same_thread=False, timeout=1)
+        return sqlite3.connect(name, uri=True, isolation_level=None, check_same_thread=False, timeout=1)
 
     @contextlib.contextmanager
     def _snapshot(self) -> Iterator[sqlite3.Connection]:
@@ -3511,7 +3480,7 @@ class Store:
         connection = self._writer if self.path == ":memory:" else self.connect()
         try:
             yield connection
-        except self._sqlite.DatabaseError as error:
+        except sqlite3.DatabaseError as error:
             raise self._refusal(error, "the store could not be read") from error
         finally:
             if connection is not self._writer:
@@ -3521,19 +3490,18 @@ class Store:
         """What a query gives. Raises StorageFull where the file is damaged; what is whole can be read on."""
         try:
             yield from (reader or self._reader).execute(sql, values)
-        except self._sqlite.DatabaseError as error:
+        except sqlite3.DatabaseError as error:
             raise self._refusal(error, "the store could not be read") from error
 
     def _refusal(self, error: Exception, what: str = "the hub's disk refused the change") -> HubError:
-        """What an error of SQLite's means. After an fsync that failed nothing is tried again: the system may have
-        thrown away what it could not write, and say of the next attempt that all is well. In a damaged file nothing
-        is written over the rest."""
+        """The refusal that an error of SQLite becomes. After a failed fsync nothing is tried again: the system may have
+        dropped what it could not write, and report success next time. A damaged file is not written to any more."""
         if getattr(error, "sqlite_errorcode", 0) in FSYNC_FAILED:
             self.broken = (
                 "the hub's disk failed to make a change durable (fsync): the hub takes no more changes, so that nothing"
                 " is lost in silence; look after the disk, then start the hub again"
             )
-        elif type(error) is self._sqlite.DatabaseError:  # itself, and none of its kinds
+        elif type(error) is sqlite3.DatabaseError:  # itself, and none of its kinds
             self.broken = f"the store is damaged ({error}): stop the hub, and start it on a backup with --db"
         fix = "stop the other program that writes to the store" if "locked" in str(error) else "free some space"
         return StorageFull(self.broken or f"{what} ({error}): nothing was stored, {fix} and retry")
@@ -3565,7 +3533,7 @@ class Store:
                 meta["fence"],
                 tuple(tuple(map(table.read, rows(table.select))) for table in TABLES.values()),
             )
-        except (self._sqlite.Error, ValueError, TypeError, KeyError) as error:
+        except (sqlite3.Error, ValueError, TypeError, KeyError) as error:
             raise StoreError(
                 f"{self.path} is damaged ({error}): restore a backup, or save what can be saved with"
                 " `sqlite3 FILE .recover`, and name another file with --db; this one is left as it is"
@@ -3605,8 +3573,8 @@ class Store:
         with self._snapshot() as reader:
             try:
                 return self._find_words(reader, query, values, limit, self.search.indexed >= 0)
-            except (self._sqlite.DatabaseError, MemoryError) as error:  # a damaged index may ask for absurd amounts
-                if type(error) not in (self._sqlite.DatabaseError, MemoryError):  # busy, say: no fault of the index
+            except (sqlite3.DatabaseError, MemoryError) as error:  # a damaged index may ask for absurd amounts
+                if type(error) not in (sqlite3.DatabaseError, MemoryError):  # busy, say: no fault of the index
                     raise
                 self.search.damaged = True
                 return self._find_words(reader, query, values, limit, False)
@@ -3638,8 +3606,7 @@ class Store:
         return int(next(self._rows("SELECT seq FROM gaps WHERE inbox = ?", (name,)), (0,))[0])
 
     def find(self, message_id: str, seq: int = 0) -> Receipt | None:
-        """A message by its seq, or by an id that does not follow from it, the inboxes it went or will go to, and those
-        that had no room."""
+        """The receipt of a message that was sent or is delayed, by its seq or by an id that does not follow from it."""
         where, key = ("seq", seq) if seq else ("id", message_id)
         for table in ("messages", "delayed"):
             for row in self._rows(f"SELECT * FROM {table} WHERE {where} = ?", (key,)):
@@ -3655,14 +3622,14 @@ class Store:
         return Receipt(self._message(row), tuple(json.loads(row[-2])), tuple(json.loads(row[-1])))
 
     def deliveries(self, seq: int) -> dict[str, dict[str, Any]]:
-        """What became of a message, by inbox: times in milliseconds since 1970, and by which interfaces."""
+        """When a message was pushed, claimed, acknowledged and so on (ms since 1970), and how, by inbox."""
         columns = "inbox, acked_at, acked_via, pushed_at, pushed_via, claimed_at, claimed_until, expired_at"
         rows = self._rows(f"SELECT {columns} FROM deliveries WHERE {_ITS_DELIVERIES.format('?1')}", (seq,))
         names = ("acknowledged", "acknowledged_via", "pushed", "pushed_via", "claimed", "claimed_until", "expired")
         return {row[0]: dict(zip(names, row[1:], strict=True)) for row in rows}
 
     def last_said(self, channels: Iterable[str]) -> dict[str, int]:
-        """When something was said last in each of these channels, in milliseconds since 1970."""
+        """When the newest message of each of these channels came, in milliseconds since 1970."""
         newest = "SELECT max(seq) FROM channel_messages WHERE channel = value"
         query = f"SELECT value, {_CAME_AT} FROM json_each(?) JOIN messages AS m ON m.seq = ({newest})"
         return dict(self._rows(query, (dump(list(channels)),)))
@@ -3699,15 +3666,15 @@ class Store:
         return [(message.seq, message.id, inboxes) for message, inboxes, *_ in self._sweep(query, now, SWEEP_BATCH)]
 
     def aged(self, before: int, deep: bool = True) -> list[tuple[int, str, tuple[str, ...]]]:
-        """Some of the oldest messages, if they came before then, as (seq, id, inboxes); if not `deep`, only if the very
-        oldest did: the times lie behind the text in a row, and looking at a hundred of them may take 10 ms."""
+        """Some of the oldest messages, those that came before then, as (seq, id, inboxes). Not `deep`: none unless the
+        very oldest did, because a time lies behind the text in its row, and to read a hundred may take 10 ms."""
         query = f"SELECT * FROM (SELECT * FROM messages ORDER BY seq LIMIT ?) WHERE {_CAME_AT} < ?"
         if not deep and not self._sweep(query, 1, before):
             return []
         return [(message.seq, message.id, inboxes) for message, inboxes, *_ in self._sweep(query, SWEEP_BATCH, before)]
 
     def _sweep(self, query: str, *values: int) -> list[Receipt]:
-        """What the query gives, but no more than can be written in one turn: it is inboxes and bytes that cost."""
+        """What the query gives, but no more inboxes and bytes than can be written in one turn."""
         inbox = SWEEP_BYTES // SWEEP_DELIVERIES  # what one costs, in bytes
         rows = self._rows(query, values)
         taken, _ = take_within(SWEEP_BYTES, rows, lambda row: len(row[_PAYLOAD]) + inbox * (row[-2].count(",") + 1))
@@ -3737,8 +3704,7 @@ class Command(NamedTuple):
 class Until(NamedTuple):
     """A step: wait for news of a topic, or until `until_at` (hub time, ms). Topics: `mail` in the agent's inbox,
     `claims` (mail, or a claim that ran out), `tasks` it could take, `lock` (its position `lock_id` in the queue may
-    have come). `undo` is applied when the caller goes away meanwhile. Resumed with why it ended (OVER, NEWS or OLDER),
-    and when (hub time, ms)."""
+    have come). `undo` is applied when the caller goes away meanwhile. Resumed with why it ended, and when (ms)."""
 
     agent_id: str
     until_at: int
@@ -3757,8 +3723,7 @@ class Progress(NamedTuple):
     """A step: tell a caller that streams how far this is."""
 
     progress: float
-    message: str = ""
-    total: float | None = None
+    message: str
 
 
 DURABLE = None  # a step: wait until all changes so far are on disk; StorageFull is raised in it where they can't be
@@ -3773,14 +3738,13 @@ def make_command(rule: Callable[Concatenate[Hub, int, P], R], *args: P.args, **n
 
 def do(rule: Callable[Concatenate[Hub, int, P], R], *args: P.args, **named: P.kwargs) -> Generator[Command, Any, R]:
     """The step that has a rule applied, for `yield from`: it gives the rule's result, or raises its refusal."""
-    result: R = yield Command(rule.__name__, args, named)
+    result: R = yield make_command(rule, *args, **named)
     return result
 
 
 def run_steps(hub: Hub, steps: Steps[Any], at: int, value: Any = None, parked: Parked | None = None) -> Any:
-    """Go through steps to the answer, or to a step that takes time, which is `Parked`. Commands are applied at once;
-    what they changed leaves only when it is durable, like any answer. A `value` that is a HubError is raised in the
-    first step. Raises HubError."""
+    """Go through steps to the answer, or to a step that takes time, which is `Parked`. Commands are applied at once. A
+    `value` that is a HubError is raised in the first step. Raises HubError."""
     failed = value if isinstance(value, HubError) else None
     try:
         while True:
@@ -3839,8 +3803,6 @@ def failed_at(where: str, what: str = "request") -> HubError:
 
 def log_exception(where: str, last: bool = False) -> None:
     """A bug: its traceback goes to the hub's log; written before this returns if the process is about to end."""
-    import logging
-
     logging.getLogger("agenthub").exception("failed at %s", refused_value(where))
     if last:
         logging.shutdown()
@@ -3886,11 +3848,9 @@ class Upgrade(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """How this hub is run, where its answers depend on it. An empty key is open mode.
-
-    `by_address`: it may be called by any address, as others on the network do. `proxies` are the networks (ipaddress)
-    whose X-Forwarded headers are believed, `unix_proxy` whether those on a Unix socket are; `unix` is its path.
-    """
+    """How this hub is run, where its answers depend on it. An empty key is open mode. `by_address`: it may be called by
+    any address, as others on the network do. `proxies` are the networks (ipaddress) whose X-Forwarded headers are
+    believed, `unix_proxy` whether those on a Unix socket are; `unix` is its path."""
 
     limits: Limits
     key: str = ""
@@ -3942,12 +3902,9 @@ class Histogram:
 
 
 class Api:
-    """The hub as operations see it: the rules, the log, and how it is run.
-
-    `committed` is the newest seq that is durable (nothing above it is shown); `mint` makes the random part of tokens
-    and sessions; `trouble` is why the hub can't write, if it can't, and `probe` then raises StorageFull, or finds that
-    it can again.
-    """
+    """The hub as operations see it: the rules, the log, and how it is run. `committed` is the newest seq that is
+    durable (nothing above it is shown); `mint` makes the random part of tokens and sessions; `trouble` is why the hub
+    can't write, if it can't, and `probe` then raises StorageFull, or finds that it can again."""
 
     def __init__(self, hub: Hub, log: Store, settings: Settings, mint: Callable[[], str]) -> None:
         self.hub, self.log, self.settings, self.mint = hub, log, settings, mint
@@ -3985,7 +3942,7 @@ class Api:
         """The seqs of up to `limit` durable messages above `after`, up to `up_to`: the unread ones, or all."""
         up_to = min(up_to, self.committed)
         if unread:
-            return self.hub.unread_after(name, after, up_to, limit)
+            return self.hub.mail(name).after(after, up_to, limit)
         return self.log.seqs("deliveries", name, after, up_to + 1, limit)
 
     def resume_at(self, agent_id: str, after: int | None, epoch: str | None) -> tuple[int | None, bool]:
@@ -4014,10 +3971,7 @@ class Api:
 
     def task(self, task_id: str) -> Task:
         """A task by its id, or by that of a message about it. Raises NotFound."""
-        task = self.hub.tasks.get(self.task_id(task_id))
-        if not task:
-            raise NotFound(f"there is no task `{task_id}` (any more): see what there is with `task list`")
-        return task
+        return self.hub.task(self.task_id(task_id))
 
 
 class InboxQuery(NamedTuple):
@@ -4035,9 +3989,8 @@ class InboxQuery(NamedTuple):
     since: int  # where it may read from
 
     def page(self, api: Api, cursor: int, at: int) -> tuple[list[Message], int, bool, str]:
-        """Messages from a cursor on, oldest first; the cursor after them; whether a filter, which looks at MAX_SCAN
-        deliveries at most, has more to look at; and of the newest ones the field (JSON text) that says before which seq
-        there may be older ones."""
+        """Messages from a cursor on, oldest first; the cursor after them; whether it stopped at MAX_SCAN deliveries
+        looked at; and of the newest ones the field (JSON text) that says before which seq there may be older ones."""
         step = self.limit if self.wanted == Wanted() else MAX_PAGE
         messages: list[Message] = []
         scanned, cut, end = 0, False, False
@@ -4060,16 +4013,15 @@ class InboxQuery(NamedTuple):
     def _seqs(self, api: Api, cursor: int, step: int, at: int) -> list[int]:
         """What a page looks at next; newest first, or oldest first."""
         if self.unread:
-            return api.hub.unread_after(self.name, cursor, api.committed, step, at if self.claim else None)
+            return api.hub.mail(self.name).after(cursor, api.committed, step, at if self.claim else None)
         low, high = (0, min(cursor, api.committed + 1)) if self.newest else (cursor, api.committed + 1)
         bounds = (max(low, self.since), high, step, self.newest)
         rows = [api.log.seqs(table, name, *bounds) for table, name in self.sources]
         return rows[0] if len(rows) == 1 else sorted({*rows[0], *rows[1]}, reverse=self.newest)[:step]
 
     def answer(self, call: Call, wait: float, extra: str) -> Steps[Response]:
-        """A page as soon as there is something in it, or the wait is over. Its messages are claimed, and noted as
-        pushed, where that was asked for. What was looked at and not wanted is not looked at again, unless something
-        older comes."""
+        """A page as soon as there is something in it, or the wait is over. With a claim or a wait its messages are
+        noted as pushed. What was looked at and not wanted is not looked at again, unless something older comes."""
         hub, name, at, undo = call.api.hub, self.name, call.at, None
         cursor, over, ends_at = self.start, not wait, at + int(wait * 1000)
         while True:
@@ -4079,7 +4031,7 @@ class InboxQuery(NamedTuple):
             why, at = yield Until(name, ends_at, "claims" if self.claim else "mail")
             cursor = self.start if why == OLDER or self.newest or self.claim else following
             over = why == OVER
-        texts = [m.envelope(redelivered=not self.newest and hub.was_pushed(name, m.seq)) for m in messages]
+        texts = [m.envelope(redelivered=not self.newest and holds(hub.mail(name).pushed, m.seq)) for m in messages]
         seqs = tuple([message.seq for message in messages])
         if seqs and self.claim:
             until = at + int(self.claim * 1000)
@@ -4095,7 +4047,27 @@ class InboxQuery(NamedTuple):
 # --- Operations -------------------------------------------------------------------------------------------------------
 
 
-class Operation(Generic[P, R]):
+# The operations that clients have no method for: they take or give anything but JSON, or have no end.
+NOT_ON_CLIENTS = {"send_to", "stream", "open_socket", "watch_events", "copy_store", "show_metrics", "read_guide"}
+NOT_ON_CLIENTS |= {"source", "mcp", "mcp_stream", "mcp_end"}
+
+
+class ClientAttribute(Generic[P, R]):
+    """What is a method of both clients; on an `AgentClient` it is one to be awaited. On a class it is itself."""
+
+    bind: Callable[[Any], Callable[..., Any]]  # the method of a client
+
+    @overload
+    def __get__(self, caller: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, caller: Client, owner: type) -> Callable[P, R]: ...
+    @overload
+    def __get__(self, caller: AgentClient, owner: type) -> Callable[P, Coroutine[Any, Any, R]]: ...
+    def __get__(self, caller: Any, owner: type) -> Any:
+        return self if caller is None else self.bind(caller)
+
+
+class Operation(ClientAttribute[P, R]):
     """A row: what can be asked of a hub, who may, and how it is written. Its columns have the defaults below.
 
     `access` is who may where the hub has a key: that `agent`, `any` agent, only the `key`, or all (`open`). `actor`
@@ -4104,15 +4076,13 @@ class Operation(Generic[P, R]):
     the WebSocket frame that asks the same, `command` its command line. `headers` stand for a field (with `headers_win`
     over the field itself: a browser that reconnects repeats the address it has). A `raw` body is the message itself.
     `aliases` are other words for fields. On a client, it is the method that makes the request and returns the answer,
-    or its list `items`; not (`on_clients`) where it takes or gives anything but JSON, or has no end.
-    """
+    or its list `items`."""
 
     also = frame = command = items = ""
     access, charged = "agent", True
     default_actor: str | None = None
     headers: tuple[tuple[str, str], ...] = ()
     headers_win = raw = False
-    on_clients = True
     aliases: Mapping[str, str] = {}
 
     def __init__(self, handler: Callable[..., Any], method: str, path: str, row: Json) -> None:
@@ -4127,16 +4097,11 @@ class Operation(Generic[P, R]):
                 raise TypeError(f"an operation has no column {column}")
             setattr(self, column, value)
 
-    @overload
-    def __get__(self, caller: None, owner: type) -> Operation[P, R]: ...
-    @overload
-    def __get__(self, caller: Client, owner: type) -> Callable[P, R]: ...
-    @overload
-    def __get__(self, caller: AgentClient, owner: type) -> Callable[P, Coroutine[Any, Any, R]]: ...
-    def __get__(self, caller: Any, owner: type) -> Any:
-        if caller is not None and not self.on_clients:
+    def bind(self, caller: ClientBase) -> Callable[..., Any]:
+        """The method that asks for it. Raises AttributeError where clients have none."""
+        if self.name in NOT_ON_CLIENTS:
             raise AttributeError(f"a client has no method {self.name}")
-        return self if caller is None else functools.partial(caller.request, self)
+        return functools.partial(caller.request, self)
 
     @functools.cached_property
     def fields(self) -> tuple[Field, ...]:
@@ -4171,10 +4136,10 @@ class Operation(Generic[P, R]):
         chosen = any(field.name == "id" for field in self.fields)
         return (*self.headers, *((("idempotency-key", "id"),) if chosen else ()))
 
-    def run(self, call: Call, values: Json) -> Any:
-        """The answer to checked fields, or the operation on its way to it (`Parked`). Raises HubError."""
-        answer = self.handler(call, **values)
-        return run_steps(call.api.hub, answer, call.at) if self.in_steps else answer
+    def run(self, call: Call, values: Json) -> Answer:
+        """The answer to checked fields. Raises HubError."""
+        answer: Any = self.handler(call, **values)
+        return cast("Answer", run_steps(call.api.hub, answer, call.at) if self.in_steps else answer)
 
     def without_aliases(self, values: Json) -> Json:
         """The fields of a request, each under its own name: one that came under an alias is added."""
@@ -4220,7 +4185,10 @@ ReadBack = Annotated[History | None, "full: it may read what was said before, to
 Proposed = Annotated[Recipient | None, f"default ALL; {RECIPIENTS}"]
 Word = Annotated[JsonValue, "what to tell those concerned: a result, a reason"]
 HolderLease = Annotated[Lease | None, f"seconds its holder may be silent, default {TASK_LEASE}"]
+OneAgent = AgentId | None
+TaskState = Annotated[str | None, choice("blocked", "open", "accepted", "completed", "cancelled")]
 Overlapping = Annotated[OnePath | None, "only what overlaps with this path or glob"]
+Value = Annotated[JsonValue, "any JSON value"]
 IfVersion = Annotated[NoteVersion | None, "only if that is its version; 0: only if there is none"]
 OwnId = Annotated[AgentId | None, "who this is; implied by a token"]
 GuideFormat = Annotated[StreamFormat | None, "json: the text in an object"]
@@ -4295,7 +4263,7 @@ class Operations:
     def agents(
         call: Call,
         status: Annotated[str | None, choice("active", "offline")] = None,
-        capability: Annotated[str | None, _CAPABILITY] = None,
+        capability: Annotated[str | None, CAPABILITY] = None,
         channel: Channel | None = None,
     ) -> Response:
         """The agents, in the order of their coming."""
@@ -4326,7 +4294,6 @@ class Operations:
     def heartbeat(call: Call) -> Response:
         """Say that this agent is alive: noted when the call was admitted."""
         hub, name = call.api.hub, call.agent_id
-        hub.expect(name)
         seen = timestamp(hub.seen.get(name, 0))
         return Response({"success": True, "last_heartbeat": seen, "unread": hub.unread(name)}, settled=True)
 
@@ -4350,9 +4317,8 @@ class Operations:
     ) -> Steps[Response]:
         """Send a message. What was pushed is known, and in the answer, only when that leaves."""
         inner = message.get("type") if isinstance(message, dict) else None
-        kind = type or (inner if not _TYPE.refusal(inner) else "")
+        kind = type or (inner if not TYPE.refusal(inner) else "")
         if kind == "heartbeat":
-            call.api.hub.expect(call.agent_id)
             seen = timestamp(call.api.hub.seen.get(call.agent_id, 0))
             return Response({"success": True, "last_heartbeat": seen}, settled=True)
         group = isinstance(to, str) and to.upper() == EVERYONE
@@ -4360,15 +4326,7 @@ class Operations:
         receipt = yield from do(Hub.send, draft)
         return Response(lambda: receipt_text(call, receipt))
 
-    @operation(
-        "POST",
-        "/to/{recipient}",
-        actor="from",
-        default_actor=OPERATOR,
-        raw=True,
-        headers=(("x-from", "from"),),
-        on_clients=False,
-    )
+    @operation("POST", "/to/{recipient}", actor="from", default_actor=OPERATOR, raw=True, headers=(("x-from", "from"),))
     def send_to(
         call: Call, recipient: Recipient, type: MessageType | None = None, **more: Unpack[Sending]
     ) -> Steps[Response]:
@@ -4403,7 +4361,6 @@ class Operations:
     ) -> Steps[Response]:
         """Messages of an inbox, oldest first. Reading acknowledges nothing."""
         api, name, since = call.api, call.agent_id, 0
-        api.hub.expect(name)
         claim = claim if claim and call.head.method == "GET" else 0  # a HEAD changes nothing
         start, recovered = api.resume_at(name, after, epoch)
         unread = bool(unread or claim or (not recovered and start is None))
@@ -4422,10 +4379,8 @@ class Operations:
         root = api.find(thread) if thread else None
         between = (name, other) if other else ("", "")
         wanted = Wanted(type or "", sender or "", thread or "", root.message.seq if root else 0, between)
-        newest = start is None and not unread
-        first = start or 0
-        if newest:
-            first = sys.maxsize if before is None else before
+        newest, below = start is None and not unread, sys.maxsize if before is None else before
+        first = below if newest else start or 0
         inbox = (("deliveries", name), ("messages", name)) if sent or other else (("deliveries", name),)
         sources = (("channel_messages", channel),) if channel else inbox
         most, room = limit or DEFAULT_LIMIT, max_bytes or MAX_ANSWER
@@ -4451,7 +4406,6 @@ class Operations:
     def search_messages(call: Call, words: Words, before: Before = None, limit: PageSize = None) -> Steps[Response]:
         """Full text, newest first. Looks at SEARCH_SCAN messages; `next` goes on, 0 is the end."""
         api, most = call.api, limit or DEFAULT_LIMIT
-        api.hub.expect(call.agent_id)
         query, below = Query.read(words), min(api.committed + 1, sys.maxsize if before is None else before)
         work = functools.partial(api.log.find_words, query, call.agent_id, below, most, call.at)
         messages, following = yield Offload(work)
@@ -4482,27 +4436,24 @@ class Operations:
     def requests(call: Call, limit: PageSize = None) -> Response:
         """Requests that this agent sent or got and that have no answer yet, with `waiting_for`, oldest first."""
         api = call.api
-        api.hub.expect(call.agent_id)
-        by_seq = {request.seq: request for request in api.hub.requests_of(call.agent_id)}
-        seqs = sorted(seq for seq in by_seq if seq <= api.committed)[: limit or DEFAULT_LIMIT]
+        recipients = {request.seq: request.recipients for request in api.hub.requests_of(call.agent_id)}
+        seqs = sorted(seq for seq in recipients if seq <= api.committed)[: limit or DEFAULT_LIMIT]
         messages, _ = api.log.messages(seqs, call.at)
-        rows = [json.loads(message.envelope()) | {"waiting_for": by_seq[message.seq].asked} for message in messages]
-        return Response({"requests": rows, "total": len(by_seq)}, settled=True)
+        rows = [json.loads(message.envelope()) | {"waiting_for": recipients[message.seq]} for message in messages]
+        return Response({"requests": rows, "total": len(recipients)}, settled=True)
 
     # readers that stay
 
-    @operation("GET", "/api/v1/stream", headers=(("last-event-id", "after"),), headers_win=True, on_clients=False)
+    @operation("GET", "/api/v1/stream", headers=(("last-event-id", "after"),), headers_win=True)
     def stream(call: Call, after: Cursor = None, epoch: CursorEpoch = None, format: OneStream = None) -> Stream:
         """Server-sent events. Starts with what is unread, or after a seq."""
-        call.api.hub.expect(call.agent_id)
         start, recovered = call.api.resume_at(call.agent_id, after, epoch)
         return Stream(call.agent_id, start, format or "sse", recovered)
 
-    @operation("GET", "/ws/{agent_id}", on_clients=False)
+    @operation("GET", "/ws/{agent_id}")
     def open_socket(call: Call, after: Cursor = None, epoch: CursorEpoch = None, ack: Acks = None) -> Upgrade:
         """A WebSocket. A client that may not have one hears it before the upgrade."""
         api, headers = call.api, call.head.headers
-        api.hub.expect(call.agent_id)
         if headers.get("upgrade", "").lower() != "websocket":
             raise InvalidRequest("this address is a WebSocket: open it with a WebSocket client")
         if not api.settings.websockets:
@@ -4515,7 +4466,7 @@ class Operations:
         protocol = "bearer" if offered_token(call.head) else ""
         return Upgrade(call.agent_id, start, ack == "explicit", recovered, key, protocol, call.address)
 
-    @operation("GET", "/api/v1/events", default_actor=OPERATOR, on_clients=False)
+    @operation("GET", "/api/v1/events", default_actor=OPERATOR)
     def watch_events(call: Call, format: OneStream = None) -> Watch:
         """What happens in the hub, beginning with how many there are of everything."""
         return Watch(call.agent_id, format or "sse")
@@ -4551,14 +4502,9 @@ class Operations:
 
     @operation("GET", "/api/v1/tasks", default_actor=OPERATOR, frame="tasks", items="tasks")
     def tasks(
-        call: Call,
-        state: Annotated[str | None, choice("blocked", "open", "accepted", "completed", "cancelled")] = None,
-        holder: AgentId | None = None,
-        proposer: AgentId | None = None,
-        limit: PageSize = None,
+        call: Call, state: TaskState = None, holder: OneAgent = None, proposer: OneAgent = None, limit: PageSize = None
     ) -> Response:
-        """The tasks that this agent may know of: those under way first, then open ones, then ended ones, newest
-        first."""
+        """The tasks that this agent may know of: those under way, then open ones, then ended ones, newest first."""
         chosen = [
             task
             for task in call.api.hub.tasks.values()
@@ -4568,7 +4514,7 @@ class Operations:
             and call.api.hub.may_see(call.agent_id, task)
         ]
         rank = {"accepted": 0, "open": 1, "blocked": 2, "completed": 3, "cancelled": 3}
-        chosen.sort(key=lambda task: (rank[task.state], -task.priority, -task.since if task.ended else task.seq))
+        chosen.sort(key=lambda t: (rank[t.state], -t.priority, -t.since if t.ended else t.seq, t.seq))
         first = chosen[: limit or DEFAULT_LIMIT]
         return Response(lambda: {"tasks": tasks_json(call, first), "total": len(chosen)})
 
@@ -4582,7 +4528,6 @@ class Operations:
     def take_task(call: Call, wait: WaitSeconds | None = None, id: ChangeId = None) -> Steps[Response]:
         """Accept the best open task there is for this agent; within `wait` seconds."""
         api, name, over, ends_at = call.api, call.agent_id, not wait, call.at + int((wait or 0) * 1000)
-        api.hub.expect(name)
         digest = sha256("task_next")[:16] if id else b""
         while True:
             message = Message(0, id or "", "task_accept", name, "", "", 0, digest=digest, via=call.via)
@@ -4631,7 +4576,7 @@ class Operations:
     # locks
 
     @operation("GET", "/api/v1/locks", access="any", frame="locks", items="locks", command="locks [PATH]")
-    def locks(call: Call, path: Overlapping = None, holder: AgentId | None = None) -> Response:
+    def locks(call: Call, path: Overlapping = None, holder: OneAgent = None) -> Response:
         """The locks that are held, and who waits; with `path` only what overlaps with it."""
         hub, at = call.api.hub, call.at
         held = [lock for lock, *_ in hub.locks.overlapping(tuple(path))] if path else hub.locks.values()
@@ -4718,12 +4663,7 @@ class Operations:
 
     @operation("PUT", "/api/v1/notes/{key}", frame="note_set", command="note set KEY VALUE")
     def set_note(
-        call: Call,
-        key: NoteKey,
-        value: Annotated[JsonValue, "any JSON value"],
-        if_version: IfVersion = None,
-        ttl: Lifetime = None,
-        id: ChangeId = None,
+        call: Call, key: NoteKey, value: Value, if_version: IfVersion = None, ttl: Lifetime = None, id: ChangeId = None
     ) -> Steps[Response]:
         """Write a note (any JSON value of up to 64 KiB); only if it has that version, where one is named."""
         text = call.api.payload(value)
@@ -4741,7 +4681,7 @@ class Operations:
 
     # the hub itself
 
-    @operation("POST", "/api/v1/backup", access="key", writes=False, on_clients=False)
+    @operation("POST", "/api/v1/backup", access="key", writes=False)
     def copy_store(call: Call) -> Download:
         """A consistent copy of the store, made while the hub goes on."""
         return Download(call.api.log.backup, "application/vnd.sqlite3")
@@ -4757,7 +4697,7 @@ class Operations:
         text = f'{{{state},"version":"{VERSION}","time":"{timestamp(call.at)}"}}'
         return Response(text, 503 if api.trouble else 200, settled=True)
 
-    @operation("GET", "/metrics", access="key", charged=False, on_clients=False)
+    @operation("GET", "/metrics", access="key", charged=False)
     def show_metrics(call: Call) -> Response:
         """Prometheus' text format 0.0.4."""
         kind = "text/plain; version=0.0.4; charset=utf-8"
@@ -4780,7 +4720,7 @@ class Operations:
         document = {"openapi": "3.1.0", "info": info, "paths": paths, "components": parts}
         return Response(document | {"security": [{}, {"bearer": []}]}, settled=True)
 
-    @operation("GET", "/guide", access="open", on_clients=False)
+    @operation("GET", "/guide", access="open")
     def read_guide(call: Call, agent_id: OwnId = None, format: GuideFormat = None) -> Response:
         """How to use this hub, for a model; of others only what its reader may know."""
         hub, key, named = call.api.hub, call.api.settings.key, call.agent_id or agent_id or ""
@@ -4800,41 +4740,23 @@ class Operations:
             return Response({"guide": text}, settled=True)
         return Response(text, settled=True, content_type="text/plain; charset=utf-8")
 
-    @operation("GET", "/agenthub.py", access="open", on_clients=False)
+    @operation("GET", "/agenthub.py", access="open")
     def source(call: Call) -> Response:
         """This file, which is all a sandbox needs."""
         with open(__file__, "rb") as file:
             return Response(file.read(), settled=True, content_type="text/x-python; charset=utf-8")
 
-    @operation(
-        "POST",
-        "/mcp",
-        also="/mcp/{agent_id}",
-        default_actor="",
-        charged=False,
-        raw=True,
-        writes=False,
-        on_clients=False,
-    )
+    @operation("POST", "/mcp", also="/mcp/{agent_id}", default_actor="", charged=False, raw=True, writes=False)
     def mcp(call: Call) -> Response | Subscription | McpCall:
         """A JSON-RPC message; its answer is JSON, or a stream where it may take long."""
         return call.api.mcp.post(call)
 
-    @operation("GET", "/mcp", also="/mcp/{agent_id}", default_actor="", charged=False, raw=True, on_clients=False)
+    @operation("GET", "/mcp", also="/mcp/{agent_id}", default_actor="", charged=False, raw=True)
     def mcp_stream(call: Call) -> Subscription:
         """Notifications to a session of the handshake revisions."""
         return call.api.mcp.stream(call)
 
-    @operation(
-        "DELETE",
-        "/mcp",
-        also="/mcp/{agent_id}",
-        default_actor="",
-        charged=False,
-        raw=True,
-        writes=False,
-        on_clients=False,
-    )
+    @operation("DELETE", "/mcp", also="/mcp/{agent_id}", default_actor="", charged=False, raw=True, writes=False)
     def mcp_end(call: Call) -> Response:
         """The session ends."""
         return call.api.mcp.end(call)
@@ -4851,7 +4773,8 @@ def draft_of(call: Call, to: str | Sequence[str], message: Any, kind: str, more:
         return Draft(Message(0, "", kind, call.agent_id, "", payload, 0, via=call.via), where)
     options: Json = {name: value for name, value in more.items() if value is not None}
     id, reply_to = options.pop("id", ""), options.get("reply_to", "")
-    digest = sha256(dump([where, kind, payload, sorted(options.items())]))[:16] if id else b""  # what a retry repeats
+    chosen = sorted(item for item in options.items() if item[1])  # `delay` 0 is as good as none
+    digest = sha256(dump([where, kind, payload, chosen]))[:16] if id else b""  # what a retry repeats
     ttl, delay = options.get("ttl", 0), options.get("delay", 0)
     inner = message if isinstance(message, dict) else {}
     if kind not in Hub.TASK_MESSAGES and "lease" in options and options.get("deliver") != "one":
@@ -4860,7 +4783,7 @@ def draft_of(call: Call, to: str | Sequence[str], message: Any, kind: str, more:
         raise InvalidRequest("`ttl` must be longer than `delay`, or the message runs out before it is delivered")
     if kind in Hub.TASK_MESSAGES and kind != "task_proposal":
         with contextlib.suppress(ValueError):
-            reply_to = reply_to or _MESSAGE_ID.check(inner.get("task_id"))
+            reply_to = reply_to or MESSAGE_ID.check(inner.get("task_id"))
         reply_to = api.task_id(reply_to)
     expires_at = at + max(1, int(ttl * 1000)) if ttl else 0
     due_at = at + max(1, int(delay * 1000)) if delay else 0
@@ -4927,10 +4850,9 @@ def time_text(ms: int) -> str:
 
 
 def agents_json(call: Call, agents: list[Agent]) -> list[Json]:
-    """Agents as JSON values. Of many with much metadata, those of the first MAX_ANSWER bytes have it; of the others
-    each agent's own page has it."""
+    """Agents as JSON values, with the first MAX_ANSWER bytes of their metadata: the rest is on each agent's page."""
     hub, at, rows, size = call.api.hub, call.at, [], 0
-    oldest = {agent.agent_id: hub.unread_after(agent.agent_id, 0, hub.seq, 1) for agent in agents}
+    oldest = {agent.agent_id: hub.mail(agent.agent_id).after(0, hub.seq, 1) for agent in agents}
     came_at = call.api.log.came_at(itertools.chain.from_iterable(oldest.values()))
     for agent in agents:
         name = agent.agent_id
@@ -4979,8 +4901,7 @@ def tasks_json(call: Call, tasks: list[Task]) -> list[Json]:
         row |= {"priority": task.priority, "lease": task.lease / 1000, "proposed_at": timestamp(task.proposed_at)}
         row |= {"changed_at": timestamp(task.since), "thread": task.thread}
         lease_until = timestamp(call.api.hub.lost_at(task, call.at)) if task.state == "accepted" else ""
-        row |= present(holder=task.holder, lease_until=lease_until)
-        row |= present(deadline_at=time_text(task.deadline_at))
+        row |= present(holder=task.holder, lease_until=lease_until, deadline_at=time_text(task.deadline_at))
         row |= present(depends_on=task.depends_on, waits_for=task.waits_for, reason=task.reason)
         row |= {"result": json.loads(result)} if result and room > 0 else {}
         rows.append(row)
@@ -4999,8 +4920,7 @@ def lock_json(call: Call, lock: Lock) -> Json:
 def note_json(note: Note) -> Json:
     """A note without its value."""
     row: Json = {"key": note.key, "version": note.version, "agent_id": note.agent_id, "updated_at": timestamp(note.at)}
-    row |= {"size": note.size} | present(gone=note.gone)
-    return row | present(expires_at=time_text(note.expires_at))
+    return row | {"size": note.size} | present(gone=note.gone, expires_at=time_text(note.expires_at))
 
 
 def receipt_text(call: Call, receipt: Receipt) -> str:
@@ -5036,7 +4956,7 @@ def receipt_text(call: Call, receipt: Receipt) -> str:
 def delivery_states(call: Call, receipt: Receipt) -> dict[str, str]:
     """What is known of each inbox's copy; one that is only queued is left out."""
     hub, message = call.api.hub, receipt.message
-    states = {name: "pushed" for name in receipt.inboxes if hub.was_pushed(name, message.seq)}
+    states = {name: "pushed" for name in receipt.inboxes if holds(hub.mail(name).pushed, message.seq)}
     if receipt.full:
         states |= dict.fromkeys(receipt.full, "inbox_full")
     if receipt.duplicate:  # some may have been acknowledged since, or have run out
@@ -5081,9 +5001,6 @@ def trace_row(call: Call, message: Message, name: str, stored: Json | None) -> J
     row = {"agent_id": name, "state": next(iter(lasts.values()), "queued" if here else "unknown")}
     row |= {key: timestamp(times[key]) for key in TRACE_TIMES if times.get(key)}
     return row | {f"{key}_via": times[f"{key}_via"] for key in TRACE_TIMES if times.get(f"{key}_via")}
-
-
-# --- OpenAPI ----------------------------------------------------------------------------------------------------------
 
 
 def openapi_json(row: Row, path: str, twin: str) -> Json:
@@ -5291,17 +5208,17 @@ def _register_tool(call: McpCall, row: Row, values: Json) -> Steps[Json]:
     """Say who you are (once; other tools do it for you where your id is known) or what you are doing. Returns who else
     is here."""
     doing, wanted = values.pop("doing", None), values.get("agent_id") or call.agent_id
-    if call.agent_id and wanted != call.agent_id and not call.free:
+    if call.agent_id and wanted != call.agent_id and not call.may_name_itself:
         raise Forbidden(f"you are `{call.agent_id}` here, and this connection stays so: leave `agent_id` out")
-    held = None if call.free else call.hub.agents.get(call.agent_id)
-    same = {"session_id": held.session_id} if held else {}  # who came in with its token takes nothing over
+    held = None if call.may_name_itself else call.hub.agents.get(call.agent_id)
+    same = {"session_id": held.session_id} if held else {}  # its token has proved who it is: this is no takeover
     answer = yield from call_operation(call, row, **values | {"agent_id": wanted or None} | same)
     call.agent_id = answer["agent_id"]
     if doing is not None:
         yield from call_operation(call, Operations.set_status, doing=doing)
     if call.session:
         call.session.agent_id = call.agent_id
-    note = {"note": f"give `as`: `{call.agent_id}` with each call"} if call.free and not call.session else {}
+    note = {"note": f"give `as`: `{call.agent_id}` with each call"} if call.may_name_itself and not call.session else {}
     return note | {key: answer[key] for key in ("agent_id", "name", "peers", "unread")}
 
 
@@ -5412,7 +5329,7 @@ TOOLS: dict[str, Tool] = {
 
 def _inbox_resource(call: McpCall, agent_id: str) -> Steps[Json]:
     """What is unread there. Reading it acknowledges nothing and claims nothing."""
-    if agent_id != call.agent_id and not call.free:
+    if agent_id != call.agent_id and not call.may_name_itself:
         raise Forbidden(f"you are `{call.agent_id}`: the inbox of `{agent_id}` is not yours to read")
     call.agent_id = agent_id
     page = yield from call_operation(call, Operations.read_inbox, unread=True, max_bytes=TOOL_BYTES)
@@ -5466,19 +5383,16 @@ Era = dict[str, Callable[["McpCall"], "Json | Steps[Json]"]]  # the methods of a
 
 class McpCall(Parked):
     """A request of MCP: who makes it, and its answer on its way, a Response. Without an `api`, only what needs no hub
-    can be answered.
+    can be answered. `agent_id` is empty where it is not known yet. The next call of an agent proves that what it was
+    `shown` arrived, and acknowledges it. `at` is the hub's time (ms). Where `events` is true, the answer is an event
+    stream that begins at once: `event(step)` is written for each Progress step, the response at the end, comments keep
+    it alive. The server may set `events` to False before it begins, and sets `end`, which breaks the call off: the
+    steps are abandoned, and the stream ends, or the answer is 204."""
 
-    `agent_id` is empty where it is not known yet; a caller that is `free` may name itself. The next call of an agent
-    proves that what it was `shown` arrived, and acknowledges it. `at` is the hub's time (ms). Where `events` is true,
-    the answer is an event stream that begins at once: `event(step)` is written for each Progress step, the response at
-    the end, comments keep it alive. The server may set `events` to False before it begins, and sets `end`, which breaks
-    the call off: the steps are abandoned, and the stream ends, or the answer is 204.
-    """
-
-    def __init__(self, era: Era, message: Json, agent_id: str, free: bool, api: Api | None = None) -> None:
+    def __init__(self, era: Era, message: Json, agent_id: str, may_name_itself: bool, api: Api | None = None) -> None:
         super().__init__(cast("Hub", api.hub if api else None), self._run())
         self.api = cast("Api", api)
-        self.era, self.message, self.agent_id, self.free = era, message, agent_id, free
+        self.era, self.message, self.agent_id, self.may_name_itself = era, message, agent_id, may_name_itself
         self.id, self.method, self.params = message["id"], message["method"], message.get("params", {})
         self.session: McpSession | None = None
         self.shown: ShownIds = api.mcp.shown if api else {}
@@ -5528,9 +5442,7 @@ class McpCall(Parked):
         """The event that reports progress; empty where the client did not ask for it."""
         if self.progress_token is None:
             return ""
-        params = {"progressToken": self.progress_token, "progress": step.progress, "total": step.total}
-        params |= {"message": step.message or None}
-        params = {key: value for key, value in params.items() if value is not None}
+        params = {"progressToken": self.progress_token, "progress": step.progress, "message": step.message}
         return sse("message", dump(notification("notifications/progress", params)))
 
 
@@ -5553,13 +5465,10 @@ def kind_of(message: Any) -> str:
 _SERVER = {"name": "agenthub", "title": "agenthub", "version": VERSION}
 _HELLO = {"capabilities": {"tools": {}, "resources": {"subscribe": True}}, "instructions": INSTRUCTIONS}
 _PUBLIC = {"ttlMs": 3_600_000, "cacheScope": "public"}  # for the same caller the lists change with the program only
-_CACHED = {
-    "server/discover": _PUBLIC,
-    "tools/list": _PUBLIC | {"cacheScope": "private"},  # a caller that may act as any agent sees `as`
-    "resources/list": {"ttlMs": 0, "cacheScope": "private"},  # a client has one more when it has registered
-    "resources/templates/list": _PUBLIC,
-    "resources/read": {"ttlMs": 0, "cacheScope": "private"},
-}
+_CHANGING = {"ttlMs": 0, "cacheScope": "private"}  # a client has one resource more when it has registered
+_CACHED = {"server/discover": _PUBLIC, "resources/templates/list": _PUBLIC}
+_CACHED |= {"resources/list": _CHANGING, "resources/read": _CHANGING}
+_CACHED["tools/list"] = _PUBLIC | {"cacheScope": "private"}  # a caller that may act as any agent sees `as`
 
 
 def response_of(era: Era, message: Json, result: Json) -> Json:
@@ -5591,7 +5500,7 @@ def notification(method: str, params: Json, subscription: Any = None) -> Json:
 def _list_tools(call: McpCall) -> Json:
     rows = []
     for name, tool in TOOLS.items():
-        fields = (*tool.fields, _AS) if call.free else tool.fields
+        fields = (*tool.fields, _AS) if call.may_name_itself else tool.fields
         schema: Json = {"type": "object", "properties": {field.name: _slim_schema(field) for field in fields}}
         if required := [field.name for field in fields if field.required]:
             schema["required"] = required
@@ -5642,7 +5551,7 @@ def tool_result(result: Json, refusal: HubError | None) -> Json:
 def _run_tool(name: str, values: Json, call: McpCall) -> Steps[Json]:
     """Check the arguments, acknowledge what the call before has shown, and do it."""
     if values.setdefault("as", call.agent_id) not in (None, call.agent_id):
-        if not call.free:
+        if not call.may_name_itself:
             raise Forbidden(f"you are `{call.agent_id}` here: leave `as` out")
         call.agent_id = read_fields((_AS,), values)["as"]
     row, values = TOOLS[name].read(name, values)
@@ -5688,7 +5597,7 @@ def _read_resource(call: McpCall) -> Steps[Json]:
 def _check_watched(uri: Any, call: McpCall) -> None:
     """Raise NotFound or Forbidden where a caller may not know when a resource changes: other agents' inboxes."""
     find_resource(uri)
-    if uri.startswith("hub://inbox/") and uri != f"hub://inbox/{call.agent_id}" and not call.free:
+    if uri.startswith("hub://inbox/") and uri != f"hub://inbox/{call.agent_id}" and not call.may_name_itself:
         raise Forbidden(f"you are `{call.agent_id}`: {uri} is not yours to watch")
 
 
@@ -5739,13 +5648,8 @@ def _discover(call: McpCall) -> Json:
     return {"supportedVersions": list(MODERN_VERSIONS), **_HELLO}
 
 
-_BOTH: Era = {
-    "tools/list": _list_tools,
-    "tools/call": _call_tool,
-    "resources/list": _list_resources,
-    "resources/templates/list": _list_resources,
-    "resources/read": _read_resource,
-}
+_BOTH: Era = {"tools/list": _list_tools, "tools/call": _call_tool, "resources/read": _read_resource}
+_BOTH |= dict.fromkeys(("resources/list", "resources/templates/list"), _list_resources)
 HANDSHAKE: Era = {"initialize": _initialize, "ping": lambda call: {}, **_BOTH}
 HANDSHAKE |= dict.fromkeys(("resources/subscribe", "resources/unsubscribe"), _watch)
 MODERN: Era = {"server/discover": _discover, **_BOTH}
@@ -5755,10 +5659,7 @@ _NAMED_IN = {"tools/call": "name", "prompts/get": "name", "resources/read": "uri
 
 
 def check_envelope(message: Json, headers: dict[str, str] | None) -> None:
-    """Check what a request of the modern revisions must carry in its `_meta` and, over HTTP, again in headers; in the
-    protocol's order. Raises RpcError."""
-    import base64
-
+    """Check a modern request's `_meta`, and the headers that repeat it, in the protocol's order. Raises RpcError."""
     method, params = message["method"], message.get("params", {})
     meta = meta_of(params)
     missing = [META + key for key in ("protocolVersion", "clientCapabilities") if META + key not in meta]
@@ -5796,10 +5697,10 @@ class Subscription(NamedTuple):
 
     agent_id: str
     uris: Collection[str]
+    ends: set[Callable[[], None]]
     id: Any = None  # of the request, in the modern revisions
     first: str = ""
     last: str = ""
-    ends: set[Callable[[], None]] | None = None
     format: str = "sse"
 
     def tell(self, uri: str) -> str:
@@ -5861,7 +5762,7 @@ class McpEndpoint:
         if "text/event-stream" not in call.head.headers.get("accept", ""):
             raise NotAcceptable("this is a stream for MCP clients: accept text/event-stream, or see /guide")
         session = self._session(call)
-        return Subscription(session.agent_id, session.uris, ends=session.streams)
+        return Subscription(session.agent_id, session.uris, session.streams)
 
     def end(self, call: Call) -> Response:
         """DELETE /mcp: the session ends."""
@@ -5914,7 +5815,7 @@ class McpEndpoint:
                 raise NotAcceptable("a subscription is a stream: accept text/event-stream")
             first, uris = granted_subscription(answer)
             last = response_of(era, message, {"_meta": {META + "subscriptionId": answer.id}})
-            return Subscription(name, uris, answer.id, sse("message", dump(first)), sse("message", dump(last)))
+            return Subscription(name, uris, set(), answer.id, sse("message", dump(first)), sse("message", dump(last)))
         plain = "json" in accepted or answer.method == "initialize"  # whose answer has a header of its own
         answer.events = can_stream and (answer.may_wait() or not plain)
         if session:
@@ -6047,96 +5948,6 @@ def _curl(v: Visitor, line: str) -> str:
     return "\n".join(lines)
 
 
-def start_words(url: str) -> str:
-    """What to type after the program's name to start a hub there, or on this machine where that is elsewhere."""
-    if url.startswith("unix:"):
-        return f"serve --unix {shell_quote(url[5:])}"
-    here = re.fullmatch(r"http://(?:localhost|127\.0\.0\.1):(\d+)", url)
-    return f"serve --port {here[1]}" if here and url != DEFAULT_URL else "serve"
-
-
-def no_hub_guide(url: str, file: str) -> str:
-    """The guide where no hub answers: how to start one."""
-    typed, start = f"python3 {shell_quote(file)}", start_words(url)
-    lines = [f"agenthub {VERSION}: no hub answers at {url}.", ""]
-    lines += ["Start one on this machine (it keeps its store in your data folder):", f"    {typed} {start} &"]
-    lines += [f"    export AGENTHUB_URL={DEFAULT_URL}"] if start == "serve" and url != DEFAULT_URL else []
-    lines += ["or set AGENTHUB_URL to where one runs, and AGENTHUB_KEY to its key if it has one. Then read:"]
-    lines += [f"    {typed} guide", "What it does, shown by two agents in a few seconds:", f"    {typed} demo"]
-    return "\n".join(lines)
-
-
-_AFTER_MESSAGE = {  # by the type of the message; `about` is the message or task it answers, or else itself
-    "task_proposal": ("task accept {about}", "task show {about}"),
-    **dict.fromkeys(("task_accept", "task_complete", "task_release", "task_cancel"), ("task show {about}",)),
-    **dict.fromkeys(("error", "ack"), ("trace {reply_to}",)),
-    "response": ("history --thread {thread}",),
-    "ping": (),
-}
-_SHOW = ("task show {task_id}",)
-_AFTER_TASK = {"open": ("task accept {task_id}",), "blocked": _SHOW, "accepted": (*_SHOW, 'send {holder} "…"')}
-_AFTER_CHECK = {"identity": ("register",), "queue": ("recv",), "recipient": ("agents",)}
-
-
-def _after_message(envelope: Json) -> tuple[str, ...]:
-    return _AFTER_MESSAGE.get(envelope["type"], ('reply {id} "…"',))
-
-
-def _after_status(state: Json) -> tuple[str, ...]:
-    """Read what is unread, then answer the oldest request."""
-    owed = [r["id"] for r in state.get("requests", ()) if state["agent_id"] in r["waiting_for"]]
-    return (*(["recv"] if state.get("unread") else []), *[f'reply {id} "…"' for id in owed[:1]], "agents")
-
-
-# By command: what to type next. A template that names a field which is not in the answer is left out.
-NEXT: dict[str, tuple[str, ...] | Callable[[Json], tuple[str, ...]]] = {
-    **dict.fromkeys(("backup", "bench", "hook", "mcp", "plugin", "uninstall"), ()),
-    **dict.fromkeys(("send", "reply"), ("trace {message_id}", "recv --wait 60")),
-    **dict.fromkeys(("history", "search"), ("trace {id}", "history --thread {thread}")),
-    **dict.fromkeys(("task list", "task show"), lambda task: _AFTER_TASK.get(task["state"], ())),
-    **dict.fromkeys(("task next", "task accept"), ('task complete {task_id} "…"', 'task release {task_id} "…"')),
-    **dict.fromkeys(("ping", "locks"), ('send {agent_id} "…"',)),
-    **dict.fromkeys(("note set", "note list"), ("note get {key}",)),
-    "register": ('status --set "…"', "agents", "recv --wait 60"),
-    "ask": ("history --thread {thread}", 'send {from} "…"'),
-    "recv": lambda envelope: (*_after_message(envelope), "recv --wait 60"),
-    "listen": _after_message,
-    "agents": ('send {agent_id} "…"', 'ask {agent_id} "…"'),
-    "trace": ("history --thread {thread}", "recv --wait 60"),
-    "status": _after_status,
-    "join": ('send {channel} "…"', "history {channel}"),
-    "leave": ("join {channel}", "register {agent_id}"),
-    "channels": ("join {channel}",),
-    "task propose": ("task show {task_id}", "recv --wait 60"),
-    "task complete": ("task next", "recv --wait 60"),
-    "task release": ("task next", "task list --state open"),
-    "task cancel": ("task list --state open",),
-    "lock": ("unlock {paths}",),
-    "unlock": ("locks",),
-    "note get": ('note set {key} "…" --if-version {version}',),
-    "note delete": ("note list",),
-    "watch": ("task show {task_id}",),
-    "doctor": lambda check: _AFTER_CHECK.get(check["check"], ()) if check["state"] != "ok" else (),
-    "install": ("serve", "guide"),
-    "guide": lambda answer: (answer["start"], "demo") if "start" in answer else ("agents", "recv --wait 60"),
-    "demo": lambda step: ("serve", "guide") if "winner" in step else (),
-}
-
-
-def next_commands(command: str, answer: Json, called: str, options: str) -> list[str]:
-    """What to type after that answer. `called` is how the program was called, `options` name the agent and the hub."""
-    fields = {"about": answer.get("reply_to") or answer.get("id"), **answer}
-    words = {name: value if isinstance(value, list) else [value] for name, value in fields.items()}
-    quoted = {name: " ".join([shell_quote(str(word)) for word in several]) for name, several in words.items()}
-    row, commands = NEXT.get(command, ()), []
-    templates = row(answer) if callable(row) else row
-    for template in templates:
-        with contextlib.suppress(KeyError):
-            asks_hub = template.split()[0] not in ("serve", "demo", "bench")  # else it takes neither --as nor --url
-            commands.append(f"{called} {template.format_map(quoted)}{options if asks_hub else ''}")
-    return commands
-
-
 # --- Access -----------------------------------------------------------------------------------------------------------
 
 
@@ -6144,7 +5955,7 @@ class Audit:
     """The audit trail: who came in, who left, what was refused, who used the key; `write` gets the fields of an entry.
 
     The first entry of its kind is written at once. Its repeats are counted until `sweep`, and then written as one, as
-    are the kinds of an event beyond AUDIT_LINES: a caller that knocks often fills no disk. Secrets have no field."""
+    are the kinds of an event beyond AUDIT_LINES: a flood of refusals does not fill the disk. Secrets have no field."""
 
     _MORE = (("message", "more of these, with other addresses or names, were only counted"),)
 
@@ -6181,8 +5992,6 @@ def is_loopback(host: str) -> bool:
 @functools.lru_cache(256)
 def read_address(text: str) -> IPv4Address | IPv6Address | None:
     """An IP address, whether it stands with a port, in brackets or alone; None where it is none."""
-    import ipaddress
-
     match = re.fullmatch(r"\[([^]]+)\](?::\d+)?|(\d+(?:\.\d+){3}):\d+|(.+)", text.strip())
     try:
         address = ipaddress.ip_address(match[match.lastindex or 0] if match else "")
@@ -6202,8 +6011,6 @@ class Access:
     """Who may come in: by which name and from which pages, behind which proxy, and with which key or token."""
 
     def __init__(self, hub: Hub, settings: Settings) -> None:
-        import hmac
-
         self.hub, self.settings, self._same = hub, settings, hmac.compare_digest
         self.audit = Audit(lambda event, **fields: None)  # a server gives it its log
 
@@ -6271,8 +6078,7 @@ class Access:
         return (*vary, *((f"Access-Control-{name}", value) for name, value in headers.items()))
 
     def _token(self, head: Head) -> str:
-        """The token or key of a request: as a bearer, or where a browser or a monitor can send no header, as `token=`
-        or as a WebSocket's subprotocol."""
+        """The token or key of a request: a bearer's, or where no header can be sent, `token=` or a subprotocol."""
         headers = head.headers
         if "authorization" not in headers and "token=" not in head.query and "sec-websocket-protocol" not in headers:
             return ""
@@ -6294,8 +6100,7 @@ class Access:
                 self.hub.pace.charge(("address", peer.address), at)
                 words = "send `Authorization: Bearer` with your agent's token or the key (AGENTHUB_KEY)"
                 raise Unauthorized(f"this hub has a key: {words}")
-            holder = self.holder(token, at) if token else None  # uncharged: without a key there is nothing to guess
-            return holder or "", False
+            return self.holder(token, at) if token else "", False  # uncharged: without a key there is nothing to guess
         except (Unauthorized, RateLimited):
             if not is_open:
                 raise
@@ -6311,9 +6116,9 @@ class Access:
         if guarded and pace.left(payer, at) < 1:
             pace.charge(payer, at)
         with_key = bool(key) and self._same(token.encode(), key.encode())
-        holder = None if with_key else self.holder(token, at)
+        holder = "" if with_key else self.holder(token, at)
         if with_key or holder:
-            return holder or "", with_key
+            return holder, with_key
         pace.charge(payer, at)
         if not row.actor and not key:
             return "", False
@@ -6332,12 +6137,12 @@ class Access:
             raise Forbidden(f"this token is that of `{holder}`: it can't act as `{name}`")
         return holder
 
-    def holder(self, token: str, at: int) -> str | None:
-        """Whose token that is. A token begins with the agent's id, so that looking it up needs no table."""
+    def holder(self, token: str, at: int) -> str:
+        """Whose token that is, if anybody's. It begins with the agent's id, so that looking it up needs no table."""
         agent = self.hub.agents.get(token.rpartition(".")[0])
         digest = sha256(token)
         good = agent is not None and True in [self._same(digest, stored) for stored in agent.tokens]
-        return agent.agent_id if agent and good and not self.hub.lapsed(agent.agent_id, at) else None
+        return agent.agent_id if agent and good and not self.hub.lapsed(agent.agent_id, at) else ""
 
     def allowance(self, payer: Payer | None, at: int) -> Headers:
         """What is left of a rate, as GitHub shows it: requests at once, left of them, when all are back (epoch)."""
@@ -6352,10 +6157,14 @@ class Access:
 # --- Dispatch ---------------------------------------------------------------------------------------------------------
 
 
-class Reply(NamedTuple):
-    """A request's answer (see `dispatch`), and the headers that it carries whatever it turns out to be."""
+# What a request is answered with; an operation that takes time is Parked.
+Answer = Response | Parked | Stream | Watch | Subscription | Download | Upgrade
 
-    answer: Any
+
+class Reply(NamedTuple):
+    """A request's answer, and the headers that it carries whatever it turns out to be."""
+
+    answer: Answer
     headers: Headers = ()
 
 
@@ -6419,8 +6228,8 @@ def match_path(head: Head) -> tuple[Methods, dict[str, str]]:
 
 
 def dispatch(api: Api, head: Head, body: bytes, peer: Peer, at: int) -> Reply:
-    """Answer one HTTP request: a Response, an operation on its way (Parked), Stream, Watch, Subscription, Download or
-    Upgrade. Never raises: a HubError becomes its status, any other exception is logged and becomes `internal`."""
+    """Answer one HTTP request. Never raises: a HubError becomes its status, any other exception is logged and becomes
+    `internal`."""
     row: Row | None = None
     call: Call | None = None
     access = api.access
@@ -6440,10 +6249,10 @@ def dispatch(api: Api, head: Head, body: bytes, peer: Peer, at: int) -> Reply:
         answer = row.run(call, values)
     except HubError as error:
         # a web page that a user here happens to look at could use up the rate of all
-        free = call is not None or isinstance(error, (Unauthorized, RateLimited, BadHost, BadOrigin))
+        is_paid = call is not None or isinstance(error, (Unauthorized, RateLimited, BadHost, BadOrigin))
         who = {"address": peer.address, "agent_id": call.agent_id if call else ""}
         who["route"] = f"{row.method} {row.path}" if row else ""
-        answer = error_response(refuse(api, error, None if free else ("address", peer.address), at, **who))
+        answer = error_response(refuse(api, error, None if is_paid else ("address", peer.address), at, **who))
     except Exception:
         answer = error_response(failed_at(f"{head.method} {head.path}"))
     payer = call.payer if call else ("address", peer.address)
@@ -6483,9 +6292,12 @@ def admit(
 
 
 def begin(api: Api, row: Row, call: Call) -> None:
-    """Charge a call that was admitted, see that the disk takes what it writes, and note the sign of life."""
+    """Charge a call that was admitted, see that its agent, where it needs one, is known and that the disk takes what it
+    writes, and note the sign of life. Raises HubError."""
     if call.payer:
         api.hub.pace.charge(call.payer, call.at)
+    if row.actor and row.default_actor is None:
+        api.hub.expect(call.agent_id)
     if api.trouble and row.writes:
         api.probe()
     if call.agent_id and api.hub.known(call.agent_id):
@@ -6522,8 +6334,7 @@ def check_media(head: Head, body: bytes) -> None:
 
 
 def answer_of_frame(api: Api, agent_id: str, data: bytes, address: str, at: int) -> Frame:
-    """Answer one frame of a WebSocket. Never raises, like `dispatch`. It is charged as its request would be, and
-    in any case if it is refused."""
+    """Answer one frame of a WebSocket. Never raises. It is charged as its request would be, and if it is refused."""
     api.metrics["websocket_frames_total"] += 1
     ref: Json = {}
     payer, paid = ("agent", agent_id), False
@@ -6553,7 +6364,7 @@ def _run_frame(row: Row, call: Call, frame: Json, ref: Json) -> Frame:
     for name in names:
         if values.get(name, me) != me:
             raise Forbidden(f"this connection is that of `{me}`: leave `{name}` out, or open another one")
-    answer = row.run(call, read_fields(row.fields, values))
+    answer = cast("Response | Parked", row.run(call, read_fields(row.fields, values)))  # as of all that are frames
     if isinstance(answer, Parked):
         return Frame("", ref, parked=answer, kind=row.frame)
     if row is OPERATIONS["acknowledge"]:
@@ -6604,7 +6415,7 @@ class Reader:
 
     topic = "news"  # what it waits for, if it does
     queued = 0  # bytes that wait for the end of this turn
-    owed = 0  # bytes that it does not hold, and that wait for the peer to take more
+    owed = 0  # bytes of messages that are only in the log until the peer takes more
     paused = closed = False
     paused_since = 0.0
 
@@ -6662,7 +6473,7 @@ class InboxReader(Reader):
     puts it back behind, so that memory holds one buffer of it and no more."""
 
     via = "stream"
-    proves = False  # that messages arrived, so that what was written is remembered
+    proves = False  # whether it learns that messages arrived, and so has to know which it wrote
 
     def __init__(self, server: Server, opened: Stream | Upgrade, transport: asyncio.Transport) -> None:
         super().__init__(server, opened.agent_id, transport)
@@ -6672,6 +6483,9 @@ class InboxReader(Reader):
         self.live = self._coming = False
         self.written: list[int] = []
         server.add_reader(self)
+        if isinstance(opened, Upgrade) or not opened.recovered:
+            self.write(encode_event(self.format, "welcome", dump(server.api.welcome(opened))))
+        self.fall_behind()
 
     def push(self, message: Message, frames: dict[str, bytes]) -> bool:
         """Take a message that was just committed, framed once for each format. Returns whether it goes out now."""
@@ -6710,7 +6524,7 @@ class InboxReader(Reader):
         seqs = api.seqs_after(self.agent_id, self.cursor, up_to, CATCH_UP_PAGE, unread)
         messages, cut = api.log.messages(seqs, self.server.clock(), most=READ_AHEAD)
         for message in messages:
-            again = self.server.hub.was_pushed(self.agent_id, message.seq)
+            again = holds(self.server.hub.mail(self.agent_id).pushed, message.seq)
             self.write(encode_event(self.format, message.type, message.envelope(again), message.seq))
         end = not cut and len(seqs) < CATCH_UP_PAGE
         if messages:
@@ -6753,8 +6567,8 @@ class SocketReader(InboxReader):
         self._pinged: tuple[int, ...] = ()  # what the ping that is on its way stands for
 
     def flush(self, ping: bool = False, last: bool = False) -> None:
-        """Write, with a ping behind the messages unless one is on its way. The `last` one, before a close frame, stands
-        for all that is out, so that an orderly end leaves no repeats."""
+        """Write, and a ping after the messages unless one is on its way. The `last` one, before a close frame, stands
+        for all messages that were not proven yet, so that none is sent again after an orderly end."""
         if self.written and (last or not self._pinged):
             self._pinged, self.written = tuple(sorted((*self._pinged, *self.written))), []
             ping = True
@@ -6765,7 +6579,7 @@ class SocketReader(InboxReader):
         super().flush()
 
     def pong(self, data: bytes) -> None:
-        """Acknowledge what was sent before that ping. What the disk does not take is asked for again (`check`)."""
+        """Acknowledge what was sent before that ping. Where the disk does not take it, `check` sends another ping."""
         if not self._pinged or data != b"%d" % self._pinged[-1]:
             return
         seqs, self._pinged = self._pinged, ()
@@ -6835,6 +6649,7 @@ ACTIVITY: dict[ChangeKind, Callable[[Any], Json | None]] = {
     (Gone, Lock): lambda change: _event("unlock", change.value, *_LOCK_FIELDS) | {"reason": change.how},
     (Put, Note): _note_event,
 }
+COUNTED: dict[ChangeKind, str] = {Expired: "expired_total", Dropped: "expired_total", Pushed: "pushes_total"}
 # Which MCP resources a change touches.
 TOUCHES: dict[ChangeKind, Callable[[Any], Iterable[str]]] = {
     (Put, Agent): lambda change: () if change.how == "lapsed" else ("hub://agents",),  # that is about its tokens
@@ -6847,8 +6662,8 @@ TOUCHES: dict[ChangeKind, Callable[[Any], Iterable[str]]] = {
 
 
 class Watcher(Reader):
-    """A stream of what happens, as far as its agent may know. A peer that takes nothing misses it, and gets the number
-    of what it missed when it takes again."""
+    """A stream of what happens, as far as its agent may know. What happens while the peer takes nothing is only
+    counted, and the number is sent when it takes again."""
 
     def __init__(self, server: Server, watch: Watch, transport: asyncio.Transport) -> None:
         super().__init__(server, watch.agent_id, transport)
@@ -6898,8 +6713,7 @@ class Subscriber(Reader):
         self._subscription = subscription
         self._due: dict[str, None] = {}
         server.subscribers[self] = None
-        if subscription.ends is not None:
-            subscription.ends.add(self.end)
+        subscription.ends.add(self.end)
         self.write_soon(http_chunk(subscription.first or ":\n\n"))
 
     def touch(self, changed: set[str]) -> None:
@@ -6921,8 +6735,7 @@ class Subscriber(Reader):
         """Take no part any more."""
         self.closed = True
         self.server.subscribers.pop(self, None)
-        if self._subscription.ends is not None:
-            self._subscription.ends.discard(self.end)
+        self._subscription.ends.discard(self.end)
 
 
 def counts_json(server: Server) -> Json:
@@ -6952,7 +6765,7 @@ class StepRunner(Reader):
         self._timer: asyncio.TimerHandle | None = None
 
     def go(self, answer: Any) -> None:
-        """Go on from the step at which the operation is parked; any other answer is its end."""
+        """Go on from the step at which the operation is parked; any other `answer` is its end."""
         while answer is self._parked and isinstance(answer.step, Progress):
             if isinstance(answer, McpCall) and answer.events and (text := answer.event(answer.step)):
                 self.write(http_chunk(text))
@@ -6967,7 +6780,10 @@ class StepRunner(Reader):
         elif isinstance(answer.step, Until) and self.server.closing:
             self._continue(OVER)
         elif isinstance(answer.step, Until):
-            self._wait(answer.step)
+            self.until, self.topic, self.agent_id = answer.step, answer.step.topic, answer.step.agent_id
+            seconds = max(0, self.until.until_at - self.server.clock()) / 1000
+            self._timer = self.server.loop.call_later(seconds, self.end)
+            self.server.add_reader(self)
         elif isinstance(answer.step, Offload):
             self.server.searcher.run(answer.step.work, self._continue)
         else:
@@ -6978,14 +6794,8 @@ class StepRunner(Reader):
         if not self.closed:
             self.go(self._parked.resume(value, self.server.clock()))
 
-    def _wait(self, until: Until) -> None:
-        self.until, self.topic, self.agent_id = until, until.topic, until.agent_id
-        seconds = max(0, until.until_at - self.server.clock()) / 1000
-        self._timer = self.server.loop.call_later(seconds, self.end)
-        self.server.add_reader(self)
-
     def push(self, message: Message, frames: dict[str, bytes]) -> bool:
-        """Mail came. What goes out because of it is noted as pushed when the answer is made."""
+        """Mail came. The answer, when it is made, notes what it holds as pushed."""
         self.wake(NEWS)
         return False
 
@@ -7024,14 +6834,14 @@ class StepRunner(Reader):
             self._done(Response(status=204, settled=True))
 
     def close(self, answer: Any = None) -> None:
-        """The caller is gone: go no further, and take back what it will not get, with an `answer` that had come."""
+        """The caller is gone: go no further, and take back what it will not get, also what an `answer` brings."""
         if self.closed:
             return
         self.closed = True
         if self.until:
             self._stop(self.until)
         if answer is not None and answer is not self._parked:
-            self._parked.step = DURABLE  # it waits no more
+            self._parked.step = DURABLE  # it is not waiting any more
             self._parked.undo = [*([answer.undo] if answer.undo else []), *self._parked.undo]
         if self.server.api.trouble:  # what it did is not on disk, or can't be taken back there
             self._parked.undo = ()
@@ -7070,30 +6880,25 @@ class FileSender(Reader):
         headers = (("Content-Length", str(os.fstat(made.fileno()).st_size)), *self._request.headers)
         self.transport.write(plain_head(200, self._download.content_type, headers, self.server.date))
         self.server.api.answers[200] += 1
-        self._go_on()
-
-    def _go_on(self) -> None:
-        """Send in the next turn: never from within what asyncio calls, where a connection would be closed twice."""
-        if self._file and not self.paused:
-            self.server.loop.call_soon(self._send)
+        self.server.loop.call_soon(self._send)
 
     def _send(self) -> None:
-        if not self._file or self.transport.is_closing():
+        if not self._file or self.paused or self.transport.is_closing():
             return
         if piece := self._file.read(READ_AHEAD):
             self.transport.write(piece)
-            self._go_on()
+            self.server.loop.call_soon(self._send)
         else:
             self.close()
             self._connection.finish(self._request)
 
     def resume(self) -> None:
-        """The peer takes again."""
+        """The peer takes again: go on in the next turn, because a connection that is closed in here is closed twice."""
         self.paused = False
-        self._go_on()
+        self.server.loop.call_soon(self._send)
 
     def too_slow(self, now: float) -> bool:
-        """Whether the peer takes none of the file. To make it may take as long as it takes."""
+        """Whether the peer has taken none of the file for long. How long it takes to make has no limit."""
         return self.paused and self._file is not None and now - self.paused_since > self.server.limits.idle_timeout
 
     def close(self) -> None:
@@ -7120,8 +6925,8 @@ class OpenRequest(NamedTuple):
 
 
 class HttpConnection:
-    """A connection speaking HTTP/1.1 with keep-alive and pipelining: an asyncio protocol. Answers leave in the order of
-    their requests: each request takes a slot, and slots leave from the front when filled."""
+    """An asyncio protocol for HTTP/1.1 with keep-alive and pipelining. Answers leave in the order of their requests:
+    each request has a slot, and slots leave from the front when filled."""
 
     refused = False
     transport: asyncio.Transport
@@ -7173,7 +6978,7 @@ class HttpConnection:
             self._go_on()
 
     def eof_received(self) -> bool:
-        """The peer sends no more: what it asked is still answered, unless it would be waiting for news."""
+        """The peer sends no more. What it has asked is still answered, but for what waits for news."""
         self.ended = True
         busy = self._stuck() or self._pumping
         self.last = self.last or not busy
@@ -7262,11 +7067,10 @@ class HttpConnection:
         streams = bool(call and call.events and len(self.slots) == 1)  # behind others it is an answer like theirs
         if streams:
             self._alone("stream an answer")
+            self._begin_stream(request, "sse")
         runner = self.work = StepRunner(self.server, parked, self.transport, functools.partial(self.finish, request))
         if call:
             call.events, call.end = streams, runner.break_off
-        if streams:
-            self._begin_stream(request, "sse")
         runner.go(parked)
 
     def finish(self, request: OpenRequest, answer: Response | None = None) -> None:
@@ -7298,16 +7102,13 @@ class HttpConnection:
         elif isinstance(stream, Subscription):
             self.work = Subscriber(self.server, stream, self.transport)
         else:
-            reader = self.work = InboxReader(self.server, stream, self.transport)
+            self.transport.write(self._comment)
+            self.work = InboxReader(self.server, stream, self.transport)
             if self.paused:
-                reader.pause()
-            reader.write(self._comment)
-            if not stream.recovered:
-                reader.write(encode_event(stream.format, "welcome", dump(self.server.api.welcome(stream))))
-            reader.catch_up()
+                self.work.pause()
 
     def _alone(self, what: str) -> bool:
-        """Have the connection for one answer without end, or too large for a slot; refuse it behind others."""
+        """Take the connection for an answer that is too large for a slot, or endless; refuse it behind others."""
         self._send_ready()
         self.slots.pop()
         if self.slots:
@@ -7322,16 +7123,16 @@ class HttpConnection:
             FileSender(self, request, download)  # which is the work from now on
 
     def _answer_upgrade(self, request: OpenRequest, upgrade: Upgrade) -> None:
-        """Let websockets have the connection, as soon as it is there: the hub may have just started."""
+        """Give the connection to websockets, which a hub that has just started may not have imported yet."""
         if self._alone("open a WebSocket"):
             library = self.server.listener.library
             assert library is not None  # settings.websockets is only set where it is imported
-            self.work = Reader(self.server, upgrade.agent_id, self.transport)  # reads on when it is there
+            self.work = Reader(self.server, upgrade.agent_id, self.transport)  # no request is read meanwhile
             library.add_done_callback(functools.partial(self._hand_over, upgrade))
 
     def _hand_over(self, upgrade: Upgrade, library: asyncio.Task[Callable[[str], HubSocket]]) -> None:
-        """Give the connection to websockets, with a handshake that has only the headers it needs: the rest was checked
-        here. Then it gets the frames that have arrived already."""
+        """Hand on a handshake that has only the headers websockets needs, because the rest was checked here, and then
+        the frames that have arrived already."""
         if self.transport.is_closing():
             return
         socket = library.result()(upgrade.protocol)
@@ -7356,8 +7157,8 @@ class HttpConnection:
     }
 
     def _refuse(self, error: HubError, linger: bool = True) -> None:
-        """Answer what could not be read, and read no more: where the next request begins is unknown. What still comes
-        is thrown away for a while: a connection closed on unread bytes is reset, and the answer lost with it."""
+        """Answer what could not be read, and read no more: where the next request begins is unknown. To `linger` is to
+        drop what still comes: a connection closed on unread bytes is reset, and the answer is lost with it."""
         self.server.api.access.audit.note("refused", error.message, address=self.peer.address, code=error.code)
         extra = self.server.api.access.cors(self.reader.head) if self.reader.head else ()
         self.slots.append([error_response(error).encode(self.server.date, False, False, extra)])
@@ -7388,12 +7189,11 @@ class HttpConnection:
         elif work and work.too_slow(now):
             self.server.metrics["slow_readers_total"] += 1
             self.transport.abort()
-        elif work:
-            if self._comment and now - self._comment_at >= COMMENT_SECONDS and not self.paused:
-                self._comment_at = now
-                work.write(self._comment)
-                work.flush()
-        elif self.paused or not self.slots:
+        elif work and self._comment and now - self._comment_at >= COMMENT_SECONDS and not self.paused:
+            self._comment_at = now
+            work.write(self._comment)
+            work.flush()
+        elif not work and (self.paused or not self.slots):
             most: float = limits.head_timeout if self.reader.started or self.last else limits.idle_timeout
             if self.refused:
                 most = SLOW_SECONDS
@@ -7401,7 +7201,7 @@ class HttpConnection:
                 self.transport.abort()
 
     def end(self, code: int) -> None:
-        """The hub stops. Over TLS, an end waits for the peer to say its own, and a client that is idle does not."""
+        """The hub stops. Over TLS, a close waits for the peer's, and a client that is idle sends none."""
         idle = not (self.slots or self.work or self.paused)
         if self.work and self._comment and not self.transport.is_closing():
             self.work.flush()
@@ -7421,16 +7221,16 @@ else:
 
 
 class HubSocket(ServerConnection):
-    """An agent's WebSocket: what is put in front of websockets' ServerConnection, which does the protocol (`Listener`).
-    Frames are handled where they arrive, without waking a task for each."""
+    """An agent's WebSocket: websockets' ServerConnection, which does the protocol (`Listener`), with frames handled
+    where they arrive, without waking a task for each."""
 
     stream: SocketReader | None = None
     _partial_at = 0.0  # since when a message has been arriving, if one is not whole
     _taking = _held = False
-    _over = False  # a close frame has gone or come: what is behind it is not for us
+    _over = False  # a close frame was sent or received: what comes after it is not looked at
 
     def admit(self, server: Server, upgrade: Upgrade, peer: Peer) -> None:
-        """Take note of whose it is; called before the handshake."""
+        """Set what websockets' constructor knows nothing of; called before the handshake."""
         self.hub_server, self.upgrade, self.peer = server, upgrade, peer
         self._heard_at = self._pinged_at = server.loop.time()
         self._parts: list[bytes] = []
@@ -7446,25 +7246,22 @@ class HubSocket(ServerConnection):
         return self.take()
 
     def take(self, whole: bool = False) -> None:
-        """When the handshake is done, say welcome, and send what is unread; then read the frames that have arrived, in
-        turn with other connections."""
+        """When the handshake is done, begin to read the inbox; then read the frames that have arrived, in turn with
+        other connections."""
         self._taking = False
         if self.stream is None and self.protocol.state.name == "OPEN":
-            welcome = self.hub_server.api.welcome(self.upgrade)
             self.stream = SocketReader(self.hub_server, self.upgrade, self)
-            self.stream.write(websocket_frame(dump(welcome).encode()))
-            self.stream.catch_up()
         until = self.hub_server.share()
         while self._waiting and self.stream and not self.transport.is_closing():
             piece = bytes(self._waiting[:SLICE])
             del self._waiting[:SLICE]
             heard, self._heard_at = self._heard_at, -1.0
             super().data_received(piece)
-            if self._heard_at < 0:  # none of its frames is whole
-                self._heard_at = heard
+            if self._heard_at < 0 or self._parts:  # none of its frames is whole, or its message is not
                 self._partial_at = self._partial_at or self.hub_server.loop.time()
-            elif not self._parts:
+            else:
                 self._partial_at = 0.0
+            self._heard_at = max(self._heard_at, heard)
             if not whole and self.hub_server.loop.time() > until:
                 break
         self._hold()
@@ -7503,14 +7300,12 @@ class HubSocket(ServerConnection):
             if event.fin:
                 data, self._parts = b"".join(self._parts), []
                 self._on_text(data)
-            else:
-                self._partial_at = self._partial_at or self._heard_at
         return None
 
     def _on_text(self, data: bytes) -> None:
         server = self.hub_server
         if self._over or self.stream is None or self.stream.closed:
-            return  # `protocol.state` can't be asked: it is already that after everything in the buffer
+            return  # `protocol.state` would not do: it is already the one after everything in the buffer
         try:
             data.decode()  # the library leaves this check to its reader
         except UnicodeDecodeError:
@@ -7520,14 +7315,8 @@ class HubSocket(ServerConnection):
         if answer.parked:
             self._run(answer, answer.parked)
         else:
-            self._reply_when_durable(answer)
+            server.when_durable(functools.partial(self._reply, answer), answer.settled)
         server.committer.hold_if_gathering(self.transport)
-
-    def _reply_when_durable(self, answer: Frame) -> None:
-        if answer.settled:
-            self._reply(answer, None)
-        else:
-            self.hub_server.when_durable(functools.partial(self._reply, answer))
 
     def _run(self, frame: Frame, parked: Parked) -> None:
         """Answer a frame when there is an answer; others are looked at meanwhile."""
@@ -7538,7 +7327,8 @@ class HubSocket(ServerConnection):
 
         def _done(answer: Response) -> None:
             self._runners.pop(runner, None)
-            self._reply_when_durable(answer_frame(answer, frame.ref, frame.kind))
+            reply = answer_frame(answer, frame.ref, frame.kind)
+            self.hub_server.when_durable(functools.partial(self._reply, reply), reply.settled)
 
         runner = StepRunner(self.hub_server, parked, self.transport, _done)
         self._runners[runner] = None
@@ -7579,7 +7369,7 @@ class HubSocket(ServerConnection):
         super().connection_lost(exc)
 
     def check(self, now: float) -> None:
-        """Ping a silent peer, cut one that stays so, and one that does not keep up."""
+        """Ping a silent peer; cut one that stays silent, or does not keep up."""
         late = self._partial_at and now - self._partial_at > self.hub_server.limits.head_timeout
         if self.stream and not self.stream.closed and self.stream.too_slow(now):
             self.hub_server.metrics["slow_readers_total"] += 1
@@ -7589,7 +7379,7 @@ class HubSocket(ServerConnection):
         elif self.stream:
             silent = now - max(self._heard_at, self._pinged_at) > PING_SECONDS
             self._pinged_at = now if silent else self._pinged_at
-            self.stream.flush(ping=silent)  # also what the disk did not take is asked for again
+            self.stream.flush(ping=silent)  # also for acknowledgements that the disk did not take
 
     def end(self, code: int, reason: str = "") -> None:
         """Close with the closing handshake; a peer that does not answer it is cut by the library's timeout."""
@@ -7604,25 +7394,22 @@ class HubSocket(ServerConnection):
 Leave = Callable[["HubError | None"], object]  # called when what it waits for is durable, or with why it can't be
 
 
-class Worker:
-    """A thread for work that takes long. What that gives comes back on the loop, in the order of its coming; a HubError
-    it raises, or a bug, as a HubError. A bug in `vital` work ends the process."""
+class WorkThread:
+    """A thread for work that takes long, one piece after the other. Its results come back on the loop; a HubError that
+    is raised, or a bug, comes as a HubError. A bug in `vital` work ends the process."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, here: bool = False, vital: bool = False) -> None:
-        import queue
-        import threading
-
         self._loop, self._here, self._vital = loop, here, vital
-        self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Callable[[], Any], Done] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="agenthub", daemon=True)
 
     def run(self, work: Callable[[], Any], done: Done, here: bool = False) -> None:
-        """Have `work` done, and `done` called on the loop with its result; at once where that is to be `here`."""
+        """Have `work` done, and `done` called on the loop with its result. `here`: at once, on the loop."""
         if here or self._here:
             return done(self._result_of(work))
         if self._thread.ident is None:
             self._thread.start()
-        return self._jobs.put((work, done))
+        return self._queue.put((work, done))
 
     def _result_of(self, work: Callable[[], Any]) -> Any:
         try:
@@ -7636,32 +7423,33 @@ class Worker:
             return failed_at("work that takes long")
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            result = self._result_of(job[0])
+        while item := self._queue.get():
+            work, done = item
+            result = self._result_of(work)
             with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-                self._loop.call_soon_threadsafe(job[1], result)
+                self._loop.call_soon_threadsafe(done, result)
 
     def close(self, seconds: float = 0) -> bool:
         """End the thread when it has done its work. Returns whether it has, within that time."""
-        self._jobs.put(None)
+        self._queue.put(None)
         if self._thread.ident is not None:
             self._thread.join(seconds)
         return not self._thread.is_alive()
 
 
 class Committer:
-    """Turns of the event loop into transactions, with the law: nothing leaves before it is durable. What one turn of
-    the loop brought is one transaction. When it is on disk, the server shows its changes, the replies that waited for
-    it leave, and the next one begins. No timer: a lone sender waits for nothing."""
+    """Commits what one turn of the loop brought as one transaction. Only when that is on disk, the server shows its
+    changes, the replies that waited leave, and the next one begins. No timer: a lone sender waits for nothing."""
 
     def __init__(self, server: Server) -> None:
         self._server, self.loop = server, server.loop
         self.hub, self.api, self.store = server.hub, server.api, server.store
-        self.worker = Worker(self.loop, self.store.path == ":memory:", vital=True)
+        self.worker = WorkThread(self.loop, self.store.path == ":memory:", vital=True)
         self._mean = 0.0  # seconds that a commit takes
         self._waiters: list[Leave] = []
         self._batch: list[Leave] | None = None  # what waits for the commit under way
-        self._scheduled = self._indexing = False
+        self._scheduled = False
+        self._index_timer = self.loop.call_later(SWEEP_PAUSE, self.index)
 
     @property
     def busy(self) -> bool:
@@ -7674,18 +7462,19 @@ class Committer:
             self._scheduled = True
             self.loop.call_soon(self._commit, True)
 
-    def when_durable(self, leave: Leave) -> None:
-        """Call `leave(None)` once all that was changed so far is durable, or `leave(error)` if it can't be."""
-        if self.hub.changes:
+    def when_durable(self, leave: Leave, settled: bool = False) -> None:
+        """Call `leave(None)` once all that was changed so far is durable, or `leave(error)` if it can't be; at once for
+        an answer that is `settled`."""
+        if self.hub.changes and not settled:
             self._waiters.append(leave)
             self.schedule()
-        elif self._batch is not None:
+        elif self._batch is not None and not settled:
             self._batch.append(leave)
         else:
             leave(None)
 
     def _commit(self, first: bool = False) -> None:
-        """Where several wait, the sockets are asked once more before the disk is: that costs 10 us, an fsync 150."""
+        """Commit; where several wait, after one more look at the sockets, which costs 10 us, and an fsync 150."""
         if first and len(self._waiters) > 1:
             self.loop.call_soon(self._commit)
             return
@@ -7694,15 +7483,11 @@ class Committer:
             return  # its end schedules the next
         changes, top = self.hub.take_changes(), self.hub.seq
         waiters, self._waiters = self._waiters, []
-        if all(type(change) is Presence for change in changes):  # news for those who are connected, which nothing keeps
+        if all(type(change) is Presence for change in changes):  # which is shown to those connected, and not kept
             self._committed(changes, top, waiters)
             return
         started = time.perf_counter()
-        try:
-            self.store.write(changes)
-        except StorageFull as error:
-            self._failed(error, waiters, changes)
-            return
+        self._index_timer.cancel()
 
         def _done(error: HubError | None) -> None:
             self.api.commit_seconds.observe(time.perf_counter() - started)
@@ -7713,25 +7498,26 @@ class Committer:
                 self.api.trouble = ""
                 self._committed(changes, top, waiters)
 
-        self._run(self.store.commit, waiters, _done)
+        try:
+            self.store.write(changes)
+        except StorageFull as error:
+            _done(error)
+        else:
+            self._run(self.store.commit, waiters, _done)
 
     def _run(self, work: Callable[[], None], waiters: list[Leave], done: Leave) -> None:
-        """Have the disk do its part: on the loop while it is quick, because waking a thread costs as much as a quick
-        fsync; on a thread while commits take over SLOW_COMMIT on average, or one has just stalled."""
+        """Do work that waits for the disk: on the loop while it is quick, because waking a thread costs as much as a
+        quick fsync; on a thread while commits take over SLOW_COMMIT on average, or one has just stalled."""
         self._batch = waiters
 
-        def _work() -> float:
+        def _work() -> None:
             started = time.monotonic()
             work()
-            return time.monotonic() - started
+            self._mean += (time.monotonic() - started - self._mean) / 8
 
-        def _done(result: float | HubError) -> None:
+        def _done(error: HubError | None) -> None:
             self._batch = None
-            if isinstance(result, HubError):
-                done(result)
-            else:
-                self._mean += (result - self._mean) / 8
-                done(None)
+            done(error)
 
         self.worker.run(_work, _done, here=self._mean < SLOW_COMMIT)
 
@@ -7739,8 +7525,7 @@ class Committer:
         self.api.committed = top
         self._each(self._server.show, changes)
         self._server.note_pushes()
-        self._each(lambda leave: leave(None), waiters)
-        self._end_turn()
+        self._end_turn(waiters, None)
 
     def _each(self, call: Callable[[Any], object], many: Iterable[Any]) -> None:
         """Call for each: a bug in one of the calls must not keep the others from being made."""
@@ -7769,8 +7554,7 @@ class Committer:
             log_exception("reading the store again", last=True)
             os._exit(1)  # memory and disk disagree, and only a start can find out what is true
         waiters, self._waiters = waiters + self._waiters, []
-        self._each(lambda leave: leave(error), waiters)
-        self._end_turn()
+        self._end_turn(waiters, error)
 
     def hold_if_gathering(self, transport: asyncio.Transport) -> None:
         """Take no more from a connection while the disk stalls and a great deal waits for it."""
@@ -7778,7 +7562,8 @@ class Committer:
             transport.pause_reading()
             self.when_durable(lambda error: transport.resume_reading())
 
-    def _end_turn(self) -> None:
+    def _end_turn(self, waiters: list[Leave], error: HubError | None) -> None:
+        self._each(lambda leave: leave(error), waiters)
         self._server.flush()
         if self.store.pages > CHECKPOINT_PAGES:
             self._tidy(self.store.checkpoint)
@@ -7790,18 +7575,14 @@ class Committer:
             self.store.probe()
             self.api.trouble = ""
 
-    def index(self, commits: int | None = None) -> None:
+    def index(self) -> None:
         """Take messages into the search index, if many are not in it and the disk has nothing to do. A timer goes on
-        with it, until something is committed: `commits` is their number when the timer was set."""
-        now = self.api.metrics["commits_total"]
-        if commits is not None:
-            self._indexing = False
-        if self._indexing or self.busy or commits not in (None, now) or self.api.trouble or self._server.closing:
+        with it, until something is committed."""
+        if self.busy or self.api.trouble or self._server.closing or not self.store.search.lags(self.api.committed):
             return
-        if self.store.search.lags(self.api.committed):
-            self._indexing = True
-            self._tidy(functools.partial(self.store.index, self.api.committed))
-            self.loop.call_later(SWEEP_PAUSE, self.index, now)
+        self._index_timer.cancel()
+        self._tidy(functools.partial(self.store.index, self.api.committed))
+        self._index_timer = self.loop.call_later(SWEEP_PAUSE, self.index)
 
     def _tidy(self, work: Callable[[], None]) -> None:
         """Run `work` between two commits; in the thread of commits where the disk is slow, so that the loop goes on."""
@@ -7819,9 +7600,9 @@ class Committer:
 
 
 class Clock:
-    """Milliseconds since 1970 that never go back or jump: the system's at the start, then what has passed since. If the
-    system's was set back since `latest`, which was written down, it goes on from there: by up to CLOCK_DAY, because a
-    clock that was wrong by more was wrong then, and is right now."""
+    """Milliseconds since 1970 that never go back or jump: the system's clock at the start, then what has passed since.
+    If that clock is behind `latest`, the newest time in the log, it was set back, and this one begins at `latest`; but
+    not if it is behind by over CLOCK_DAY: then the time in the log is the one that was wrong."""
 
     def __init__(self, latest: int = 0) -> None:
         source = getattr(time, "CLOCK_BOOTTIME", None)  # goes on counting while a laptop sleeps
@@ -7850,16 +7631,15 @@ class Listener:
         self.library: asyncio.Task[Callable[[str], HubSocket]] | None = None  # the task that imports websockets
 
     def count_in(self, connection: HttpConnection | HubSocket) -> HubError | None:
-        """Count a connection. Returns why there is no room for it, if there is none. A proxy's are many people's."""
-        address, most = connection.peer.address, self.limits.max_per_address
-        full = len(self.connections) >= self.limits.max_connections
-        crowded = self.addresses[address] >= most and not self._server.api.access.trusts(address)
+        """Count a connection. Returns the refusal if there is no room. Behind a proxy's address are many people."""
+        address, most, words = connection.peer.address, self.limits.max_per_address, ""
+        if len(self.connections) >= self.limits.max_connections:
+            words = "the hub has as many connections as it may: try again later"
+        elif self.addresses[address] >= most and not self._server.api.access.trusts(address):
+            words = f"{address} has {most:.0f} connections open, as many as it may: close some"
         self.connections[connection] = None
         self.addresses[address] += 1
-        if full:
-            return RateLimited("the hub has as many connections as it may: try again later", retry_after=5)
-        words = f"{address} has {most:.0f} connections open, as many as it may: close some"
-        return RateLimited(words, retry_after=5) if crowded else None
+        return RateLimited(words, retry_after=5) if words else None
 
     def count_out(self, connection: HttpConnection | HubSocket) -> None:
         """A connection is gone, or a WebSocket has taken it over."""
@@ -7872,7 +7652,7 @@ class Listener:
 
     async def listen(self, tls: ssl.SSLContext | None = None, **where: Any) -> list[Any]:
         """Listen at `host` and `port`, or on a bound `sock`. The first time, websockets is imported while requests are
-        answered already: that takes as long as all else. Returns the addresses. Raises OSError."""
+        answered already, because that is half of the time a start takes. Returns the addresses. Raises OSError."""
         patience = min(self.limits.head_timeout, Limits.head_timeout.default)  # a handshake is never without limit
         options: Json = {"ssl": tls, "ssl_handshake_timeout": patience} if tls else {}
         options |= {"backlog": ACCEPTS}
@@ -7897,12 +7677,8 @@ class Listener:
     async def _import_websockets(self, options: Json) -> Callable[[str], HubSocket]:
         """Have websockets serve on the same socket, so that each of its connections has its server and its handshake.
         Returns what makes such a connection; it takes over from an HttpConnection, whichever listener accepted that."""
-        import asyncio
-        import importlib
-        import logging
-
         await asyncio.sleep(LIBRARY_SECONDS)
-        await self.loop.run_in_executor(None, importlib.import_module, "websockets.asyncio.server")
+        await self.loop.run_in_executor(None, __import__, "websockets.asyncio.server")
         from websockets.asyncio.server import ServerConnection, serve
         from websockets.server import ServerProtocol
         from websockets.typing import Subprotocol
@@ -7940,9 +7716,6 @@ class Server:
     """The hub on the network: listens, shows readers what was committed with one write each, and keeps the time."""
 
     def __init__(self, store: Store, settings: Settings) -> None:
-        import asyncio
-        import logging
-
         def _log(event: str, **fields: str) -> None:
             logging.getLogger("agenthub").info(event, extra={"fields": fields})
 
@@ -7963,7 +7736,7 @@ class Server:
         self.subscribers: dict[Subscriber, None] = {}
         self.dirty: dict[Reader, None] = {}
         memory = store.path == ":memory:"  # its one connection is the loop's
-        self.searcher, self.copier = Worker(self.loop, memory), Worker(self.loop, memory)
+        self.searcher, self.copier = WorkThread(self.loop, memory), WorkThread(self.loop, memory)
         self.copying: set[FileSender] = set()
         self.closing = self.flushing = self._passing = self._settling = self._moving_up = self._deep = False
         self._presence: dict[str, Presence] = {}
@@ -7973,8 +7746,8 @@ class Server:
         self._tick()
 
     def share(self) -> float:
-        """Until when (loop time) a connection may go on in this turn, after its first request or frames: one that has a
-        great deal to say leaves the others theirs, and many such connections together do too."""
+        """Until when (loop time) a connection may go on in this turn, after its first request or frames. This bounds
+        what one busy connection, and what all of them together, keep from the others."""
         now = self.loop.time()
         if not self._turn_ends:
             self._turn_ends = now + TURN_SECONDS
@@ -7997,6 +7770,8 @@ class Server:
         kind: ChangeKind = type(change)
         if kind is Put or kind is Gone:
             kind = (kind, type(change.value))
+        if kind in COUNTED:
+            self.metrics[COUNTED[kind]] += len(change.seqs)
         if kind in self.SHOW:
             self.SHOW[kind](self, change)
         if self.watchers and kind in ACTIVITY and (event := ACTIVITY[kind](change)):
@@ -8021,7 +7796,7 @@ class Server:
                 self._pushes.setdefault((name, took[0]), []).append(message.seq)
 
     def note_pushes(self) -> None:
-        """All of a batch was shown: note what was pushed, before the receipts leave that say so."""
+        """Note what of a batch was pushed, before the receipts leave that say so."""
         pushes, self._pushes = self._pushes, {}
         for (name, via), seqs in pushes.items():
             self.pushed(name, tuple(seqs), via)
@@ -8037,8 +7812,8 @@ class Server:
         self._presence[news.agent_id] = news
 
     def _spread_presence(self) -> None:
-        """News, not mail: each WebSocket that keeps up gets it, in one write for all that was gathered. In a crowd only
-        the latest changes are sent; the list has them all."""
+        """Send what was gathered to each WebSocket that keeps up, in one write; to others it is not sent later. In a
+        crowd only the latest changes are sent; the list of agents has them all."""
         most = max(1, PRESENCE_FRAMES // max(1, len(self.readers)))
         news, self._presence = list(self._presence.values())[-most:], {}
         frames: dict[str, bytes] = {}
@@ -8061,7 +7836,7 @@ class Server:
             for watcher in [*self.watchers, *self.subscribers]:
                 if watcher.agent_id == agent_id:
                     watcher.end()
-        if how == "leave":  # nobody may read or speak for the next agent of that id
+        if how == "leave":  # what is still open here must not read or speak for the next agent of that id
             self.api.mcp.shown.pop(agent_id, None)
             for reader in list(self.readers.get(agent_id, ())):
                 reader.end()
@@ -8076,9 +7851,6 @@ class Server:
     def _runners(self, agent_id: str) -> list[StepRunner]:
         return [reader for reader in self.readers.get(agent_id, ()) if isinstance(reader, StepRunner)]
 
-    def _count(self, name: str, change: Expired | Dropped | Pushed) -> None:
-        self.metrics[name] += len(change.seqs)
-
     SHOW: Mapping[ChangeKind, Callable[[Server, Any], None]] = {
         (Put, Agent): _show_agent,
         (Gone, Agent): _show_agent,
@@ -8089,9 +7861,6 @@ class Server:
         Transferred: lambda self, change: self._fall_behind(change.agent_id, min(change.seqs, default=sys.maxsize)),
         Handed: lambda self, change: self._fall_behind(change.agent_id, change.seq),
         Presence: _show_presence,
-        Expired: lambda self, change: self._count("expired_total", change),
-        Dropped: lambda self, change: self._count("expired_total", change),
-        Pushed: lambda self, change: self._count("pushes_total", change),
     }
 
     # readers
@@ -8104,7 +7873,7 @@ class Server:
             self.loop.call_later(SETTLE_SECONDS, self._settle)
 
     def _settle(self) -> None:
-        """Have what could wait written down, if no commit has taken it along meanwhile."""
+        """Write what could wait, if no commit has done so meanwhile."""
         self._settling = False
         if self.hub.deferred and not self.api.trouble:
             self.hub.settle()
@@ -8127,7 +7896,7 @@ class Server:
             self.schedule()
 
     def move_up_locks(self) -> None:
-        """A lock is free, or the queue shorter: when this turn is over, those that need not wait any more go on."""
+        """A lock is free, or the queue shorter: after this turn, wake those that need not wait any more."""
         if self.hub.locks.waiting and not self._moving_up:
             self._moving_up = True
             self.loop.call_soon(self._wake_lock_runners)
@@ -8146,7 +7915,7 @@ class Server:
     # time
 
     def _tick(self) -> None:
-        """Twice a second: deadlines, slow readers, pings; and every SWEEP_SECONDS what time has brought about."""
+        """Twice a second: deadlines, slow readers, pings, and `_look_after`."""
         if self.closing:
             return
         self.loop.call_later(TICK_SECONDS, self._tick)
@@ -8165,7 +7934,7 @@ class Server:
         self.schedule()
 
     def _look_after(self, now: float) -> None:
-        """What is to be done twice a second. Raises StorageFull where the store can't be used."""
+        """Look after the state and the log. Raises StorageFull where the store can't be used."""
         if now - self._audited_at >= AUDIT_SECONDS:
             self._audited_at = now
             self.api.access.audit.sweep()
@@ -8186,9 +7955,9 @@ class Server:
         return self.committer.index()
 
     def _pass_time(self) -> None:
-        """What time has brought about, as much as a turn may take of it, and the rest SWEEP_PAUSE later: jobs, tasks,
-        locks and notes whose time is over; delayed messages are sent, others run out. The log is not asked while
-        something is on its way to the disk, because what it says would not be what the hub knows."""
+        """End jobs, tasks, locks and notes whose time is over, send delayed messages, and drop old ones: as much as a
+        turn may take of it, and the rest SWEEP_PAUSE later. Not while something is on its way to the disk, because the
+        log would not say what the hub knows."""
         self._passing = False
         if self.closing or self.api.trouble:
             return
@@ -8223,8 +7992,6 @@ class Server:
 
     async def stop(self, code: int = 1012) -> None:
         """End within STOP_SECONDS: commit and answer what was begun, close the connections, tidy the log."""
-        import asyncio
-
         self.closing = True
         deadline = self.loop.time() + STOP_SECONDS
         if self.listener.library:
@@ -8259,8 +8026,9 @@ class Server:
 # === 6. Clients =======================================================================================================
 #
 # A hub from the other side: `Client` blocks, `AgentClient` is for asyncio. Both have every operation of part 4 as a
-# method, by its row; what needs more than one plain request is a `plan`, written once for both. It knows the rows of
-# operations and HTTP, nothing of the hub's state. Its main type is `ClientBase`. A new operation needs nothing here.
+# method, by its row; what needs more than one plain request is a `client_method`, written once for both. It knows the
+# rows of operations and HTTP, nothing of the hub's state. Its main type is `ClientBase`. A new operation needs nothing
+# here.
 
 # --- Requests ---------------------------------------------------------------------------------------------------------
 
@@ -8304,21 +8072,20 @@ class Locking(TypedDict, total=False):
     reentrant: bool
 
 
-class plan(Generic[P, R]):
+class client_method(ClientAttribute[P, R]):
     """A method of both clients, written once as a coroutine function: on an `AgentClient` it is just that, a `Client`
-    runs it to its end. On the class it is the function, for other plans."""
+    runs it to its end. Other methods call it on the class."""
 
     def __init__(self, function: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]) -> None:
         self.function = function
+        functools.update_wrapper(self, function)  # for help(Client)
 
-    @overload
-    def __get__(self, caller: None, owner: type) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]: ...
-    @overload
-    def __get__(self, caller: Client, owner: type) -> Callable[P, R]: ...
-    @overload
-    def __get__(self, caller: AgentClient, owner: type) -> Callable[P, Coroutine[Any, Any, R]]: ...
-    def __get__(self, caller: Any, owner: type) -> Any:
-        return self.function if caller is None else functools.partial(caller.carry_out, self.function)
+    def __call__(self, client: Any, *args: P.args, **named: P.kwargs) -> Coroutine[Any, Any, R]:
+        return self.function(client, *args, **named)
+
+    def bind(self, caller: ClientBase) -> Callable[..., Any]:
+        """The method of a client, which calls the function in its way."""
+        return functools.partial(caller.carry_out, self.function)
 
 
 # a connection of each client: errors are OSError and EOFError
@@ -8369,8 +8136,6 @@ class StreamConnection:
         task."""
         if seconds is None:
             return await self.incoming.read(RECEIVE)
-        import asyncio
-
         silence = EOFError("the hub is silent")
         timer = asyncio.get_running_loop().call_later(seconds, self.incoming.set_exception, silence)
         try:
@@ -8454,7 +8219,7 @@ def pause_after(tries: int) -> float:
 
 
 class ClientBase(Operations):
-    """What both clients can do: every operation, under its name, and the plans below.
+    """What both clients can do: every operation, under its name, and the methods below.
 
     All raise the hub's errors as classes, and Unreachable. A request is repeated for `patience` seconds where that may
     help (`on_wait(seconds, reason)` hears of it); with 0 it is made once. `agent_id` is who asks.
@@ -8496,13 +8261,13 @@ class ClientBase(Operations):
 
     # what the two clients do in their own ways
 
-    carry_out: Callable[..., Any]  # what a plan does as a method: from the function and its arguments
+    carry_out: Callable[..., Any]  # what such a method does as a method: from the function and its arguments
     _connect: Callable[[], Coroutine[Any, Any, Connection]]
     _pause: Callable[[float], Coroutine[Any, Any, None]]
 
     # agents and channels
 
-    @plan
+    @client_method
     async def register(self) -> Json:
         """Come in, with what the client was made with. Returns the hub's answer; id, session and token are kept."""
         able = list(self.capabilities) if self.capabilities else None
@@ -8515,7 +8280,7 @@ class ClientBase(Operations):
         self._lost = self._left = False
         return answer
 
-    @plan
+    @client_method
     async def leave(self, channel: str | None = None) -> Json:
         """Leave a channel; or the hub: `listen` ends, and what is unread stays there until it expires."""
         if channel is not None:
@@ -8524,7 +8289,7 @@ class ClientBase(Operations):
         self._left = True
         return answer
 
-    @plan
+    @client_method
     async def join(self, channel: str, full: bool = False) -> Json:
         """Become a member of a channel: what is sent there comes to this agent's inbox. With `full`, `history` shows
         what was said there before, too."""
@@ -8532,7 +8297,7 @@ class ClientBase(Operations):
 
     # messages
 
-    @plan
+    @client_method
     async def send_message(
         self, to: str | Sequence[str], message: Any, type: str | None = None, one: bool = False, **more: Unpack[Sending]
     ) -> Json:
@@ -8543,19 +8308,19 @@ class ClientBase(Operations):
             more["deliver"] = "one"
         return cast(Json, await self._ask(Operations.send, (to, message, type), cast(Json, more)))
 
-    @plan
+    @client_method
     async def reply(self, to: Json | str, message: Any, type: str | None = "response") -> Json:
         """Answer a message, by its envelope or its id. Returns the receipt."""
         envelope = to if isinstance(to, dict) else (await self._do(Operations.trace, to))
         return await self._do(Operations.send, envelope["from"], message, type, reply_to=envelope["id"])
 
-    @plan
+    @client_method
     async def ask(self, to: str | Sequence[str], message: Any, wait: float = 60, ttl: float | None = None) -> Json:
         """Send a request and return the envelope that answers it. Raises as `answer_to` does."""
         receipt = await self._do(Operations.send, to, message, "request", ttl=ttl)
         return await ClientBase.answer_to(self, receipt, wait)
 
-    @plan
+    @client_method
     async def ping(self, to: str, wait: float = 10) -> float:
         """Send a ping and return the seconds until its recipient had acknowledged it. Raises TimedOut."""
         started, ttl = time.monotonic(), min(wait, 86_400) or None
@@ -8563,7 +8328,7 @@ class ClientBase(Operations):
         await ClientBase.answer_to(self, receipt, wait, "ack")
         return time.monotonic() - started
 
-    @plan
+    @client_method
     async def answer_to(self, receipt: Json, wait: float = 60, type: str = "") -> Json:
         """Wait for the answer to a request that was sent: the first one, of that `type` if one is named. Other mail is
         left alone. Raises TimedOut after `wait` seconds, and Unanswered where nobody got it, an agent it went to is
@@ -8587,7 +8352,7 @@ class ClientBase(Operations):
 
     messages = Operations.read_inbox
 
-    @plan
+    @client_method
     async def history(
         self,
         other: str | None = None,
@@ -8605,7 +8370,7 @@ class ClientBase(Operations):
         cursor, wanted = "before" if after is None else "after", {"other": other, "thread": thread, "type": type}
         return await self._pages(Operations.read_inbox, cursor, after, limit, wanted | where)
 
-    @plan
+    @client_method
     async def search(self, words: str, limit: int = DEFAULT_LIMIT) -> list[Json]:
         """The newest `limit` envelopes that this agent sent or got and that hold these words, newest first."""
         return await self._pages(Operations.search_messages, "before", None, limit, {"words": words})
@@ -8626,7 +8391,7 @@ class ClientBase(Operations):
             at = following
         return messages
 
-    @plan
+    @client_method
     async def ack(self, up_to: int | None = None, ids: Iterable[str] | None = None) -> int:
         """Acknowledge everything up to a seq, or these ids. Returns how many were new."""
         answer = await self._do(Operations.acknowledge, up_to, None if ids is None else list(ids))
@@ -8634,7 +8399,7 @@ class ClientBase(Operations):
 
     # tasks: each is meant by its id, or by an envelope that proposed it
 
-    @plan
+    @client_method
     async def propose(
         self, to: str | Sequence[str], message: Any, id: str | None = None, **planning: Unpack[Planning]
     ) -> Json:
@@ -8643,27 +8408,27 @@ class ClientBase(Operations):
         the receipt."""
         return await self._do(Operations.propose_task, message, to, id=id, **planning)
 
-    @plan
+    @client_method
     async def accept(self, task: Json | str, message: Any = None, lease: float | None = None) -> Json:
         """Take a task. Raises TaskTaken where another was quicker."""
         return await self._do(Operations.accept_task, _task_id(task), message, lease=lease)
 
-    @plan
+    @client_method
     async def complete(self, task: Json | str, result: Any = None) -> Json:
         """Say that a task is done; the result goes to its proposer."""
         return await self._do(Operations.complete_task, _task_id(task), result)
 
-    @plan
+    @client_method
     async def release(self, task: Json | str, reason: Any = None) -> Json:
         """Give a task back: it is proposed again."""
         return await self._do(Operations.release_task, _task_id(task), reason)
 
-    @plan
+    @client_method
     async def cancel(self, task: Json | str, reason: Any = None) -> Json:
         """Cancel a task that this agent proposed."""
         return await self._do(Operations.cancel_task, _task_id(task), reason)
 
-    @plan
+    @client_method
     async def next_task(self, wait: float = 0) -> Json | None:
         """Take the best open task there is for this agent, and return it; None where none is within `wait` seconds."""
         end, id = time.monotonic() + wait, new_message_id()
@@ -8675,7 +8440,7 @@ class ClientBase(Operations):
 
     # locks
 
-    @plan
+    @client_method
     async def lock(
         self,
         paths: str | Sequence[str],
@@ -8698,7 +8463,7 @@ class ClientBase(Operations):
                 if not again:
                     raise
 
-    @plan
+    @client_method
     async def unlock(self, lock_id: str | None = None, paths: str | Sequence[str] | None = None) -> list[Json]:
         """Release a lock, or some paths, or all that this agent has locked. Returns what was released."""
         every = None if lock_id or paths else True
@@ -8707,24 +8472,22 @@ class ClientBase(Operations):
 
     # the hub
 
-    @plan
+    @client_method
     async def guide(self) -> str:
         """The hub's page on how to use it, for a model; as this agent, with the key where this client has it."""
         query = {"agent_id": self.agent_id, "format": "json"}
         answer = await self._repeat(self._encode("GET", "/guide", query, self.key or None))
         return str(answer["guide"])
 
-    @plan
+    @client_method
     async def call(self, method: str, path: str, fields: Json) -> Json:
         """Any route, by its method and path; `fields` are those of the request, with those in the path."""
         return cast(Json, await self._repeat(self._route(method, path, re.findall(r"\{(\w+)\}", path), dict(fields))))
 
-    @plan
+    @client_method
     async def backup(self, path: str) -> int:
         """Write a consistent copy of the hub's store to a new file, and return its size in bytes. The file is there
         only when it is whole. Raises FileExistsError, or the hub's error."""
-        import tempfile
-
         handle, part = tempfile.mkstemp(".part", os.path.basename(path) + ".", os.path.dirname(os.path.abspath(path)))
         try:
             with open(handle, "w+b") as file:
@@ -8741,7 +8504,7 @@ class ClientBase(Operations):
             if os.path.exists(part):
                 os.unlink(part)
 
-    @plan
+    @client_method
     async def open_stream(self, after: int) -> None:
         """See that this agent's event stream can be opened, and that its first line arrives."""
         query = {"agent_id": self._me(), "after": after}
@@ -8791,8 +8554,6 @@ class ClientBase(Operations):
 
     def _mcp(self, message: Json) -> AsyncGenerator[Json, None]:
         """What the hub's /mcp answers a request of JSON-RPC with: progress first, the response last."""
-        import base64
-
         method, params = message["method"], message.get("params", {})
         meta = {META + "protocolVersion": MODERN_VERSIONS[0], META + "clientCapabilities": {}, **meta_of(params)}
         headers = [("Accept", "application/json, text/event-stream"), ("MCP-Protocol-Version", MODERN_VERSIONS[0])]
@@ -8968,8 +8729,6 @@ class ClientBase(Operations):
     @functools.cached_property
     def tls_context(self) -> ssl.SSLContext:
         """How a hub's certificate is checked. Raises InvalidRequest where `cacert` can't be used."""
-        import ssl
-
         context = ssl.create_default_context()
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         try:
@@ -8988,7 +8747,9 @@ class ClientBase(Operations):
         elif isinstance(error, EOFError) and not (self._met or self.address.tls or self.address.path):
             reason += "; if it has TLS, write https://"
         message = f"no hub answers at {self.url} ({reason}): start one with `agenthub serve`, or set AGENTHUB_URL"
-        if distrust:
+        if self._closed:
+            message = "this client was closed while it waited: make a new one"
+        elif distrust:
             advice = "name its certificate, or its issuer's, with --cacert or AGENTHUB_CACERT"
             message = f"the certificate of {self.url} can't be trusted ({distrust}): {advice}"
         unreachable = Unreachable(message)
@@ -9070,24 +8831,22 @@ class Client(ClientBase):
         return self._iterate(self._changing(uris))
 
     def carry_out(self, function: Callable[..., Coroutine[Any, Any, R]], /, *args: Any, **named: Any) -> R:
-        """What a plan does as a method: its coroutine runs to its end, because what it awaits blocks instead."""
-        return _run_to_end(function(self, *args, **named))
+        """Call a `client_method`: its coroutine runs to its end, because what it awaits blocks."""
+        return _run_to_end(function, self, *args, **named)
 
     def _iterate(self, items: AsyncGenerator[R, None]) -> Iterator[R]:
         try:
             while True:
-                yield _run_to_end(anext(items))
+                yield _run_to_end(anext, items)
         except StopAsyncIteration:
             return
         finally:
-            _run_to_end(items.aclose())
+            _run_to_end(items.aclose)
 
     async def _pause(self, seconds: float) -> None:
         time.sleep(seconds)
 
     async def _connect(self) -> SocketConnection:
-        import socket
-
         try:
             if self.address.path:
                 connection = socket.socket(socket.AF_UNIX)
@@ -9104,12 +8863,17 @@ class Client(ClientBase):
             raise self._unreachable(error, at_once=True) from error
 
 
-def _run_to_end(steps: Coroutine[Any, Any, R]) -> R:
-    """What a coroutine returns that never waits for an event loop."""
+def _run_to_end(function: Callable[..., Coroutine[Any, Any, R]], /, *args: Any, **named: Any) -> R:
+    """What a coroutine returns that never waits for an event loop. A loop that runs in this thread all the same must
+    not take the generators that are begun here for its own: it would close them at its end."""
+    hooks = sys.get_asyncgen_hooks()
+    sys.set_asyncgen_hooks(None, None)
     try:
-        steps.send(None)
+        function(*args, **named).send(None)
     except StopIteration as end:
         return cast(R, end.value)
+    finally:
+        sys.set_asyncgen_hooks(*hooks)
     raise AssertionError("a blocking client has nothing to wait for")
 
 
@@ -9135,8 +8899,6 @@ class AgentClient(ClientBase):
 
     async def close(self) -> None:
         """Stop heartbeats, end `listen` (called by its handler: after that message), close the connections."""
-        import asyncio
-
         self._closed = True
         for task in (self._beating, self._listener):
             if task and task is not asyncio.current_task():
@@ -9150,8 +8912,6 @@ class AgentClient(ClientBase):
 
         What the handler raises ends `listen`, and the message stays unacknowledged.
         """
-        import asyncio
-
         self._listener = asyncio.current_task()
         try:
             async with contextlib.aclosing(self._receive(Operations.stream)) as envelopes:
@@ -9178,23 +8938,17 @@ class AgentClient(ClientBase):
     def carry_out(
         self, function: Callable[..., Coroutine[Any, Any, R]], /, *args: Any, **named: Any
     ) -> Coroutine[Any, Any, R]:
-        """What a plan does as a method."""
+        """Call a `client_method`."""
         return function(self, *args, **named)
 
     async def _pause(self, seconds: float) -> None:
-        import asyncio
-
         await asyncio.sleep(seconds)
 
     def _begin_beating(self) -> None:
         if self._beating is None and not self._closed:
-            import asyncio
-
             self._beating = asyncio.ensure_future(self._keep_beating())
 
     async def _keep_beating(self) -> None:
-        import asyncio
-
         while True:
             await asyncio.sleep(HEARTBEAT_SECONDS)
             with contextlib.suppress(HubError):  # the next call says it to somebody who can act on it
@@ -9202,8 +8956,6 @@ class AgentClient(ClientBase):
                     await self.heartbeat()
 
     async def _connect(self) -> StreamConnection:
-        import asyncio
-
         self._begin_beating()
         address = self.address
         try:
@@ -9291,8 +9043,8 @@ def named_session() -> str:
 
 
 class Identity:
-    """Who the command line is: `--as`, else AGENTHUB_AGENT, else the agent saved for hub and session, else one that is
-    registered on first use.
+    """Who the command line is: `--as`, else AGENTHUB_AGENT, else the agent of AGENTHUB_TOKEN, else the one saved for
+    hub and session, else one that is registered on first use.
 
     The state file holds, for each hub: agent ids by session (`sessions`), tokens by agent id (`tokens`), and for a
     session that goes on as another one's agent the session under which the hub knows that agent (`follows`).
@@ -9312,6 +9064,13 @@ class Identity:
         self.chosen = args.identity or os.environ.get("AGENTHUB_AGENT") or self.client.token.rpartition(".")[0]
         self.saved_token, self._path = "", os.path.join(folder_path("STATE"), "identity.json")
         self._recall(self._load().get(self.client.url, {}))
+
+    def work_in(self, folder: str, **more: str) -> None:
+        """Say where this agent works, and with `more` what else others may know; a new one is named after the folder,
+        or by AGENTHUB_NAME."""
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", os.path.basename(os.path.abspath(folder))).strip("-._")
+        self.name = os.environ.get("AGENTHUB_NAME") or name[:50] or "agent"
+        self.client.metadata = {"folder": folder, "host": socket.gethostname(), **more}
 
     def another_client(self) -> Client:
         """A client for another thread, as the same agent."""
@@ -9377,8 +9136,6 @@ class Identity:
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(ImportError, OSError):
                 state_folder("STATE")
-                import fcntl
-
                 fcntl.flock(stack.enter_context(open(open_private(self._path + "-lock"), "r+")), fcntl.LOCK_EX)
             state = self._load()
             saved = state.setdefault(self.client.url, {})
@@ -9410,19 +9167,6 @@ class Identity:
         say(text)
 
 
-def folder_name(folder: str) -> str:
-    """The name of a session that has none: that of its folder."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", os.path.basename(os.path.abspath(folder))).strip("-._")
-    return os.environ.get("AGENTHUB_NAME") or name[:50] or "agent"
-
-
-def about_session(folder: str) -> Json:
-    """What others may know of a session: where it works."""
-    import socket
-
-    return {"folder": folder, "host": socket.gethostname()}
-
-
 def folder_session(folder: str = "") -> str:
     """What stands for the session of a program that names none to its servers: the folder that it works in."""
     return "folder:" + os.path.realpath(folder or os.getcwd())
@@ -9440,9 +9184,6 @@ def instead_of_waiter(client: Client) -> Iterator[None]:
     if not client.agent_id or not os.path.exists(path):
         yield
         return
-    import fcntl
-    import signal
-
     with open(open_private(path + "-held"), "r+") as held:
         fcntl.flock(held, fcntl.LOCK_SH)
         with contextlib.suppress(OSError, ValueError), open(path) as file:
@@ -9468,18 +9209,26 @@ def say(text: str) -> None:
     print(f"agenthub: {harmless(indented(text))}", file=sys.stderr, flush=True)
 
 
+def warn(receipt: Json) -> None:
+    """Say on stderr what a sender should know, where this is the receipt of a message."""
+    for row in receipt.get("recipients", ()):
+        if row["state"] == "unknown":
+            close = f" (did you mean {' or '.join(row['did_you_mean'])}?)" if "did_you_mean" in row else ""
+            say(f"nobody is registered as {row['agent_id']} yet{close}: the message waits for them")
+    if "warning" in receipt:
+        say(receipt["warning"])
+
+
 def show(args: argparse.Namespace, value: Json, text: str | Callable[[Json], str]) -> None:
     """Print a result: for people, or with --json as an object on one line, with what to type then as `next`. For the
     demo it is put with those of `shown`."""
+    warn(value)
     text = text if isinstance(text, str) else text(value)
     if args.shown is not None:
         args.shown.append((value, text))
         return
     if args.json:
-        options = (("--as", "identity"), ("--url", "url"), ("--cacert", "cacert"))
-        typed = [f" {name} {shell_quote(getattr(args, at))}" for name, at in options if getattr(args, at, None)]
-        following = next_commands(args.called, value, program(), "".join(typed))
-        text = dump(value | {"next": value.get("next", following)})
+        text = dump(value | {"next": value.get("next", next_commands(args, value))})
         if not text.isprintable():  # a terminal would obey what is not
             text = "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
     try:
@@ -9515,6 +9264,11 @@ def ago(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
+def to_second(text: str) -> str:
+    """A time of the hub without its fraction of a second."""
+    return f"{text[:19]}Z"
+
+
 def value_text(value: Any) -> str:
     """What a message or a note says, as a person reads it."""
     return value if isinstance(value, str) else dump(value)
@@ -9533,7 +9287,7 @@ def message_line(envelope: Json) -> str:
 
 
 def _sent_text(receipt: Json) -> str:
-    due = f", due at {receipt['due_at'][:19]}Z" if "due_at" in receipt else ""
+    due = f", due at {to_second(receipt['due_at'])}" if "due_at" in receipt else ""
     states = ", ".join(f"{row['agent_id']} ({row['state']})" for row in receipt["recipients"]) or "nobody"
     return f"sent {receipt['message_id']} to {states}{due}"
 
@@ -9541,7 +9295,7 @@ def _sent_text(receipt: Json) -> str:
 def _agent_text(agent: Json) -> str:
     able = f" [{', '.join(agent['capabilities'])}]" if agent["capabilities"] else ""
     name = f" ({agent['name']})" if agent["name"] != agent["agent_id"] else ""
-    seen = "connected" if agent["connected"] else f"last seen {agent['last_heartbeat'][:19]}Z"
+    seen = "connected" if agent["connected"] else f"last seen {to_second(agent['last_heartbeat'])}"
     age = f" (oldest {ago(agent['unread_age'])})" if "unread_age" in agent else ""
     text = f"{agent['agent_id']}{name} {agent['status']}, {seen}, {agent['unread']} unread{age}{able}"
     return text + engaged_text(agent)
@@ -9550,14 +9304,14 @@ def _agent_text(agent: Json) -> str:
 def engaged_text(agent: Json) -> str:
     """What an agent is doing, and what it holds."""
     parts = [f'"{agent["doing"]}"'] if agent.get("doing") else []
-    parts += [f"away until {agent['away_until'][:19]}Z"] if "away_until" in agent else []
+    parts += [f"away until {to_second(agent['away_until'])}"] if "away_until" in agent else []
     parts += [f"task {id}" for id in agent.get("tasks", ())]
     parts += [f"locked {', '.join(agent['locks'])}"] if "locks" in agent else []
     return "".join(f"; {part}" for part in parts)
 
 
 def _channel_text(channel: Json) -> str:
-    last = f"last message {channel['last_activity'][:19]}Z" if channel["last_activity"] else "nothing said yet"
+    last = f"last message {to_second(channel['last_activity'])}" if channel["last_activity"] else "nothing said yet"
     return f"{channel['channel']} {last}: {', '.join(channel['members']) or 'nobody'}"
 
 
@@ -9567,7 +9321,7 @@ def task_line(task: Json) -> str:
     text += f" by {task['holder']}" if "holder" in task else ""
     text += f" until {task['lease_until'][11:19]} unless heard of" if "lease_until" in task else ""
     text += f", waits for {', '.join(task['waits_for'])}" if "waits_for" in task else ""
-    text += f", due {task['deadline_at'][:19]}Z" if "deadline_at" in task and "result" not in task else ""
+    text += f", due {to_second(task['deadline_at'])}" if "deadline_at" in task and "result" not in task else ""
     text += f" ({task['reason']})" if "reason" in task else ""
     to = task["to"] if isinstance(task["to"], str) else ", ".join(task["to"])
     return f"{text}; {task['proposer']} to {to}: {indented(title_of(task['message'])) if 'message' in task else '...'}"
@@ -9588,9 +9342,9 @@ def lock_line(lock: Json) -> str:
 
 
 def _note_line(note: Json) -> str:
-    until = f", until {note['expires_at'][:19]}Z" if "expires_at" in note else ""
+    until = f", until {to_second(note['expires_at'])}" if "expires_at" in note else ""
     about = f"{note['key']} version {note['version']}, {note['size']} bytes, by {note['agent_id']}"
-    return f"{about} {note['updated_at'][:19]}Z{until}"
+    return f"{about} {to_second(note['updated_at'])}{until}"
 
 
 def fields_text(answer: Json) -> str:
@@ -9599,24 +9353,94 @@ def fields_text(answer: Json) -> str:
     return indented(", ".join(f"{key} {value}" for key, value in values.items()))
 
 
-def warn(receipt: Json) -> None:
-    """Say on stderr what a sender should know of a receipt."""
-    for row in receipt.get("recipients", ()):
-        if row["state"] == "unknown":
-            close = f" (did you mean {' or '.join(row['did_you_mean'])}?)" if "did_you_mean" in row else ""
-            say(f"nobody is registered as {row['agent_id']} yet{close}: the message waits for them")
-    if "warning" in receipt:
-        say(receipt["warning"])
+def no_hub_guide(url: str) -> Json:
+    """The guide where no hub answers, and as `start` the command that starts one: there, or else on this machine."""
+    start, here = "serve", re.fullmatch(r"http://(?:localhost|127\.0\.0\.1):(\d+)", url)
+    if url.startswith("unix:"):
+        start = f"serve --unix {shell_quote(url[5:])}"
+    elif here and url != DEFAULT_URL:
+        start = f"serve --port {here[1]}"
+    typed = f"python3 {shell_quote(os.path.abspath(__file__))}"
+    lines = [f"agenthub {VERSION}: no hub answers at {url}.", ""]
+    lines += ["Start one on this machine (it keeps its store in your data folder):", f"    {typed} {start} &"]
+    lines += [f"    export AGENTHUB_URL={DEFAULT_URL}"] if start == "serve" and url != DEFAULT_URL else []
+    lines += ["or set AGENTHUB_URL to where one runs, and AGENTHUB_KEY to its key if it has one. Then read:"]
+    lines += [f"    {typed} guide", "What it does, shown by two agents in a few seconds:", f"    {typed} demo"]
+    return {"guide": "\n".join(lines), "start": start}
 
 
-def show_receipt(args: argparse.Namespace, receipt: Json, text: str | Callable[[Json], str]) -> None:
-    """What became of something that was sent, or what a task is now, and what its sender should know."""
-    warn(receipt)
-    show(args, receipt, text)
+_AFTER_MESSAGE = {  # by the type of the message; `about` is the message or task it answers, or else itself
+    "task_proposal": ("task accept {about}", "task show {about}"),
+    **dict.fromkeys(("task_accept", "task_complete", "task_release", "task_cancel"), ("task show {about}",)),
+    **dict.fromkeys(("error", "ack"), ("trace {reply_to}",)),
+    "response": ("history --thread {thread}",),
+    "ping": (),
+}
+_REPLY = ('reply {id} "…"',)  # where the type of a message is not above
+_SHOW = ("task show {task_id}",)
+_AFTER_TASK = {"open": ("task accept {task_id}",), "blocked": _SHOW, "accepted": (*_SHOW, 'send {holder} "…"')}
+_AFTER_CHECK = {"identity": ("register",), "queue": ("recv",), "recipient": ("agents",)}
+
+
+def _after_status(state: Json) -> tuple[str, ...]:
+    """Read what is unread, then answer the oldest request."""
+    owed = [r["id"] for r in state.get("requests", ()) if state["agent_id"] in r["waiting_for"]]
+    first = ["recv"] if state.get("unread") else []
+    return (*first, *[f'reply {id} "…"' for id in owed[:1]], "agents")
+
+
+# By command: what to type next. A template that names a field which is not in the answer is left out.
+NEXT: dict[str, tuple[str, ...] | Callable[[Json], tuple[str, ...]]] = {
+    **dict.fromkeys(("backup", "bench", "hook", "mcp", "plugin", "uninstall"), ()),
+    **dict.fromkeys(("send", "reply"), ("trace {message_id}", "recv --wait 60")),
+    **dict.fromkeys(("history", "search"), ("trace {id}", "history --thread {thread}")),
+    **dict.fromkeys(("task list", "task show"), lambda task: _AFTER_TASK.get(task["state"], ())),
+    **dict.fromkeys(("task next", "task accept"), ('task complete {task_id} "…"', 'task release {task_id} "…"')),
+    **dict.fromkeys(("ping", "locks"), ('send {agent_id} "…"',)),
+    **dict.fromkeys(("note set", "note list"), ("note get {key}",)),
+    "register": ('status --set "…"', "agents", "recv --wait 60"),
+    "ask": ("history --thread {thread}", 'send {from} "…"'),
+    "recv": lambda envelope: (*_AFTER_MESSAGE.get(envelope["type"], _REPLY), "recv --wait 60"),
+    "listen": lambda envelope: _AFTER_MESSAGE.get(envelope["type"], _REPLY),
+    "agents": ('send {agent_id} "…"', 'ask {agent_id} "…"'),
+    "trace": ("history --thread {thread}", "recv --wait 60"),
+    "status": _after_status,
+    "join": ('send {channel} "…"', "history {channel}"),
+    "leave": ("join {channel}", "register {agent_id}"),
+    "channels": ("join {channel}",),
+    "task propose": ("task show {task_id}", "recv --wait 60"),
+    "task complete": ("task next", "recv --wait 60"),
+    "task release": ("task next", "task list --state open"),
+    "task cancel": ("task list --state open",),
+    "lock": ("unlock {paths}",),
+    "unlock": ("locks",),
+    "note get": ('note set {key} "…" --if-version {version}',),
+    "note delete": ("note list",),
+    "watch": ("task show {task_id}",),
+    "doctor": lambda check: _AFTER_CHECK.get(check["check"], ()) if check["state"] != "ok" else (),
+    "install": ("serve", "guide"),
+    "guide": lambda answer: (answer["start"], "demo") if "start" in answer else ("agents", "recv --wait 60"),
+    "demo": lambda step: ("serve", "guide") if "winner" in step else (),
+}
+
+
+def next_commands(args: argparse.Namespace, answer: Json) -> list[str]:
+    """What to type after that answer, for the same agent and hub."""
+    options = (("--as", "identity"), ("--url", "url"), ("--cacert", "cacert"))
+    typed = [f" {option} {shell_quote(getattr(args, at))}" for option, at in options if getattr(args, at, None)]
+    fields = {"about": answer.get("reply_to") or answer.get("id"), **answer}
+    words = {name: value if isinstance(value, list) else [value] for name, value in fields.items()}
+    quoted = {name: " ".join([shell_quote(str(word)) for word in several]) for name, several in words.items()}
+    row, commands = NEXT.get(args.called, ()), []
+    templates = row(answer) if callable(row) else row
+    for template in templates:
+        with contextlib.suppress(KeyError):
+            asks_hub = template.split()[0] not in ("serve", "demo", "bench")  # else it takes neither --as nor --url
+            commands.append(f"{program()} {template.format_map(quoted)}{''.join(typed) if asks_hub else ''}")
+    return commands
 
 
 # --- Command lines ----------------------------------------------------------------------------------------------------
-
 
 Run = Callable[["argparse.Namespace"], "int | None"]  # a command; its exit status, 0 if it gives none
 
@@ -9703,10 +9527,8 @@ def operation_line(
             short = field.parameter if field.parameter in places else field.parameter.rpartition("_")[2]
             own: Json = {"help": helps[short]} if short in helps else {}
             if short in places:
-                own |= {"metavar": short, "nargs": "?" if "[" in places[short] else None}
-                yield field_argument(field, field.parameter, **own)
-            else:
-                yield field_argument(field, **own)
+                own |= {"place": field.parameter, "metavar": short, "nargs": "?" if "[" in places[short] else None}
+            yield field_argument(field, **own)
         if any(field.kind.nullable for field in fields):
             yield AS_JSON
 
@@ -9720,7 +9542,7 @@ def operation_line(
         registers = operation.actor and operation.default_actor is None
         answer = identity.act(lambda client: ask()) if registers else ask()
         if not operation.items:
-            show_receipt(args, answer, text)
+            show(args, answer, text)
             return
         show_all(args, answer, text, nothing if isinstance(nothing, str) else nothing(args))
 
@@ -9747,12 +9569,12 @@ def duration(text: str) -> float:
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400}[match[2]]
 
 
-def _number_kind(name: str, kind: Callable[[str], Any], least: float, below: float = math.inf) -> Callable[[str], Any]:
-    """What reads a number within bounds for argparse, which has the name in its errors. It raises ValueError."""
+def _kind(name: str, convert: Callable[[str], R], accepts: Callable[[R], bool]) -> Callable[[str], R]:
+    """What reads a value for argparse, which has the name in its errors. It raises ValueError."""
 
-    def _read(text: str) -> Any:
-        value = kind(text)
-        if not least <= value < below:
+    def _read(text: str) -> R:
+        value = convert(text)
+        if not accepts(value):
             raise ValueError
         return value
 
@@ -9760,9 +9582,10 @@ def _number_kind(name: str, kind: Callable[[str], Any], least: float, below: flo
     return _read
 
 
-whole_number = _number_kind("whole_number", int, 1)
-port_number = _number_kind("port_number", int, 0, 65536)  # 0: any that is free
-amount = _number_kind("amount", float, 0)
+whole_number = _kind("whole_number", int, lambda number: number >= 1)
+port_number = _kind("port_number", int, lambda number: 0 <= number < 65536)  # 0: any that is free
+amount = _kind("amount", float, lambda number: 0 <= number < math.inf)
+log_format = _kind("log_format", str, lambda text: text in ("text", "json"))
 FIELD_OPTIONS: dict[str | None, Json] = {  # by JSON types
     "boolean": {"action": "store_const", "const": True},
     "integer": {"type": int, "metavar": "N"},
@@ -9782,7 +9605,6 @@ TO_WHOM = argument("to", "an agent_id, a name, ALL, #channel, @capability, or se
 THE_TEXT = argument("text", "the message; - reads stdin")
 AS_JSON = argument("--json-message", "the text is JSON", action="store_true")
 OF_TYPE = argument("--type", "the message's type, e.g. request")
-
 WITH_TTL = argument("--ttl", "seconds after which it is not delivered any more", type=float, metavar="S")
 _LOCK_HELP = "lock paths, or run a command under a lock: lock PATH… -- COMMAND…"
 _RENEWED = f"for a command {COMMAND_LOCK_TTL}, renewed while it runs"
@@ -9824,7 +9646,7 @@ def _send_command(args: argparse.Namespace) -> None:
     more = cast(Sending, {name: getattr(args, name) for name in names})
     receipt = Identity(args).act(lambda client: client.send_message(args.to, message, args.type, args.one, **more))
     is_heartbeat = "recipients" not in receipt  # which goes to nobody
-    show_receipt(args, receipt, f"alive at {receipt['last_heartbeat']}" if is_heartbeat else _sent_text)
+    show(args, receipt, f"alive at {receipt['last_heartbeat']}" if is_heartbeat else _sent_text)
 
 
 @command_line("ask", "send a request and print its answer", example='agenthub ask alpha "is main green?" --wait 120')
@@ -9845,7 +9667,7 @@ def _ask_command(args: argparse.Namespace) -> None:
 @argument("--type", "default response", choices=("response", "error", "ack"), default="response")
 def _reply_command(args: argparse.Namespace) -> None:
     message = read_text(args.text, args.json_message)
-    show_receipt(args, Identity(args).act(lambda client: client.reply(args.id, message, args.type)), _sent_text)
+    show(args, Identity(args).act(lambda client: client.reply(args.id, message, args.type)), _sent_text)
 
 
 @command_line("ping", "how long an agent takes to acknowledge", example="agenthub ping alpha")
@@ -9933,11 +9755,6 @@ def _status_command(args: argparse.Namespace) -> None:
         state["unread"] = identity.act(lambda client: client.heartbeat())["unread"]
         state["requests"], agent = identity.client.requests(), identity.client.agent(me)
         state |= {key: agent[key] for key in ("doing", "away_until", "tasks", "locks") if key in agent}
-    show(args, state, _status_text)
-
-
-def _status_text(state: Json) -> str:
-    me = state["agent_id"]
     who = f"you are {me}, {state['unread']} unread" if me else "you are not registered yet: any command does that"
     here = f"{state.get('agents', '?')} agents, {state.get('connections', '?')} connected"
     lines = [f"{state['url']} is {state['status']}, agenthub {state['version']}, {here}; {who}{engaged_text(state)}"]
@@ -9946,7 +9763,7 @@ def _status_text(state: Json) -> str:
         what = f"{', '.join(request['waiting_for'])} owes you" if owed else f"{request['from']} waits for"
         text = cut_short(" ".join(value_text(request["message"]).split()), 60)
         lines.append(f"  {what} an answer to {request['id']} of {at}: {text}")
-    return "\n".join(lines)
+    show(args, state, "\n".join(lines))
 
 
 @command_line("watch", "print what happens in the hub, a line each", example="agenthub watch")
@@ -9967,8 +9784,8 @@ def _guide_command(args: argparse.Namespace) -> None:
     try:
         text = client.guide()
     except Unreachable:
-        text = no_hub_guide(client.url, os.path.abspath(__file__))
-        show(args, {"guide": text, "start": start_words(client.url)}, text)
+        answer = no_hub_guide(client.url)
+        show(args, answer, answer["guide"])
         raise
     show(args, {"guide": text}, text.rstrip())
 
@@ -10022,7 +9839,7 @@ operation_line(Operations.agents, _agent_text, "who is here", "agents --status a
 def _propose_command(args: argparse.Namespace) -> None:
     message = read_text(args.text, args.json_message)
     more = cast(Planning, {name: getattr(args, name) for name in ("lease", "deadline", "depends_on", "priority")})
-    show_receipt(args, Identity(args).act(lambda client: client.propose(args.to, message, args.id, **more)), task_text)
+    show(args, Identity(args).act(lambda client: client.propose(args.to, message, args.id, **more)), task_text)
 
 
 @command_line("task list", "the board of tasks", example="agenthub task list --state open")
@@ -10078,9 +9895,6 @@ def _lock_command(args: argparse.Namespace) -> int:
 def _run_under_lock(client: Client, lock: Json, command: list[str]) -> int:
     """Run a command while its lock is renewed, and return its exit status: 128 plus the number of a signal that ended
     it, 127 if there is none. Should this process be killed, the lock ends by its ttl."""
-    import signal
-    import subprocess
-
     child: subprocess.Popen[bytes] | None = None
     early: list[int] = []  # signals that came before we knew the child
 
@@ -10117,8 +9931,6 @@ def _run_under_lock(client: Client, lock: Json, command: list[str]) -> int:
 
 
 def _wait_and_renew(child: subprocess.Popen[bytes], client: Client, lock: Json) -> int:
-    import subprocess
-
     lost = False
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -10142,9 +9954,10 @@ def _unlock_command(args: argparse.Namespace) -> None:
         if args.all:
             return client.unlock()
         ids = {lock["lock_id"] for lock in client.locks()}
-        paths = [word for word in args.what if word not in ids]
         freed = [lock for word in args.what if word in ids for lock in client.unlock(word)]
-        return [*freed, *(client.unlock(paths=paths) if paths else [])]
+        if paths := [word for word in args.what if word not in ids]:
+            freed += client.unlock(paths=paths)
+        return freed
 
     freed = Identity(args).act(_release)
     show_all(args, freed, lambda lock: f"released {', '.join(lock['paths'])}")
@@ -10158,17 +9971,13 @@ def _no_lock(args: argparse.Namespace) -> str:
 
 operation_line(Operations.locks, lock_line, "who has locked what", "locks src/api/x.py", _no_lock)
 
-
-def _set_text(note: Json) -> str:
-    return f"{note['key']} is at version {note['version']}, {note['size']} bytes"
-
-
+_SET_TEXT = "{key} is at version {version}, {size} bytes".format_map
 _NO_NOTE = "there is no such note: `agenthub note set KEY VALUE` makes one"
 _VALUE = "its text; - reads stdin"
-operation_line(Operations.set_note, _set_text, "write a note on the board", 'note set auth "half done"', value=_VALUE)
+operation_line(Operations.set_note, _SET_TEXT, "write a note on the board", 'note set auth "half done"', value=_VALUE)
 operation_line(Operations.notes, _note_line, "the notes on the board", "note list handover/", _NO_NOTE)
 operation_line(Operations.get_note, lambda note: value_text(note["value"]), "print a note", "note get handover/auth")
-operation_line(Operations.delete_note, lambda note: f"{note['key']} is gone", "remove a note", "note delete auth")
+operation_line(Operations.delete_note, "{key} is gone".format_map, "remove a note", "note delete auth")
 
 
 # --- Doctor -----------------------------------------------------------------------------------------------------------
@@ -10178,8 +9987,6 @@ class Doctor:
     """Where to look when something does not work: each check gives a state (ok, warn or fail) and words. Looking is a
     sign of life, and otherwise changes nothing."""
 
-    OF_THE_HUB, OF_AN_AGENT = ("version", "clock"), ("token", "queue", "stream")  # only where it is known
-
     def __init__(self, args: argparse.Namespace) -> None:
         self.identity, self.recipient = Identity(args), args.recipient
         self.client = self.identity.client
@@ -10188,21 +9995,21 @@ class Doctor:
         self.health: Json = {}
         self.agent: Json = {}
 
-    def examine(self) -> Iterator[tuple[str, str, str]]:
-        """Every check's name, state and words. Raises Unreachable where there is no hub to ask the rest."""
-        for name, check in self.CHECKS.items():
-            needed = self.health if name in self.OF_THE_HUB else self.agent if name in self.OF_AN_AGENT else True
-            if needed and (name != "recipient" or self.recipient):
-                try:
-                    yield (name, *check(self))
-                except Unreachable:
-                    raise
-                except (HubError, OSError) as error:
-                    yield name, "fail", str(error)
+    def checks(self) -> Iterator[tuple[str, Callable[[], tuple[str, str]]]]:
+        """The checks, by name: some need what an earlier one has got, and are left out where it got nothing."""
+        yield "hub", self._hub
+        if self.health:
+            yield from (("version", self._version), ("clock", self._clock))
+        yield "websockets", self._websockets
+        yield "identity", self._identity
+        if self.agent:
+            yield from (("token", self._token), ("queue", self._queue))
+        if self.recipient:
+            yield "recipient", self._recipient
+        if self.agent:
+            yield "stream", self._stream
 
     def _hub(self) -> tuple[str, str]:
-        import datetime
-
         url, started = self.client.url, time.time()
         health, took = self.client.health(), time.time() - started
         if not {"status", "version", "time"} <= health.keys():
@@ -10248,11 +10055,10 @@ class Doctor:
     def _queue(self) -> tuple[str, str]:
         newest = self.client.messages(limit=1)
         self.after = newest[-1]["seq"] if newest else 0
-        agent = self.client.agent(str(self.client.agent_id))
-        if not agent["unread"]:
+        if not self.agent["unread"]:
             return "ok", "nothing is unread"
-        age = agent.get("unread_age", 0)
-        words = f"{agent['unread']} unread, the oldest for {ago(age)}: read with `agenthub recv`"
+        age = self.agent.get("unread_age", 0)
+        words = f"{self.agent['unread']} unread, the oldest for {ago(age)}: read with `agenthub recv`"
         return "warn" if age > 3600 else "ok", words
 
     def _recipient(self) -> tuple[str, str]:
@@ -10271,24 +10077,18 @@ class Doctor:
         self.client.open_stream(self.after)
         return "ok", f"the event stream began after {(time.time() - started) * 1000:.0f} ms: live messages get through"
 
-    CHECKS: Mapping[str, Callable[[Doctor], tuple[str, str]]] = {
-        "hub": _hub,
-        "version": _version,
-        "clock": _clock,
-        "websockets": _websockets,
-        "identity": _identity,
-        "token": _token,
-        "queue": _queue,
-        "recipient": _recipient,
-        "stream": _stream,
-    }
-
 
 @command_line("doctor", "find out why something does not work", example="agenthub doctor alpha")
 @argument("recipient", "an agent you can't reach", nargs="?")
 def _doctor_command(args: argparse.Namespace) -> int:
     failed = False
-    for name, state, words in Doctor(args).examine():
+    for name, check in Doctor(args).checks():
+        try:
+            state, words = check()
+        except Unreachable:
+            raise  # there is no hub to ask the rest
+        except (HubError, OSError) as error:
+            state, words = "fail", str(error)
         show(args, {"check": name, "state": state, "message": words}, f"{state:4} {name}: {words}")
         failed = failed or state == "fail"
     return int(failed)
@@ -10298,13 +10098,6 @@ def _doctor_command(args: argparse.Namespace) -> int:
 
 # What stands for all addresses of a machine, and what to call this one then.
 ANYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
-
-
-def log_format(text: str) -> str:
-    """text or json. Raises ValueError."""
-    if text not in ("text", "json"):
-        raise ValueError
-    return text
 
 
 def from_environment(name: str, kind: Callable[[str], R], default: R) -> R:
@@ -10334,8 +10127,6 @@ def web_origin(text: str) -> str:
 
 def network(text: str) -> IPv4Network | IPv6Network | None:
     """A network or an address (CIDR); None for `unix`. Raises Misuse."""
-    import ipaddress
-
     try:
         return None if text == "unix" else ipaddress.ip_network(text, strict=False)
     except ValueError:
@@ -10348,21 +10139,18 @@ def listed(args: argparse.Namespace, name: str, kind: Callable[[str], R]) -> tup
     return tuple([kind(text.strip()) for text in texts])
 
 
-class Place:
-    """Where a hub listens: an address and a port, a Unix socket, or both. `names` are those of --allow-host."""
+class ListenAddress:
+    """Where a hub listens: an address and a port, a Unix socket, or both where both are named. Raises Misuse."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        """As the options say: a Unix socket alone, unless an address or a port is named too. Raises Misuse."""
         self.tcp = not args.unix or args.host is not None or args.port is not None
         if not self.tcp and args.certfile:
             raise Misuse("a Unix socket has no TLS: leave out --certfile, or name --host or --port to serve there too")
         self.port = from_environment("PORT", port_number, PORT) if args.port is None else args.port
-        self.host = ""
-        if self.tcp:
-            self.host = HOST if args.host is None else args.host
-        self.public = self.tcp and not is_loopback(self.host)
+        self.host = HOST if args.host is None else args.host
+        self.public = not is_loopback(self.host)
         self.path = os.path.abspath(args.unix) if args.unix else ""
-        self.names = listed(args, "allow_host", host_name)
+        self.names = listed(args, "allow_host", host_name)  # by which others call this machine
         self._inode = 0
 
     async def open(self, server: Server, tls: ssl.SSLContext | None) -> tuple[str, str]:
@@ -10386,9 +10174,6 @@ class Place:
 
     def _bind(self) -> socket.socket:
         """The Unix socket, for this user only from its first moment on. One that a killed hub left is replaced."""
-        import socket
-        import stat
-
         if os.path.lexists(self.path) and stat.S_ISSOCK(os.lstat(self.path).st_mode):
             with socket.socket(socket.AF_UNIX) as probe:
                 try:
@@ -10417,8 +10202,6 @@ def _web_url(host: str, port: int, tls: bool) -> str:
 
 def outward_address(host: str) -> str:
     """This machine's address as others would call it: that of its way out. Nothing is sent to learn it."""
-    import socket
-
     six = host == "::"
     with socket.socket(socket.AF_INET6 if six else socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
@@ -10428,13 +10211,13 @@ def outward_address(host: str) -> str:
             return ANYWHERE[host]
 
 
-def read_key(args: argparse.Namespace, place: Place) -> str | None:
+def read_key(args: argparse.Namespace, address: ListenAddress) -> str | None:
     """The key of a hub, empty for one that is to have none; None where no option or variable says. Raises Misuse."""
     if args.open or args.insecure_open:
         if args.key is not None or args.key_file:
             raise Misuse("--open means without a key: leave out --key and --key-file (AGENTHUB_KEY_FILE), or --open")
-        if place.public and not args.insecure_open:
-            danger = f"--open would let everybody in who can reach {place.host or 'this machine'}"
+        if address.public and not args.insecure_open:
+            danger = f"--open would let everybody in who can reach {address.host or 'this machine'}"
             raise Misuse(f"{danger}: leave it out and a key is made, or write --insecure-open if that is what you mean")
         return ""
     if args.key is not None:
@@ -10459,9 +10242,8 @@ def checked_key(key: str, where: str) -> str:
 
 
 def keep_key(store: str) -> tuple[str, str]:
-    """The key of a hub that others can reach and for which none is set: made once, and kept beside its store for this
-    user only. Returns it, and what to paste for it: when it was just made the key, later the command that prints it.
-    Raises HubError."""
+    """The key for a hub that others can reach: made once and kept beside its store, for this user only. Returns it, and
+    what to paste for it: the key if it was just made, else the command that prints it. Raises HubError."""
     key, path = new_secret(), store + ".key"
     if store == ":memory:":
         return key, key
@@ -10484,8 +10266,6 @@ def tls_context(certfile: str | None, keyfile: str | None) -> ssl.SSLContext | N
         if keyfile:
             raise Misuse("--keyfile needs --certfile: the certificate, with its chain, in PEM")
         return None
-    import ssl
-
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
@@ -10499,10 +10279,6 @@ def tls_context(certfile: str | None, keyfile: str | None) -> ssl.SSLContext | N
 def start_log(kind: str) -> Callable[[], None]:
     """Have the log on stderr, as `text` or `json`. Returns what ends it. A thread writes it, so that the hub does not
     stand still when nobody reads."""
-    import logging
-    import queue
-    import threading
-
     stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  # a process may be started without
     lines: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
 
@@ -10544,8 +10320,6 @@ def start_log(kind: str) -> Callable[[], None]:
 
 def log_line(record: logging.LogRecord, kind: str) -> str:
     """One line for a record, as text (a traceback follows) or JSON, without control characters for a terminal."""
-    import traceback
-
     when, level, event = timestamp(int(record.created * 1000)), record.levelname.lower(), record.getMessage()
     more: Json = dict(getattr(record, "fields", {}))
     lost = getattr(record, "lost", 0)
@@ -10595,9 +10369,6 @@ def serve_arguments() -> Iterator[argument]:
 
 @command_line("serve", "run a hub", serve_arguments, example="agenthub serve --port 8080", client=False)
 def _serve_command(args: argparse.Namespace) -> int:
-    """Run a hub until SIGINT or SIGTERM; the second of them ends it at once."""
-    import asyncio
-
     end_log = start_log(args.log_format)
     try:
         return asyncio.run(_serve_until_signal(args))
@@ -10608,25 +10379,23 @@ def _serve_command(args: argparse.Namespace) -> int:
 
 
 async def _serve_until_signal(args: argparse.Namespace) -> int:
-    import gc
-
-    place, tls = Place(args), tls_context(args.certfile, args.keyfile)
+    address, tls = ListenAddress(args), tls_context(args.certfile, args.keyfile)
     path = args.db or os.path.join(state_folder("DATA"), "hub.db")
-    settings, key = make_settings(args, place, path), read_key(args, place)
+    settings, key = make_settings(args, address, path), read_key(args, address)
     store, pasted = Store(path), ""
     try:
-        if key is None and place.public:
+        if key is None and address.public:
             key, pasted = keep_key(store.path)
     except HubError:
         store.close()
         raise
-    settings = settings._replace(key=key or "", by_address=place.public and not key)
-    _warn_operator(settings, place)
+    settings = settings._replace(key=key or "", by_address=address.public and not key)
+    _warn_operator(settings, address)
     server = Server(store, settings)
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD)
     try:
-        url, elsewhere = await place.open(server, tls)
+        url, elsewhere = await address.open(server, tls)
         end = _until_signal(server, args, tls)
         where = "" if elsewhere == DEFAULT_URL else f"AGENTHUB_URL={shell_quote(elsewhere)} "
         secret = f"AGENTHUB_KEY={pasted} " if pasted else ""
@@ -10635,16 +10404,12 @@ async def _serve_until_signal(args: argparse.Namespace) -> int:
         await end
     finally:
         await server.stop()
-        place.close()
+        address.close()
     return 0
 
 
 def _until_signal(server: Server, args: argparse.Namespace, tls: ssl.SSLContext | None) -> asyncio.Future[None]:
-    """A future that is done at the first signal; a second one exits at once. With TLS, SIGHUP reads the certificate
-    again."""
-    import logging
-    import signal
-
+    """A future, done at the first signal; a second one exits at once. With TLS, SIGHUP reads the certificate again."""
     loop, end, log = server.loop, server.loop.create_future(), logging.getLogger("agenthub")
     ends = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
@@ -10666,24 +10431,22 @@ def _until_signal(server: Server, args: argparse.Namespace, tls: ssl.SSLContext 
     return end
 
 
-def _warn_operator(settings: Settings, place: Place) -> None:
-    import logging
-
+def _warn_operator(settings: Settings, address: ListenAddress) -> None:
     log = logging.getLogger("agenthub")
     if not settings.websockets:
         log.warning("websockets is not installed: serving all but /ws (pip install websockets)")
     if settings.by_address:
         open_to = "open to everybody who can reach %s: they can read, send and register here without a key"
-        log.warning(open_to, place.host or "this machine")
-    reachable = place.public or settings.proxies or settings.unix_proxy
+        log.warning(open_to, address.host or "this machine")
+    reachable = address.public or settings.proxies or settings.unix_proxy
     if reachable and 0 < len(settings.key) < SHORT_KEY:
         log.warning("the key has %d characters and can be guessed: take %d or more", len(settings.key), SHORT_KEY)
 
 
-def make_settings(args: argparse.Namespace, place: Place, path: str) -> Settings:
+def make_settings(args: argparse.Namespace, address: ListenAddress, path: str) -> Settings:
     """How the hub is run, from the options, without its key. Raises Misuse."""
     limits = {name: getattr(args, name) for name in LIMITS if getattr(args, name) is not None}
-    if not place.public:
+    if not address.public:
         limits.setdefault("max_per_address", 0)
     if 0 < limits.get("rate_burst", 1) < 1:
         raise Misuse("--rate-burst must be 1 or more, or 0 for no limit: with less nobody could ask anything")
@@ -10691,23 +10454,22 @@ def make_settings(args: argparse.Namespace, place: Place, path: str) -> Settings
     proxies = listed(args, "trusted_proxy", network)
     return Settings(
         Limits(**limits),
-        allow_hosts=(*place.names, *([place.host.lower()] if place.public else [])),
+        allow_hosts=(*address.names, *([address.host.lower()] if address.public else [])),
         origins=listed(args, "cors_origin", web_origin),
         store="memory" if path == ":memory:" else "sqlite",
         websockets=has_websockets(),
         proxies=tuple([net for net in proxies if net]),
         unix_proxy=None in proxies,
-        unix=place.path,
+        unix=address.path,
     )
 
 
 def _most_connections() -> float:
     """How many connections the system allows: the most descriptors a process may have, less those the hub needs."""
     try:
-        import resource
-    except ImportError:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    except ImportError:  # Windows
         return NEVER
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = hard if hard != resource.RLIM_INFINITY else 1 << 20
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
@@ -10730,9 +10492,6 @@ JSON_OPTION = argument("--json", "one JSON object a line", action="store_true")
 @contextlib.contextmanager
 def own_hub(*options: str) -> Iterator[str]:
     """The URL of a hub in a process of its own that ends with this, also at SIGTERM. Raises HubError."""
-    import signal
-    import subprocess
-
     env = {k: v for k, v in os.environ.items() if not k.startswith("AGENTHUB_") and k != "PORT"}
     command = [sys.executable, os.path.abspath(__file__), "serve", "--host", HOST, "--port", "0", *options]
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -10758,7 +10517,7 @@ STEPS = (
     ("beta writes to alpha.", "beta", 'send alpha "who looks after src/net.py?"'),
     ("alpha reads its inbox.", "alpha", "recv"),
     ("alpha answers.", "alpha", 'reply {3[message_id]} "I do"'),
-    ("beta proposes work to whoever takes it first.", "beta", 'task propose ALL "retry in src/net.py"'),
+    ("beta proposes work, for the first agent that takes it.", "beta", 'task propose ALL "retry in src/net.py"'),
     ("alpha takes it.", "alpha", "task accept {6[task_id]}"),
     ("beta wants it as well, too late.", "beta", "task accept {6[task_id]}"),
     ("alpha locks the file it is going to edit.", "alpha", 'lock src/net.py --note "adding retries"'),
@@ -10772,9 +10531,6 @@ STEPS = (
 
 @command_line("demo", _DEMO_HELP, JSON_OPTION, example="python agenthub.py demo", client=False)
 def _demo_command(args: argparse.Namespace) -> None:
-    import shlex
-    import tempfile
-
     results: list[Any] = [None]  # of step 1, 2, ...
     with own_hub("--db", ":memory:") as url, tempfile.TemporaryDirectory(prefix="agenthub-demo-") as folder:
         os.environ.update(XDG_STATE_HOME=folder, AGENTHUB_TOKEN="", AGENTHUB_KEY="")  # or the user's would be used
@@ -10803,8 +10559,6 @@ def _demo_command(args: argparse.Namespace) -> None:
 
 @command_line("bench", _BENCH_HELP, JSON_OPTION, example=_BENCH_EXAMPLE, client=False)
 def _bench_command(args: argparse.Namespace) -> None:
-    import tempfile
-
     with tempfile.TemporaryDirectory(prefix="agenthub-bench-") as folder:
         options = ("--db", os.path.join(folder, "hub.db"), "--rate-limit", "0", "--max-inbox", "0")
         with own_hub(*options) as url, contextlib.closing(Store(os.path.join(folder, "raw.db"))) as store:
@@ -10853,9 +10607,6 @@ def _http_rate(url: str) -> float:
 
 
 def _socket_rate(url: str) -> float:
-    import asyncio
-    import socket
-
     from websockets.asyncio.client import connect
 
     async def _send_on(sock: socket.socket) -> float:
@@ -10880,7 +10631,6 @@ BENCHES = ((1, "HTTP, one connection", _http_rate), (BENCH_GROUP, f"WebSocket, {
 
 # --- Main -------------------------------------------------------------------------------------------------------------
 
-
 CLIENT_ARGUMENTS = (
     argument("--as", "who you are; else AGENTHUB_AGENT", dest="identity", metavar="ID"),
     argument("--url", f"the hub; else AGENTHUB_URL, else {DEFAULT_URL}"),
@@ -10902,8 +10652,6 @@ def read_command(words: list[str]) -> argparse.Namespace:
 
 def make_parser(first: str | None) -> argparse.ArgumentParser:
     """The parser for the commands whose names begin with that word, or for all, which takes 5 ms more."""
-    import argparse
-
     parser = argparse.ArgumentParser("agenthub", description="Agents find each other and talk.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"agenthub {VERSION}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, prog="agenthub")
@@ -10946,7 +10694,13 @@ def run_process() -> None:
     """Run a command as a whole process, which ends with it."""
     status = main()
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: it was closed when we came
-        stream.flush()
+        try:
+            stream.flush()
+        except BrokenPipeError:  # who reads it has seen enough
+            status = status or 130
+        except OSError as error:
+            status = status or 1
+            os.write(2, f"agenthub: the output is not whole: {error.strerror}\n".encode())
     os._exit(status)  # taking the module apart object by object would cost a call 6 ms
 
 
@@ -10954,9 +10708,9 @@ def run_process() -> None:
 #
 # What a coding agent (Claude Code, Codex, ...) runs of this program: hooks, which show a session its mail and keep it
 # from editing what others have locked; the hub's tools over stdin and stdout (MCP); and the commands that write both
-# into its settings and take them out again. It talks to the hub through `Client` only and knows nothing of its rules.
-# Main types: `Hook`, `Stdio`, `AgentConfig`. Another event of a session is a method of `Hook` and a row in HOOKS,
-# another coding agent a row in AGENT_CONFIGS.
+# into its settings and take them out again. It talks to the hub through `Client`; what needs no hub it answers with
+# part 4's MCP. Main types: `Hook`, `Stdio`, `AgentConfig`. Another event of a session is a method of `Hook` and a row
+# in HOOKS, another coding agent a row in AGENT_CONFIGS.
 
 # --- Session ----------------------------------------------------------------------------------------------------------
 
@@ -10977,27 +10731,25 @@ def value_at(value: Any, *path: Any) -> Any:
     return value
 
 
-def text_in(value: Any, *path: str) -> str:
-    """What is at a path of keys and should be text; empty where it is not."""
-    text = value_at(value, *path)
-    return text if isinstance(text, str) else ""
+def typed_at(kind: type[R], value: Any, *path: Any) -> R:
+    """What is at a path of keys and should be of that kind (str, list, dict); an empty one where it is not."""
+    item = value_at(value, *path)
+    return item if isinstance(item, kind) else kind()
 
 
 class HookIdentity(Identity):
     """Who a session is: its hooks, shell and MCP server are one agent, as is the session that replaces it."""
 
-    keeps = True  # also where --as or AGENTHUB_AGENT named the agent: the session's shell sees neither
-
     def __init__(self, args: argparse.Namespace, event: Json) -> None:
+        self.keeps = True  # also where --as or AGENTHUB_AGENT named the agent: the session's shell sees neither
         self.otherwise = args.identity  # --as only names a new session: this one may be registered under another id
         args.identity = None
-        self.folder = os.environ.get("CLAUDE_PROJECT_DIR") or text_in(event, "cwd") or os.getcwd()
+        self.folder = os.environ.get("CLAUDE_PROJECT_DIR") or typed_at(str, event, "cwd") or os.getcwd()
         self.window = os.environ.get("CLAUDE_PID") or self.folder  # in which one session replaces another
-        session = text_in(event, "session_id")
+        session = typed_at(str, event, "session_id")
         super().__init__(args, session, patience=0)
         source = {"source": event["source"]} if "source" in event else {}
-        self.client.metadata = about_session(self.folder) | {"session_id": session} | source
-        self.name = folder_name(self.folder)
+        self.work_in(self.folder, session_id=session, **source)
 
     def _tell(self, text: str) -> None:
         """Print nothing: a hook that complains would do so a hundred times a day."""
@@ -11005,12 +10757,12 @@ class HookIdentity(Identity):
     def enter(self, event: Json) -> None:
         """Become the agent of the session that the starting one replaces, and of its shell and its MCP server. Where
         those name no session, they are the agent of the folder's newest one; if they came first, it becomes theirs."""
-        session = text_in(event, "session_id")
+        session = typed_at(str, event, "session_id")
         named = named_session()
         shell = named or folder_session(self.folder)
         with self._saved_hub() as hub:
             follows, sessions, handovers = (hub.setdefault(key, {}) for key in ("follows", "sessions", "handovers"))
-            handover = handovers.pop(self.window, "") if text_in(event, "source") in CONTINUES else ""
+            handover = handovers.pop(self.window, "") if typed_at(str, event, "source") in CONTINUES else ""
             ended_at, _, ended = (handover or "0 ").partition(" ")
             own, of_shell = follows.get(session, session), follows.get(shell, shell)
             if own not in sessions and time.time() - float(ended_at) < HANDOVER_SECONDS:
@@ -11022,12 +10774,12 @@ class HookIdentity(Identity):
             self.session = session
             self._recall(hub)
 
-    def save(self, table: str, key: str, value: str | None) -> None:
-        """Note a value in the state file, last: the first are forgotten first. None takes it out."""
+    def save(self, table: str, key: str, value: str) -> None:
+        """Note a value in the state file, last: the first are forgotten first."""
         with self._saved_hub() as hub:
             values = hub.setdefault(table, {})
             values.pop(key, None)
-            values.update({} if value is None else {key: value})
+            values[key] = value
 
 
 def mail_shown(agent_id: str, page: Json, before: str) -> tuple[str, list[str]]:
@@ -11089,11 +10841,9 @@ def shown_ids(answer: Any) -> list[str]:
         return list(dict.fromkeys(id for item in answer for id in shown_ids(item)))
     if not isinstance(answer, dict):
         return []
-    messages, reply = answer.get("messages"), answer.get("answer")
-    if isinstance(messages, list) or isinstance(reply, dict):
-        envelopes = [*(messages or ()), reply]
-        return [e["id"] for e in envelopes if isinstance(e, dict) and "seq" in e and isinstance(e.get("id"), str)]
-    return shown_ids([answer.get(key) for key in ("structuredContent", "content", "text")])
+    envelopes = [*typed_at(list, answer, "messages"), answer.get("answer")]
+    ids = [one["id"] for one in envelopes if typed_at(str, one, "id") and "seq" in one]
+    return ids or shown_ids([answer.get(key) for key in ("structuredContent", "content", "text")])
 
 
 # --- Hooks ------------------------------------------------------------------------------------------------------------
@@ -11103,7 +10853,6 @@ LOCAL_SECONDS = 1.0  # it may take before that for what needs no hub (a busy mac
 ACK_SECONDS = 1.0  # more to acknowledge what was shown, which would come again otherwise
 CLAIM_SECONDS = 10  # no other reader gets what a hook has read for so long, should it die: the machine may be busy
 WAITER_SECONDS = 86_400  # a waiter stays, if its session does: it must be woken after a night, too
-POLL_SECONDS = 50  # of one poll, clients and proxies cut at 60
 CHECK_SECONDS = 0.5  # between two checks of a waiter whether its session is still there
 START_SECONDS = 0.5  # before a waiter reads that starts with its session
 YIELD_SECONDS = 2  # an older waiter has to end in, which may just be showing something
@@ -11116,8 +10865,6 @@ class Hook:
     """One run of a hook: the event as JSON on stdin, what the coding agent is to do with it as JSON on stdout."""
 
     def __init__(self, args: argparse.Namespace, event: str) -> None:
-        import threading
-
         self.args, self.event = args, event
         self.late = self.shown = False
         self._showing, self._local_done = threading.Lock(), threading.Event()
@@ -11200,7 +10947,7 @@ class Hook:
     def turn(self) -> None:
         """UserPromptSubmit, PostToolUse, PostToolBatch: show what is unread, but not what a tool of ours has shown."""
         calls = self.input.get("tool_calls", [self.input])
-        ours = [call for call in calls if re.match(r"mcp__.*agenthub.*__", text_in(call, "tool_name"))]
+        ours = [call for call in calls if re.match(r"mcp__.*agenthub.*__", typed_at(str, call, "tool_name"))]
         if ids := shown_ids([call.get("tool_response") for call in ours]):
             self.identity.act(lambda client: client.ack(ids=ids))
         self.show_mail()
@@ -11236,7 +10983,7 @@ class Hook:
         try:
             if self.input.get("reason") not in CONTINUES:
                 client.leave()
-                self.identity.save("tokens", client.agent_id, None)  # the id stays: its session may be resumed
+                self.identity.save("tokens", client.agent_id, "")  # the id stays: its session may be resumed
         finally:  # last: what the waiter is just showing may take a while
             path = waiter_path(client)
             with contextlib.suppress(FileNotFoundError), open(path, "r+") as file:
@@ -11246,50 +10993,56 @@ class Hook:
 
     def guard_edit(self) -> None:
         """PreToolUse: deny an edit of what another agent has locked; with --auto-lock, lock the path for the edit."""
-        path = text_in(self.input, "tool_input", "file_path") or text_in(self.input, "tool_input", "notebook_path")
+        tool_input = self.input.get("tool_input")
+        path = typed_at(str, tool_input, "file_path") or typed_at(str, tool_input, "notebook_path")
         if self.input.get("tool_name") not in EDITS or not path:
             return
-        whole, client = os.path.join(text_in(self.input, "cwd") or os.getcwd(), path), self.identity.client
-        pairs = [(real(whole), real(self.identity.folder)) for real in (os.path.normpath, os.path.realpath)]
-        absolute = [file for file, _ in pairs]  # what locks may name: these, and from the project's folder, if inside
-        names = [os.path.relpath(*pair) for pair in pairs if pair[0].startswith(os.path.join(pair[1], ""))] + absolute
+        absolute, inside = self._lock_names(os.path.join(typed_at(str, self.input, "cwd") or os.getcwd(), path))
+        names, client = inside + absolute, self.identity.client
         locks = [lock for lock in self.identity.act(lambda client: client.locks()) if _covers(lock["paths"], names)]
         for lock in locks:
-            if lock["agent_id"] != client.agent_id and self._denies(names[0], lock, _covers(lock["paths"], absolute)):
+            if lock["agent_id"] == client.agent_id:
+                continue
+            if _covers(lock["paths"], absolute) or self._in_same_project(lock["agent_id"]):
+                self._deny(names[0], lock)
                 return
         if self.args.auto_lock and not any(lock["remaining"] > AUTO_LOCK_SECONDS for lock in locks):
             try:
                 client.lock([exact_pattern(names[0])], AUTO_LOCK_SECONDS, note="editing", auto_renew=False)
             except LockHeld as error:  # another agent was quicker
-                held = {"mode": "exclusive"} | error.details
-                lock = {"agent_id": held["holder"], "paths": [held["pattern"]], "remaining": held["retry_after"]}
-                self._denies(names[0], lock | {"mode": held["mode"]}, False)
+                self.show(harmless(indented(f"agenthub: {error.message}")))
 
-    def _denies(self, name: str, lock: Json, is_sure: bool) -> bool:
-        """Deny an edit because of another agent's lock. If that is not sure to be on this file, its holder may work on
-        another project of this machine, where the same relative path is another file: then return False."""
+    def _lock_names(self, path: str) -> tuple[list[str], list[str]]:
+        """The names by which a lock may mean a file, with its links as they are and resolved: absolute ones, and those
+        from the project's folder, if it is inside."""
+        absolute, inside = [], []
+        for spelling in (os.path.normpath, os.path.realpath):
+            file, folder = spelling(path), spelling(self.identity.folder)
+            absolute.append(file)
+            if file.startswith(os.path.join(folder, "")):
+                inside.append(os.path.relpath(file, folder))
+        return absolute, inside
+
+    def _in_same_project(self, agent_id: str) -> bool:
+        """Whether another agent's relative paths may be ours: in another project of this machine they are not."""
+        other, own = self.identity.client.agent(agent_id).get("metadata", {}), self.identity.client.metadata or {}
+        folders = [os.path.realpath(typed_at(str, metadata, "folder") or "/") for metadata in (own, other)]
+        return other.get("host") != own["host"] or os.path.commonpath(folders) in folders
+
+    def _deny(self, name: str, lock: Json) -> None:
         holder = lock["agent_id"]
-        if not is_sure:
-            other, own = self.identity.client.agent(holder).get("metadata", {}), self.identity.client.metadata or {}
-            folders = [os.path.realpath(text_in(metadata, "folder") or "/") for metadata in (own, other)]
-            if other.get("host") == own["host"] and os.path.commonpath(folders) not in folders:
-                return False
         note = f', for "{harmless(indented(lock["note"]))[:SHOWN_LINE]}"' if "note" in lock else ""
         about = f"{', '.join(lock['paths'])[:SHOWN_LINE]}, {lock['mode']}, {ago(lock['remaining'])} left{note}"
         ways = f'ask: {program()} send {holder} "…", or wait: {program()} lock {shell_quote(name)} --wait 60'
         self.show(f"agenthub: {name} is locked by {holder} ({about}). Work on something else, {ways}")
-        return True
 
 
-# by Claude Code's names
-HOOKS = dict.fromkeys(("UserPromptSubmit", "PostToolUse", "PostToolBatch"), Hook.turn)
+HOOKS = dict.fromkeys(("UserPromptSubmit", "PostToolUse", "PostToolBatch"), Hook.turn)  # by Claude Code's names
 HOOKS |= {"SessionStart": Hook.start, "PreToolUse": Hook.guard_edit, "Stop": Hook.stop, "SessionEnd": Hook.end}
 
 
 def start_thread(work: Callable[..., object], *args: object) -> threading.Thread:
     """Run something on a thread that does not keep the process from ending."""
-    import threading
-
     thread = threading.Thread(target=work, args=args, daemon=True)
     thread.start()
     return thread
@@ -11305,16 +11058,12 @@ class Waiter(Hook):
     session (asyncRewake). Each agent has one waiter, the newest: it locks the file `waiter_path`, with its process id
     inside. Who reads the session's mail locks `-held` beside it; while the waiter polls, it locks `-held-polls`."""
 
-    steps_back = False
-
     def run(self) -> None:
         """Wait until something was shown, the time is over, a newer waiter has come, or nobody would hear of it."""
-        import signal
-
         alone = os.environ.get("CLAUDE_CODE_SESSION_ATTENDED") == "0"  # `claude -p` would wait for us before it ends
         if self.of_subagent or alone or not hasattr(signal, "setitimer"):  # Windows: os.kill(pid, 0) would end it
             return
-        self.ends_at = time.monotonic() + self.args.wait
+        self.ends_at, self.steps_back = time.monotonic() + self.args.wait, False
         self.parent, owner = os.getppid(), os.environ.get("CLAUDE_PID", "")
         self.owner = int(owner) if owner.isdecimal() and _is_running(int(owner)) else 0
         for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
@@ -11333,8 +11082,6 @@ class Waiter(Hook):
 
     def _on_signal(self, number: int | None, frame: Any) -> None:
         """End, if a signal says so or the session is gone; at SIGUSR1 the poll only: the session reads mail itself."""
-        import signal
-
         is_gone = os.getppid() != self.parent or (self.owner and not _is_running(self.owner))
         if self.shown or is_gone or number not in (None, signal.SIGALRM, signal.SIGUSR1):
             os._exit(2 if self.shown else 0)
@@ -11344,8 +11091,6 @@ class Waiter(Hook):
 
     def _poll(self, path: str) -> None:
         """Poll until something was shown or the time is over, but not while the session reads its mail itself."""
-        import fcntl
-
         tries = 0
         while not self.shown and (left := self.ends_at - time.monotonic()) > 0:
             with open(open_private(path + "-polls"), "r+") as polls:
@@ -11354,7 +11099,7 @@ class Waiter(Hook):
                     fcntl.flock(polls, fcntl.LOCK_SH)
                     self.steps_back = False
                 try:
-                    self.show_mail(wait=min(POLL_SECONDS, round(left, 3)))
+                    self.show_mail(wait=min(MAX_WAIT, round(left, 3)))
                     tries = 0
                 except (UnknownAgent, Unauthorized):  # the agent has left
                     return
@@ -11364,8 +11109,6 @@ class Waiter(Hook):
 
     def show(self, text: str) -> None:
         """Wake the session. Nothing ends us before the text is out, except a hub that does not take the ack."""
-        import signal
-
         self._on_signal(None, None)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
@@ -11383,9 +11126,6 @@ def _is_running(pid: int) -> bool:
 
 def _take_over(file: TextIO) -> bool:
     """Lock an agent's waiter file, and end the process that holds it. Returns whether that has ended in time."""
-    import fcntl
-    import signal
-
     end = time.monotonic() + YIELD_SECONDS
     while time.monotonic() < end:
         file.seek(0)
@@ -11457,12 +11197,10 @@ class Stdio:
     any other request has a thread and a connection of its own, so that one that waits holds up no other."""
 
     def __init__(self, identity: Identity, write: Callable[[bytes], object]) -> None:
-        import threading
-
         self._identity, self._write = identity, write
         self._joining = threading.Lock()
         self._running: dict[object, StdioRequest] = {}  # and those that were done since the last one began
-        self._is_alive = self._has_greeted = False
+        self._has_greeted = False
 
     def take(self, line: bytes) -> None:
         """Begin to answer one message."""
@@ -11486,9 +11224,6 @@ class Stdio:
         era = MODERN if META + "protocolVersion" in meta_of(message.get("params", {})) else HANDSHAKE
         if era is MODERN:
             check_envelope(message, None)
-        if not self._is_alive:
-            self._is_alive = True
-            start_thread(self._beat)
         request = StdioRequest(era, message, self._identity)
         if request.method in ("resources/subscribe", "resources/unsubscribe"):
             request.key = ("watch", str(request.name))
@@ -11514,9 +11249,9 @@ class Stdio:
         except RpcError as error:
             answer = error.wire(request.id)
         except HubError as error:
-            refusal = RpcError(REFUSED, error.message).wire(request.id)
-            result = tool_result(error.wire(), error)
-            answer = response_of(request.era, request.message, result) if request.is_tool else refusal
+            answer = RpcError(REFUSED, error.message).wire(request.id)
+            if request.is_tool:
+                answer = response_of(request.era, request.message, tool_result(error.wire(), error))
         except Exception as error:
             sys.excepthook(type(error), error, error.__traceback__)
             answer = RpcError(INTERNAL, "agenthub failed at this request; its stderr says why").wire(request.id)
@@ -11531,7 +11266,6 @@ class Stdio:
             request.client.close()
 
     def _forward(self, request: StdioRequest) -> Json | None:
-        """The hub's answer to a request. Raises RpcError, HubError."""
         if not isinstance(request.name, str):
             raise RpcError(INVALID_PARAMS, f"`{'name' if request.is_tool else 'uri'}` must be a string")
         if request.is_tool and request.name == "register":
@@ -11579,7 +11313,7 @@ class Stdio:
                     greeting = {"jsonrpc": "2.0", "id": 0, "method": "server/discover"}
                     self._has_greeted = any("result" in message for message in client.mcp_messages(greeting))
 
-    def _beat(self) -> None:
+    def beat(self) -> None:
         """Keep the agent active while this runs. One that has left comes back with the next call of a tool only."""
         client = self._identity.another_client()
         while True:
@@ -11623,7 +11357,6 @@ class Stdio:
 @command_line("mcp", "serve the tools to a model, over MCP on stdin and stdout", example="agenthub mcp --as alpha")
 def _mcp_command(args: argparse.Namespace) -> None:
     """Serve MCP until stdin ends. Answers are written on a thread: a client that reads none must not hide its end."""
-    import queue
 
     def _write() -> None:
         while data := output.get():
@@ -11632,10 +11365,10 @@ def _mcp_command(args: argparse.Namespace) -> None:
                     data = data[os.write(1, data) :]  # without a buffer, for which the process would wait at its end
 
     identity = Identity(args, named_session() or folder_session())
-    folder = os.environ.get("CLAUDE_PROJECT_DIR") or os.getcwd()
-    identity.name, identity.client.metadata = folder_name(folder), about_session(folder)
+    identity.work_in(os.environ.get("CLAUDE_PROJECT_DIR") or os.getcwd())
     output: queue.Queue[bytes] = queue.Queue(MAX_OWED)
     writer, server = start_thread(_write), Stdio(identity, output.put)
+    start_thread(server.beat)
     for line in sys.stdin.buffer:
         if line.strip():
             server.take(line)
@@ -11682,7 +11415,7 @@ class JsonSettings:
         self.newline = "\r\n" if "\r\n" in text else "\n"
         self.unit = (re.findall(r"[{\[][ \t]*\r?\n([ \t]+)", text) or ["  "])[0]  # by which the text indents
         self.is_one_line = "\n" not in text.strip(_BLANK) and "".join(text.split()).strip("\ufeff") != "{}"
-        self.is_tight = "\n" not in text.strip(_BLANK) and not re.search("[:,] ", text) and len(text) > 3  # no blanks
+        self.is_tight = self.is_one_line and not re.search("[:,] ", text)  # without blanks
         try:
             self.value = json.loads(self._json, parse_constant=lambda name: self._refuse(self._json.find(name)))
         except json.JSONDecodeError as error:
@@ -11695,7 +11428,6 @@ class JsonSettings:
         raise InvalidJson(f"line {len(before)} {problem}, at column {len(before[-1]) + 1}") from None
 
     def _skip(self, at: int) -> int:
-        """The place of what comes next that is no blank."""
         return cast("re.Match[str]", _NO_BLANK.search(self._bare, at)).start()
 
     def _members(self, at: int) -> list[SettingsMember]:
@@ -11718,7 +11450,6 @@ class JsonSettings:
         return line[: len(line) - len(line.lstrip(" \t"))]
 
     def _to_json(self, value: Any, indent: str, multiline: bool) -> str:
-        """A value as JSON that is laid out as the text is."""
         if multiline:
             return json.dumps(value, indent=self.unit, ensure_ascii=False).replace("\n", self.newline + indent)
         return json.dumps(value, separators=(",", ":") if self.is_tight else (", ", ": "), ensure_ascii=False)
@@ -11756,8 +11487,7 @@ class JsonSettings:
         gap, outer = text[start : self._skip(start)], self._indent(at)
         lead = text[at : members[0].start] if last else gap  # before the first member
         multiline = "\n" in lead + gap if last else not self.is_one_line
-        indent = re.search(r"\n([ \t]*)$", lead) if last else None
-        inner = indent[1] if indent else outer + self.unit
+        inner = self._indent(members[0].start) if last and "\n" in lead else outer + self.unit
         new = self.newline + inner if multiline else ""
         if last and not multiline and not self.is_tight:
             new = " "
@@ -11788,15 +11518,13 @@ class JsonSettings:
         return before + blank + after  # `before` ends in a comment, which needs its end of line
 
 
-# what is written into them: our MCP server and our hooks
-
 _CALLS_US = re.compile(r"""(?<![\w.-])agenthub(\.py|\.cmd)?['"]?\s+['"]?(hook|mcp)\b""").search
 OTHER_SERVER = "has another MCP server called agenthub: remove it first, or give it another name"
 
 
 def _is_own_hook(hook: Any) -> bool:
     """Whether a hook calls us and does nothing else: what a user built around such a call is the user's."""
-    line = str(hook.get("command")) if isinstance(hook, dict) else ""
+    line = typed_at(str, hook, "command")
     return bool(_CALLS_US(line)) and not re.search(r"[;&|<>\n]", re.sub(r"""'[^']*'|"[^"]*\"""", "", line))
 
 
@@ -11808,12 +11536,10 @@ def _is_own_server(entry: Any) -> bool:
 def _own_hook_paths(value: Any) -> list[JsonPath]:
     """Where our hooks are in settings, the last first: the path of a whole group where no other hooks are in it."""
     paths: list[JsonPath] = []
-    hooks_member = value_at(value, "hooks")
-    events = hooks_member if isinstance(hooks_member, dict) else {}
-    for event, groups in events.items():
-        for index, group in enumerate(groups if isinstance(groups, list) else ()):
-            hooks = value_at(group, "hooks")
-            own = [at for at, hook in enumerate(hooks) if _is_own_hook(hook)] if isinstance(hooks, list) else []
+    for event in typed_at(dict, value, "hooks"):
+        for index, group in enumerate(typed_at(list, value, "hooks", event)):
+            hooks = typed_at(list, group, "hooks")
+            own = [at for at, hook in enumerate(hooks) if _is_own_hook(hook)]
             path = ("hooks", event, index)
             paths += [path] if own and len(own) == len(hooks) else [(*path, "hooks", at) for at in own]
     return paths[::-1]
@@ -11821,13 +11547,11 @@ def _own_hook_paths(value: Any) -> list[JsonPath]:
 
 def with_server(text: str, entry: Json) -> str:
     """The settings with our MCP server; what a user added to its entry stays. Raises InvalidJson, HubError."""
-    path = ("mcpServers", "agenthub")
-    present = value_at(JsonSettings(text).value, *path)
+    present = value_at(JsonSettings(text).value, "mcpServers", "agenthub")
     if present is not None and not _is_own_server(present):
         raise HubError(OTHER_SERVER)
-    values = {path: entry} if present is None else {(*path, key): value for key, value in entry.items()}
-    for at, value in values.items():
-        text = JsonSettings(text).with_value(at, value)
+    for key, value in entry.items():
+        text = JsonSettings(text).with_value(("mcpServers", "agenthub", key), value)
     return text
 
 
@@ -11870,10 +11594,11 @@ PASSED_ON = ("AGENT", "CACERT", "KEY", "SESSION", "TOKEN", "URL")  # our variabl
 
 def _own_table(text: str) -> re.Match[str] | None:
     """The table of our MCP server, in whatever order its lines are."""
-    table = _TABLE.search(text)
-    lines = sorted(re.findall(r"^(command|args)[ \t]*=(.*)", table[0], re.M), reverse=True) if table else []
-    words = re.findall(r"""["']([^"']*)["']""", " ".join(value for _, value in lines))
-    return table if table and (_MARK in table[0] or _CALLS_US(" ".join(words))) else None
+    if not (table := _TABLE.search(text)):
+        return None
+    lines = sorted(re.findall(r"^(?:command|args)[ \t]*=.*", table[0], re.M), reverse=True)
+    words = re.findall(r"""["']([^"']*)["']""", " ".join(lines))
+    return table if _MARK in table[0] or _CALLS_US(" ".join(words)) else None
 
 
 def read_toml(text: str) -> Json:
@@ -11990,8 +11715,6 @@ class Change(NamedTuple):
 
     def diff(self) -> str:
         """The change as it is shown, with as little as can be of what is not ours: there may be secrets beside it."""
-        import difflib
-
         before, after = (self.before or b"").decode(errors="replace"), (self.after or b"").decode(errors="replace")
         if None not in (self.before, self.after) and max(map(len, before.split("\n"))) > LONG_LINE:
             start = len(os.path.commonprefix([before, after]))  # noqa: RUF071 (of characters)
@@ -12074,10 +11797,8 @@ class Installation:
 
     def __init__(self, args: argparse.Namespace) -> None:
         Client(args.url)  # raises InvalidRequest where that is no URL
-        try:
-            _AGENT_ID.check(args.identity or "nobody")
-        except ValueError as error:
-            raise Misuse(f"--as must be {error}") from None
+        if args.identity and (problem := AGENT_ID.refusal(args.identity)):
+            raise Misuse(f"--as must be {problem}")
         self.args, self.dry_run = args, getattr(args, "dry_run", False)
         self.folder = folder_path("DATA")
         self.launcher, self.journal = (os.path.join(self.folder, name) for name in ("agenthub", "installed.json"))
@@ -12116,9 +11837,8 @@ class Installation:
 
     def read_journal(self) -> dict[str, Json]:
         """The journal's rows by file, of files that are still there."""
-        rows = _read_json(_read_file(self.journal))
-        rows = rows.items() if isinstance(rows, dict) else ()
-        return {path: row for path, row in rows if os.path.exists(path) and isinstance(row, dict)}
+        rows = typed_at(dict, _read_json(_read_file(self.journal)))
+        return {path: row for path, row in rows.items() if os.path.exists(path) and isinstance(row, dict)}
 
     def install(self, changes: list[Change]) -> None:
         """Make changes and print them, or only print them. What was in a user's file is kept beside it."""
