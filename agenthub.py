@@ -84,14 +84,15 @@ else:
     LAZY += " signal socket sqlite3 ssl stat subprocess tempfile threading traceback unicodedata"
 
     class LazyModule:
-        """A module that is imported when something in it is first used: one command needs few of them. (PEP 810 makes
-        this a statement, `lazy import`.)"""
+        """A module that is imported when something in it is first used: one command needs few of them. From then on it
+        has the module's attributes for its own: set on either, they are set on both. (PEP 810: `lazy import`.)"""
 
         def __init__(self, name: str) -> None:
-            self._name = name
+            self.__name__ = name  # which the module has, too
 
         def __getattr__(self, attribute: str) -> Any:
-            module = globals()[self._name] = __import__(self._name)
+            module = globals()[self.__name__] = __import__(self.__name__)
+            self.__dict__ = module.__dict__
             return getattr(module, attribute)
 
     globals().update({name: LazyModule(name) for name in LAZY.split()})
@@ -812,7 +813,30 @@ def field_of(parameter: str, annotation: str, required: bool) -> Field:
     return Field(name, kind, required, doc, parameter, SHOWN in parts)
 
 
-def fields_of(function: Callable[..., Any], skip: int) -> tuple[Field, ...]:
+class Fields(tuple[Field, ...]):
+    """The fields of a request."""
+
+    @functools.cached_property
+    def _index(self) -> tuple[dict[str, Field], list[Field]]:
+        return {field.name: field for field in self}, [field for field in self if field.required]
+
+    def read(self, values: Json) -> Json:
+        """The checked values by parameter, without those left out. Raises InvalidRequest, naming the field."""
+        checked: Json = {}
+        by_name, required = self._index
+        for name, value in values.items():
+            if name in by_name and (value is not None or by_name[name].kind.nullable):
+                try:
+                    checked[by_name[name].parameter] = by_name[name].kind.check(value)
+                except ValueError as error:
+                    raise InvalidRequest(f"`{name}` must be {error}, not {refused_value(value)}") from None
+        for field in required:
+            if field.parameter not in checked:
+                raise InvalidRequest(f"`{field.name}` is missing: give {field.kind.refusal(None) or 'any JSON value'}")
+        return checked
+
+
+def fields_of(function: Callable[..., Any], skip: int) -> Fields:
     """The fields in a function's signature, behind `skip` others; `**more: Unpack[Kind]` has that TypedDict's."""
     code = function.__code__
     names = code.co_varnames[skip : code.co_argcount]
@@ -823,21 +847,7 @@ def fields_of(function: Callable[..., Any], skip: int) -> tuple[Field, ...]:
         if group := re.fullmatch(r"Unpack\[(\w+)\]", text):
             hints = globals()[group[1]].__annotations__.items()
             fields += [field_of(name, hint.__forward_arg__, False) for name, hint in hints]
-    return tuple(fields)
-
-
-def read_fields(fields: tuple[Field, ...], values: Json) -> Json:
-    """The checked values by parameter, without those left out. Raises InvalidRequest, naming the field."""
-    checked: Json = {}
-    for name, kind, required, _, parameter, _ in fields:
-        if name in values and ((value := values[name]) is not None or kind.nullable):
-            try:
-                checked[parameter] = kind.check(value)
-            except ValueError as error:
-                raise InvalidRequest(f"`{name}` must be {error}, not {refused_value(value)}") from None
-        elif required:
-            raise InvalidRequest(f"`{name}` is missing: give {kind.refusal(None) or 'any JSON value'}")
-    return checked
+    return Fields(fields)
 
 
 def text_that(fits: Callable[[str], Any], words: str, **schema: Any) -> Kind:
@@ -2453,7 +2463,7 @@ class Hub:
     # tasks: work that is proposed to several agents, accepted by one of them and completed. A task changes only by one
     # of these messages; an operation on a task sends one.
 
-    TASK_MESSAGES = dict.fromkeys(("task_proposal", "task_accept", "task_complete", "task_release", "task_cancel"))
+    TASK_MESSAGES = ("task_proposal", "task_accept", "task_complete", "task_release", "task_cancel")
 
     def task(self, task_id: str) -> Task:
         """A task on the board. Raises NotFound."""
@@ -2948,8 +2958,7 @@ Write = tuple[str, Callable[[list[Any]], list[tuple[Any, ...]]]]
 
 
 def _compile(sql: str) -> Write:
-    """A statement in which `:name` stands for that field of a change, and `:each.name` for each value in that field,
-    with a row of its own."""
+    """A statement in which `:name` stands for that field of a change, and `:each.name` makes a row of each value."""
     # the one with `each.` goes last, where `_rows` unpacks it
     names = sorted(dict.fromkeys(re.findall(r":([a-z_.]+)", sql)), key=lambda name: name.startswith("each."))
     sql = re.sub(r":([a-z_.]+)", lambda match: f"?{names.index(match[1]) + 1}", sql)
@@ -3108,13 +3117,13 @@ for _change, _text in _STATEMENTS.items():
 def statements_of(changes: list[Any]) -> Iterator[tuple[str, list[Any]]]:
     """The statements that write the changes, each with its rows; changes of one kind in a row are written together."""
     for kind, run in itertools.groupby(changes, type):
-        batches: list[tuple[Any, list[Any]]] = [(kind, list(run))]
+        batch = list(run)
         if kind is Put or kind is Gone:
-            by_value = itertools.groupby(batches[0][1], lambda change: type(change.value))
-            batches = [((kind, of), list(changes_of)) for of, changes_of in by_value]
-        for key, batch in batches:
-            for sql, rows in WRITES.get(key, ()):
-                yield sql, rows(batch)
+            for of, same in itertools.groupby(batch, lambda change: type(change.value)):
+                values = list(same)
+                yield from [(sql, rows(values)) for sql, rows in WRITES.get((kind, of), ())]
+        for sql, rows in WRITES.get(kind, ()):
+            yield sql, rows(batch)
 
 
 # --- Search -----------------------------------------------------------------------------------------------------------
@@ -3938,13 +3947,6 @@ class Api:
             raise PayloadTooLarge(f"the message has {size} bytes, over the {most:.0f} of --max-message: {fix}")
         return payload
 
-    def seqs_after(self, name: str, after: int, up_to: int, limit: int, unread: bool) -> list[int]:
-        """The seqs of up to `limit` durable messages above `after`, up to `up_to`: the unread ones, or all."""
-        up_to = min(up_to, self.committed)
-        if unread:
-            return self.hub.mail(name).after(after, up_to, limit)
-        return self.log.seqs("deliveries", name, after, up_to + 1, limit)
-
     def resume_at(self, agent_id: str, after: int | None, epoch: str | None) -> tuple[int | None, bool]:
         """Where a reader goes on, and whether all after its cursor is still there. A cursor of another log means
         nothing here: what is unread is all there is to give."""
@@ -4104,7 +4106,7 @@ class Operation(ClientAttribute[P, R]):
         return functools.partial(caller.request, self)
 
     @functools.cached_property
-    def fields(self) -> tuple[Field, ...]:
+    def fields(self) -> Fields:
         """The fields of a request, but for the one that names who acts."""
         return fields_of(self.handler, skip=1)
 
@@ -4114,21 +4116,21 @@ class Operation(ClientAttribute[P, R]):
         return tuple(field.name for field in self.fields if field.shown)
 
     @functools.cached_property
-    def query(self) -> tuple[Field, ...]:
+    def query(self) -> Fields:
         """The fields that come in the address."""
         whole = self.raw or self.method in ("GET", "DELETE")
-        return tuple(field for field in self._all_fields if whole or field.name in self.in_path)
+        return Fields(field for field in self._all_fields if whole or field.name in self.in_path)
 
     @functools.cached_property
-    def body(self) -> tuple[Field, ...]:
+    def body(self) -> Fields:
         """The fields that come in a JSON body."""
-        return tuple(field for field in self._all_fields if field not in self.query)
+        return Fields(field for field in self._all_fields if field not in self.query)
 
     @functools.cached_property
-    def _all_fields(self) -> tuple[Field, ...]:
+    def _all_fields(self) -> Fields:
         doc = "the sender; implied by a token" if self.actor == "from" else "who this is; implied by a token"
         actor = [field_of(self.actor, f"Annotated[AgentId, {doc!r}]", False)] if self.actor else []
-        return (*actor, *self.fields)
+        return Fields((*actor, *self.fields))
 
     @functools.cached_property
     def all_headers(self) -> tuple[tuple[str, str], ...]:
@@ -4244,7 +4246,7 @@ class Operations:
             word = re.sub(r"[^a-z0-9._-]", "", name.lower().replace(" ", "-")).lstrip("._-")[:55]
             tail = re.sub(r"[^A-Za-z0-9._-]", "", (session_id or fresh)[:8])
             made = "-".join(part for part in (word, tail) if part).lstrip("._-") or "agent"  # beta-01TYEi4M
-            agent_id = str(read_fields(Operations.register_agent.fields, {"agent_id": made})["agent_id"])
+            agent_id = str(Operations.register_agent.fields.read({"agent_id": made})["agent_id"])
         token = f"{agent_id}.{call.api.mint()}"
         able = None if capabilities is None else tuple(capabilities)
         data = None if metadata is None else dump(metadata)
@@ -4317,10 +4319,9 @@ class Operations:
     ) -> Steps[Response]:
         """Send a message. What was pushed is known, and in the answer, only when that leaves."""
         inner = message.get("type") if isinstance(message, dict) else None
-        kind = type or (inner if not TYPE.refusal(inner) else "")
+        kind = type or (inner if inner is not None and not TYPE.refusal(inner) else "")
         if kind == "heartbeat":
-            seen = timestamp(call.api.hub.seen.get(call.agent_id, 0))
-            return Response({"success": True, "last_heartbeat": seen}, settled=True)
+            return cast(Response, Operations.heartbeat.handler(call))
         group = isinstance(to, str) and to.upper() == EVERYONE
         draft = draft_of(call, to, message, kind or ("broadcast" if group else "message"), more)
         receipt = yield from do(Hub.send, draft)
@@ -4440,7 +4441,7 @@ class Operations:
         seqs = sorted(seq for seq in recipients if seq <= api.committed)[: limit or DEFAULT_LIMIT]
         messages, _ = api.log.messages(seqs, call.at)
         rows = [json.loads(message.envelope()) | {"waiting_for": recipients[message.seq]} for message in messages]
-        return Response({"requests": rows, "total": len(recipients)}, settled=True)
+        return Response({"requests": rows, "total": len(recipients)})
 
     # readers that stay
 
@@ -5104,7 +5105,7 @@ ShownIds = dict[str, list[str]]  # by agent, the ids of the messages that it was
 
 def call_operation(call: McpCall, row: Row, **values: Any) -> Steps[Json]:
     """Run an operation in the caller's name; gives its JSON object once that is durable. Raises HubError."""
-    checked = read_fields(row.fields, values)
+    checked = row.fields.read(values)
     request = Call(call.api, NO_HEAD, b"", call.agent_id, call.at, call.address, None, False, "mcp")
     begin(call.api, row, request)
     answer: Any = row.handler(request, **checked)
@@ -5130,7 +5131,7 @@ class Tool(NamedTuple):
     looks: bool = False
 
     @property
-    def fields(self) -> tuple[Field, ...]:
+    def fields(self) -> Fields:
         """The arguments it takes. A wait longer than clients allow is cut."""
         by_name: dict[str, Field] = {}
         for row in (*self.actions.values(), *self.rows):
@@ -5142,7 +5143,7 @@ class Tool(NamedTuple):
             kind = _WAIT.kind if name == "wait" else field.kind
             required = field.required and not self.actions
             fields.append(field._replace(kind=kind, required=required, doc=field.doc if doc is None else doc))
-        return tuple(fields)
+        return Fields(fields)
 
     def read(self, name: str, values: Json) -> tuple[Row, Json]:
         """The operation that a call is for, and the arguments as that takes them. Raises InvalidRequest."""
@@ -5152,7 +5153,7 @@ class Tool(NamedTuple):
             raise InvalidRequest(f"{name} has no argument {refused_value(min(more))}: it takes {', '.join(names)}")
         if isinstance(values.get("to"), str) and "," in values["to"]:  # several, as on the command line
             values = values | {"to": values["to"].split(",")}
-        checked = read_fields(fields, values)
+        checked = fields.read(values)
         values = {field.name: values[field.name] for field in fields if field.parameter in checked}
         values |= {"wait": checked["wait"]} if "wait" in checked else {}
         if not self.actions:
@@ -5163,7 +5164,7 @@ class Tool(NamedTuple):
         own = [name for name in own if name in self.docs]
         if more := values.keys() - set(own):
             raise InvalidRequest(f"`{min(more)}` is not for {word}: that takes {', '.join(own) or 'nothing more'}")
-        read_fields(row.fields, values)
+        row.fields.read(values)
         return row, values
 
 
@@ -5553,7 +5554,7 @@ def _run_tool(name: str, values: Json, call: McpCall) -> Steps[Json]:
     if values.setdefault("as", call.agent_id) not in (None, call.agent_id):
         if not call.may_name_itself:
             raise Forbidden(f"you are `{call.agent_id}` here: leave `as` out")
-        call.agent_id = read_fields((_AS,), values)["as"]
+        call.agent_id = Fields((_AS,)).read(values)["as"]
     row, values = TOOLS[name].read(name, values)
     if not call.agent_id and name != "register":
         first = ", or register first" if call.session else ""
@@ -6228,8 +6229,7 @@ def match_path(head: Head) -> tuple[Methods, dict[str, str]]:
 
 
 def dispatch(api: Api, head: Head, body: bytes, peer: Peer, at: int) -> Reply:
-    """Answer one HTTP request. Never raises: a HubError becomes its status, any other exception is logged and becomes
-    `internal`."""
+    """Answer one HTTP request. Never raises: a HubError becomes its status, any other exception `internal`."""
     row: Row | None = None
     call: Call | None = None
     access = api.access
@@ -6314,7 +6314,7 @@ def read_request(api: Api, row: Row, head: Head, body: bytes, in_path: dict[str,
         for field in row.query:
             if field.kind.numeric and _NUMBER(text := texts.get(field.name, "")):
                 texts[field.name] = float(text) if "." in text else int(text)
-        values = read_fields(row.query, texts)
+        values = row.query.read(texts)
     if row.raw or not (row.body or row.method == "POST"):
         return values
     check_media(head, body)
@@ -6323,7 +6323,7 @@ def read_request(api: Api, row: Row, head: Head, body: bytes, in_path: dict[str,
         raise InvalidRequest("the body must be a JSON object")
     for name, value in by_header.items():
         posted[name] = value if posted.get(name) is None else posted[name]
-    return values | read_fields(row.body, row.without_aliases(posted) if row.aliases else posted)
+    return values | row.body.read(row.without_aliases(posted) if row.aliases else posted)
 
 
 def check_media(head: Head, body: bytes) -> None:
@@ -6364,7 +6364,7 @@ def _run_frame(row: Row, call: Call, frame: Json, ref: Json) -> Frame:
     for name in names:
         if values.get(name, me) != me:
             raise Forbidden(f"this connection is that of `{me}`: leave `{name}` out, or open another one")
-    answer = cast("Response | Parked", row.run(call, read_fields(row.fields, values)))  # as of all that are frames
+    answer = cast("Response | Parked", row.run(call, row.fields.read(values)))  # as of all that are frames
     if isinstance(answer, Parked):
         return Frame("", ref, parked=answer, kind=row.frame)
     if row is OPERATIONS["acknowledge"]:
@@ -6422,6 +6422,8 @@ class Reader:
     def __init__(self, server: Server, agent_id: str, transport: asyncio.Transport) -> None:
         self.server, self.agent_id, self.transport = server, agent_id, transport
         self.out: list[bytes] = []
+        if cast("HttpConnection | HubSocket", transport.get_protocol()).paused:  # by answers that came before
+            self.pause()
 
     def write(self, data: bytes) -> None:
         """Put bytes on the connection with the end of this turn."""
@@ -6518,18 +6520,21 @@ class InboxReader(Reader):
         self._coming = False
         if self.live or self.paused or self.closed:
             return
-        api = self.server.api
-        unread = self.cursor < self.unread_up_to
-        up_to = self.unread_up_to if unread else sys.maxsize
-        seqs = api.seqs_after(self.agent_id, self.cursor, up_to, CATCH_UP_PAGE, unread)
+        api, mail, up_to = self.server.api, self.server.hub.mail(self.agent_id), self.unread_up_to
+        unread = self.cursor < up_to
+        if unread:
+            seqs = mail.after(self.cursor, min(up_to, api.committed), CATCH_UP_PAGE)
+        else:
+            seqs = api.log.seqs("deliveries", self.agent_id, self.cursor, api.committed + 1, CATCH_UP_PAGE)
         messages, cut = api.log.messages(seqs, self.server.clock(), most=READ_AHEAD)
         for message in messages:
-            again = holds(self.server.hub.mail(self.agent_id).pushed, message.seq)
+            again = holds(mail.pushed, message.seq)
             self.write(encode_event(self.format, message.type, message.envelope(again), message.seq))
         end = not cut and len(seqs) < CATCH_UP_PAGE
         if messages:
             sent = tuple([message.seq for message in messages])
-            self.written += sent if self.proves else ()
+            if self.proves:
+                self.written += sent
             self.server.pushed(self.agent_id, sent, self.via)
         if cut:
             self.cursor = messages[-1].seq
@@ -6842,7 +6847,8 @@ class StepRunner(Reader):
             self._stop(self.until)
         if answer is not None and answer is not self._parked:
             self._parked.step = DURABLE  # it is not waiting any more
-            self._parked.undo = [*([answer.undo] if answer.undo else []), *self._parked.undo]
+            if answer.undo:
+                self._parked.undo = [answer.undo, *self._parked.undo]
         if self.server.api.trouble:  # what it did is not on disk, or can't be taken back there
             self._parked.undo = ()
         self._parked.abandon(self.server.clock())
@@ -6859,8 +6865,6 @@ class FileSender(Reader):
         self._connection, self._request, self._download = connection, request, download
         self._file: IO[bytes] | None = None
         connection.work = self
-        if connection.paused:
-            self.pause()
         self.server.copying.add(self)
         self.server.copier.run(self._make, self._ready)
 
@@ -7054,8 +7058,12 @@ class HttpConnection:
         self._send_ready()
 
     def _fill(self, request: OpenRequest, answer: Response) -> None:
-        head, server = request.request.head, self.server
-        data = answer.encode(server.date, head.keep, head.method == "HEAD", request.headers)
+        head, server, without_body = request.request.head, self.server, request.request.head.method == "HEAD"
+        try:
+            data = answer.encode(server.date, head.keep, without_body, request.headers)
+        except HubError as error:  # from the log, out of which the body is made only now
+            answer = error_response(error)
+            data = answer.encode(server.date, head.keep, without_body, request.headers)
         request.slot.append(data)
         self.unsent += len(data)
         server.api.answers[answer.status] += 1
@@ -7104,8 +7112,6 @@ class HttpConnection:
         else:
             self.transport.write(self._comment)
             self.work = InboxReader(self.server, stream, self.transport)
-            if self.paused:
-                self.work.pause()
 
     def _alone(self, what: str) -> bool:
         """Take the connection for an answer that is too large for a slot, or endless; refuse it behind others."""
@@ -7140,6 +7146,8 @@ class HttpConnection:
         socket.admit(self.server, upgrade, self.peer)
         self.transport.set_protocol(socket)
         socket.connection_made(self.transport)
+        if self.paused:  # which the transport tells only once
+            socket.pause_writing()
         fields = "Host: hub\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
         fields += f"Sec-WebSocket-Protocol: {upgrade.protocol}\r\n" if upgrade.protocol else ""
         socket.data_received(f"GET / HTTP/1.1\r\n{fields}Sec-WebSocket-Key: {upgrade.key}\r\n\r\n".encode())
@@ -7200,7 +7208,7 @@ class HttpConnection:
             if now - self.since > most - TICK_SECONDS:
                 self.transport.abort()
 
-    def end(self, code: int) -> None:
+    def end(self) -> None:
         """The hub stops. Over TLS, a close waits for the peer's, and a client that is idle sends none."""
         idle = not (self.slots or self.work or self.paused)
         if self.work and self._comment and not self.transport.is_closing():
@@ -7246,8 +7254,7 @@ class HubSocket(ServerConnection):
         return self.take()
 
     def take(self, whole: bool = False) -> None:
-        """When the handshake is done, begin to read the inbox; then read the frames that have arrived, in turn with
-        other connections."""
+        """After the handshake, begin to read the inbox; then read the frames that have arrived, in turn with others."""
         self._taking = False
         if self.stream is None and self.protocol.state.name == "OPEN":
             self.stream = SocketReader(self.hub_server, self.upgrade, self)
@@ -7335,8 +7342,11 @@ class HubSocket(ServerConnection):
         return runner.go(parked)
 
     def _reply(self, answer: Frame, error: HubError | None) -> None:
-        answer = error_frame(error, answer.ref) if error else answer
-        body = answer.body() if callable(answer.body) else answer.body
+        body = error_frame(error, answer.ref).body if error else answer.body
+        try:
+            body = body() if callable(body) else body
+        except HubError as refusal:  # from the log, out of which the body is made only now
+            body = error_frame(refusal, answer.ref).body
         if body and self.stream:
             self.stream.write_soon(websocket_frame((body if isinstance(body, str) else dump(body)).encode()))
 
@@ -7381,8 +7391,9 @@ class HubSocket(ServerConnection):
             self._pinged_at = now if silent else self._pinged_at
             self.stream.flush(ping=silent)  # also for acknowledgements that the disk did not take
 
-    def end(self, code: int, reason: str = "") -> None:
-        """Close with the closing handshake; a peer that does not answer it is cut by the library's timeout."""
+    def end(self, code: int = 1012, reason: str = "") -> None:
+        """Close with the closing handshake, by default as the hub stops. A peer that does not answer it is cut by the
+        library's timeout."""
         if self.stream:
             self.stream.flush(last=True)
             self.stream.close()
@@ -7463,8 +7474,8 @@ class Committer:
             self.loop.call_soon(self._commit, True)
 
     def when_durable(self, leave: Leave, settled: bool = False) -> None:
-        """Call `leave(None)` once all that was changed so far is durable, or `leave(error)` if it can't be; at once for
-        an answer that is `settled`."""
+        """Call `leave(None)` once all changes so far are durable, or `leave(error)` if they can't be; at once if
+        `settled`."""
         if self.hub.changes and not settled:
             self._waiters.append(leave)
             self.schedule()
@@ -7502,6 +7513,8 @@ class Committer:
             self.store.write(changes)
         except StorageFull as error:
             _done(error)
+        except Exception:  # a bug: the batch is undone as where the disk refuses it
+            _done(failed_at("writing a batch"))
         else:
             self._run(self.store.commit, waiters, _done)
 
@@ -7790,8 +7803,7 @@ class Server:
         if message.expires_at and message.expires_at <= self.clock():
             return  # it was due only just before
         for name in sent.inboxes:
-            readers = self.readers.get(name)
-            took = [reader.via for reader in list(readers) if reader.push(message, frames)] if readers else ()
+            took = [reader.via for reader in list(self.readers.get(name, ())) if reader.push(message, frames)]
             if took:
                 self._pushes.setdefault((name, took[0]), []).append(message.seq)
 
@@ -7947,8 +7959,7 @@ class Server:
         if not self._passing:
             self._pass_time()
         for name in list(self.readers):  # a claim that has run out is news for those that wait to claim
-            inbox = self.hub.inboxes.get(name)
-            if inbox and inbox.claims:
+            if self.hub.mail(name).claims:
                 for runner in [runner for runner in self._runners(name) if runner.topic == "claims"]:
                     runner.wake(NEWS)
         self.move_up_locks()
@@ -7990,7 +8001,7 @@ class Server:
             return Reply(error_response(ShuttingDown("the hub is shutting down: try again in a moment")))
         return dispatch(self.api, request.head, request.body, peer, self.clock())
 
-    async def stop(self, code: int = 1012) -> None:
+    async def stop(self) -> None:
         """End within STOP_SECONDS: commit and answer what was begun, close the connections, tidy the log."""
         self.closing = True
         deadline = self.loop.time() + STOP_SECONDS
@@ -8003,7 +8014,7 @@ class Server:
             self.schedule()
             await asyncio.sleep(0.005)
         for connection in list(self.listener.connections):
-            connection.end(code)
+            connection.end()
         while self.listener.connections and self.loop.time() < deadline:
             await asyncio.sleep(0.005)
         for connection in list(self.listener.connections):
@@ -8132,11 +8143,10 @@ class StreamConnection:
         self.outgoing.write(data)
 
     async def receive(self, seconds: float | None) -> bytes:
-        """The next bytes, none at the end. Raises EOFError where none come in time. asyncio.wait_for would make a
-        task."""
+        """The next bytes, none at the end. Raises EOFError where none come in time."""
         if seconds is None:
             return await self.incoming.read(RECEIVE)
-        silence = EOFError("the hub is silent")
+        silence = EOFError("the hub is silent")  # a timer, because asyncio.wait_for would make a task
         timer = asyncio.get_running_loop().call_later(seconds, self.incoming.set_exception, silence)
         try:
             return await self.incoming.read(RECEIVE)
@@ -8219,11 +8229,9 @@ def pause_after(tries: int) -> float:
 
 
 class ClientBase(Operations):
-    """What both clients can do: every operation, under its name, and the methods below.
-
-    All raise the hub's errors as classes, and Unreachable. A request is repeated for `patience` seconds where that may
-    help (`on_wait(seconds, reason)` hears of it); with 0 it is made once. `agent_id` is who asks.
-    """
+    """What both clients can do: every operation, under its name, and the methods below. All raise the hub's errors as
+    classes, and Unreachable. A request is repeated for `patience` seconds where that may help (`on_wait(seconds,
+    reason)` hears of it); with 0 it is made once. `agent_id` is who asks."""
 
     def __init__(
         self,
@@ -8256,12 +8264,12 @@ class ClientBase(Operations):
         self._closed = self._left = self._lost = self._met = False
 
     def request(self, operation: Row, /, *args: Any, **named: Any) -> Any:
-        """What an operation does as a method: make its request, and return the answer, or the list in it."""
+        """The method of an operation: makes its request, and returns the answer, or the list `items` in it."""
         return self.carry_out(ClientBase._ask, operation, args, named, operation.items)
 
     # what the two clients do in their own ways
 
-    carry_out: Callable[..., Any]  # what such a method does as a method: from the function and its arguments
+    carry_out: Callable[..., Any]  # calls a coroutine function with this client and the arguments
     _connect: Callable[[], Coroutine[Any, Any, Connection]]
     _pause: Callable[[float], Coroutine[Any, Any, None]]
 
@@ -8272,8 +8280,9 @@ class ClientBase(Operations):
         """Come in, with what the client was made with. Returns the hub's answer; id, session and token are kept."""
         able = list(self.capabilities) if self.capabilities else None
         name = self.name if self.agent_id or self.name else "agent"
-        about = (self.agent_id, self.session_id, name, able, self.metadata)
-        values = values_of(Operations.register_agent, about, {})
+        about: Json = {"agent_id": self.agent_id, "session_id": self.session_id, "name": name}
+        about |= {"capabilities": able, "metadata": self.metadata}
+        values = values_of(Operations.register_agent, (), about)
         request = self._encode("POST", Operations.register_agent.path, values, self.key)
         answer: Json = await self._repeat(request)
         self.agent_id, self.session_id, self.token = answer["agent_id"], answer["session_id"], answer["token"]
@@ -8496,10 +8505,8 @@ class ClientBase(Operations):
                 os.fsync(file.fileno())
             _put_in_place(part, path)
             return os.path.getsize(path)
-        except EOFError as error:
+        except (EOFError, ConnectionError, TimeoutError) as error:
             raise self._unreachable(EOFError(f"{error}: the copy is not whole")) from error
-        except ConnectionError as error:
-            raise self._unreachable(error) from error
         finally:
             if os.path.exists(part):
                 os.unlink(part)
@@ -8617,8 +8624,7 @@ class ClientBase(Operations):
         return self._encode(method, path, values)
 
     def _encode(self, method: str, path: str, fields: Json, token: str | None = None, headers: Headers = ()) -> bytes:
-        """The bytes of a request: its fields go into the query or the body. The token says who asks; where there is
-        none the key does."""
+        """The bytes of a request: its fields go into query or body. The token, or else the key, says who asks."""
         in_body, text = method in ("POST", "PUT"), b""
         try:
             if in_body and fields:
@@ -8638,8 +8644,7 @@ class ClientBase(Operations):
         return f"{head}\r\n".encode() + text
 
     async def _repeat(self, request: bytes, items: str = "") -> Any:
-        """One request, repeated where that helps; its answer, or the `items` in it. A hub that was never there is
-        reported at once."""
+        """The answer to a request, or the `items` in it. Repeats it where that helps, unless no hub was ever there."""
         end, tries = 0.0, 0
         while True:
             try:
@@ -8712,7 +8717,7 @@ class ClientBase(Operations):
             if self._closed:  # meanwhile, by another thread that did not see this connection yet
                 raise EOFError("the client is closed")
             await connection.send(request)
-            while data := await connection.receive(3 * COMMENT_SECONDS):
+            while not reader.done and (data := await connection.receive(3 * COMMENT_SECONDS)):
                 *lines, rest = (rest + reader.feed(data)).split(b"\n")
                 if reader.done:
                     if reader.status != 200 and not rest.startswith(b'{"jsonrpc"'):
@@ -8773,11 +8778,11 @@ def _task_id(task: Json | str) -> str:
 
 def _put_in_place(part: str, path: str) -> None:
     """Give a whole file its name, unless that is taken."""
-    if os.path.exists(path):
-        raise FileExistsError(f"{path} is there already: name a new file")
     try:
         os.link(part, path)
-    except OSError:  # a file system without links
+    except OSError:  # the name is taken, or the file system has no links
+        if os.path.lexists(path):
+            raise FileExistsError(f"{path} is there already: name a new file") from None
         os.rename(part, path)
 
 
@@ -8785,10 +8790,8 @@ def _put_in_place(part: str, path: str) -> None:
 
 
 class Client(ClientBase):
-    """A blocking client on the standard library: `Client(agent_id="beta").send_message("alpha", "hi")`.
-
-    One thread at a time; `close` when done.
-    """
+    """A blocking client on the standard library: `Client(agent_id="beta").send_message("alpha", "hi")`. It is for one
+    thread at a time; `close` it when done."""
 
     def __enter__(self) -> Client:
         return self
@@ -8810,10 +8813,8 @@ class Client(ClientBase):
                 cast(SocketConnection, connection).socket.shutdown(1)  # SHUT_WR: an answer on its way still comes
 
     def listen(self) -> Iterator[Json]:
-        """Envelopes as they come, beginning with what is unread, for ever; reconnects by itself.
-
-        An envelope is acknowledged when the next one is asked for, so that what was not worked through comes again.
-        """
+        """Envelopes as they come, beginning with what is unread, for ever; reconnects by itself. An envelope is
+        acknowledged when the next one is asked for, so that what was not worked through comes again."""
         return self._iterate(self._receive(Operations.stream))
 
     def watch(self) -> Iterator[Json]:
@@ -8882,10 +8883,8 @@ def _run_to_end(function: Callable[..., Coroutine[Any, Any, R]], /, *args: Any, 
 
 class AgentClient(ClientBase):
     """An asyncio client: `register`, `send_message`, `listen(handler)`, and every other operation as a coroutine.
-
     Heartbeats by itself from `register` on. `listen` uses a WebSocket where websockets is installed, else the event
-    stream; it reconnects with backoff and jitter, acknowledges when the handler has returned, hands out nothing twice.
-    """
+    stream; it reconnects with backoff and jitter, acknowledges what the handler is done with, and repeats nothing."""
 
     _beating: asyncio.Future[None] | None = None
     _listener: asyncio.Task[Any] | None = None
@@ -8908,10 +8907,8 @@ class AgentClient(ClientBase):
         self._drop()
 
     async def listen(self, handler: Callable[[Json], Any]) -> None:
-        """Hand every message to `handler(envelope)`, a function or a coroutine function, until `close`.
-
-        What the handler raises ends `listen`, and the message stays unacknowledged.
-        """
+        """Hand every message to `handler(envelope)`, a function or a coroutine function, until `close`. What the
+        handler raises ends `listen`, and the message stays unacknowledged."""
         self._listener = asyncio.current_task()
         try:
             async with contextlib.aclosing(self._receive(Operations.stream)) as envelopes:
@@ -8922,6 +8919,8 @@ class AgentClient(ClientBase):
         except asyncio.CancelledError:
             if not self._closed:  # else `close` has ended us, wherever we were
                 raise
+            if sys.version_info >= (3, 11) and self._listener:
+                self._listener.uncancel()  # our caller's task goes on: an asyncio.timeout there counts cancellations
         finally:
             self._listener = None
             if self._closed:
@@ -8984,9 +8983,9 @@ class AgentClient(ClientBase):
         options |= {"unix": True, "path": path} if path else {}
         base = "ws://localhost" if path else f"ws{self.url[4:]}"
         try:
-            async with connect(
-                f"{base}/ws/{quote(self._me())}?ack=explicit", compression=None, max_size=None, **options
-            ) as connection:
+            opening = connect(f"{base}/ws/{quote(self._me())}?ack=explicit", compression=None, max_size=None, **options)
+            opening.proxy = None  # HTTP_PROXY is not for it, as it is not for our other connections
+            async with opening as connection:
                 async for text in connection:
                     envelope = envelope_in(text)
                     if envelope is not None:
