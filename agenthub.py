@@ -7137,9 +7137,12 @@ class HttpConnection:
             library.add_done_callback(functools.partial(self._hand_over, upgrade))
 
     def _hand_over(self, upgrade: Upgrade, library: asyncio.Task[Callable[[str], HubSocket]]) -> None:
-        """Hand on a handshake that has only the headers websockets needs, because the rest was checked here, and then
-        the frames that have arrived already."""
+        """Hand on a handshake, with only the headers that websockets needs, and frames that have arrived already."""
         if self.transport.is_closing():
+            return
+        if problem := library.exception():
+            self.work = None
+            self._refuse(NeedsWebsockets(f"this hub can't import websockets ({problem}): install it again"))
             return
         socket = library.result()(upgrade.protocol)
         self.server.listener.count_out(self)
@@ -7392,8 +7395,7 @@ class HubSocket(ServerConnection):
             self.stream.flush(ping=silent)  # also for acknowledgements that the disk did not take
 
     def end(self, code: int = 1012, reason: str = "") -> None:
-        """Close with the closing handshake, by default as the hub stops. A peer that does not answer it is cut by the
-        library's timeout."""
+        """Close with the closing handshake; the default code says that the hub stops. websockets cuts a silent peer."""
         if self.stream:
             self.stream.flush(last=True)
             self.stream.close()
@@ -7474,8 +7476,7 @@ class Committer:
             self.loop.call_soon(self._commit, True)
 
     def when_durable(self, leave: Leave, settled: bool = False) -> None:
-        """Call `leave(None)` once all changes so far are durable, or `leave(error)` if they can't be; at once if
-        `settled`."""
+        """Call `leave(None)` when all changes so far are durable, or `leave(error)`; at once if it is `settled`."""
         if self.hub.changes and not settled:
             self._waiters.append(leave)
             self.schedule()

@@ -7184,6 +7184,20 @@ def test_a_named_page_can_read_an_early_refusal(live: object) -> None:
 # --- Sockets ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_websockets_that_cannot_be_imported_is_named_in_the_handshakes_answer(live: object, tmp_path: Path) -> None:
+    broken = tmp_path / "broken" / "websockets" / "asyncio"
+    broken.mkdir(parents=True)
+    for folder in (broken.parent, broken):
+        (folder / "__init__.py").touch()
+    (broken / "server.py").write_text("raise ImportError('half installed')")
+    hub = live(program=f"import sys; sys.path.insert(0, {str(tmp_path / 'broken')!r})\n" + PROGRAM.format(QUICK))
+    hub.client("hopeful")
+    request = b"GET /ws/hopeful HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    request += b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    answer = hub.talk(request, close=False)
+    assert answer.startswith(b"HTTP/1.1 501 ") and b"half installed" in answer and hub.client().health()
+
+
 def test_a_protocol_violation_closes_a_websocket_and_a_bad_frame_does_not(shared_hub: LiveHub) -> None:
     pytest.importorskip("websockets")
     from websockets.exceptions import ConnectionClosed
