@@ -616,12 +616,12 @@ _WILD = re.compile(r"[*?[]")
 _PLACES = re.compile(r"(?:/\*\*)+(?=/|\Z)|\*+|\[(?:[!^][^/]|[^/!^])[^]/]*\]|.", re.S)
 
 
-def spread(text: str) -> list[str]:
+def expand_braces(text: str) -> list[str]:
     """A pattern with its braces written out, as in a shell. Raises ValueError for more than MAX_LOCK_PATHS."""
     if not (match := _BRACES.search(text)):
         return [text]
     head, tail = text[: match.start()], text[match.end() :]
-    patterns = [one for word in match[1].split(",") for one in spread(head + word + tail)]
+    patterns = [one for word in match[1].split(",") for one in expand_braces(head + word + tail)]
     if len(patterns) > MAX_LOCK_PATHS:
         raise ValueError(f"fewer than {MAX_LOCK_PATHS} paths, with its braces written out")
     return patterns
@@ -851,7 +851,7 @@ def fields_of(function: Callable[..., Any], skip: int) -> Fields:
 
 
 def text_that(fits: Callable[[str], Any], words: str, **schema: Any) -> Kind:
-    """A text that fits and is as long as its schema says; `words` tell which one is."""
+    """A text that `fits` and is as long as its schema says; `words` say what is wanted."""
     shortest, longest = schema.get("minLength", 0), schema.get("maxLength", NEVER)
 
     def _check(value: Any) -> str:
@@ -965,7 +965,7 @@ def _paths(value: Any) -> tuple[str, ...]:
     many = [value] if isinstance(value, str) else value
     if not isinstance(many, list) or not 0 < len(many) <= MAX_LOCK_PATHS:
         raise ValueError(f"a list of 1 to {MAX_LOCK_PATHS} paths or globs")
-    paths = tuple(dict.fromkeys(normal_path(one) for text in many for one in spread(_PATH.check(text))))
+    paths = tuple(dict.fromkeys(normal_path(one) for text in many for one in expand_braces(_PATH.check(text))))
     if len(paths) > MAX_LOCK_PATHS:
         raise ValueError(f"{MAX_LOCK_PATHS} paths or fewer, with their braces written out")
     return paths
@@ -3162,9 +3162,9 @@ def payload_text(payload: str) -> str:
     return folded("\n".join(texts)[:INDEX_TEXT])
 
 
-def take_within(most: int, rows: Iterable[Any], weigh: Callable[[Any], int]) -> tuple[list[Any], bool]:
+def take_within(most: int, rows: Iterable[R], weigh: Callable[[R], int]) -> tuple[list[R], bool]:
     """The first rows that together weigh at most `most`, but at least one; and whether there are more."""
-    taken: list[Any] = []
+    taken: list[R] = []
     for row in rows:
         most -= weigh(row)
         if most < 0 and taken:
@@ -3237,7 +3237,7 @@ class Search:
         """Take the next messages into the index, within the caller's transaction, and deleted ones out of it. Returns
         what `indexed` is once that is durable."""
 
-        def _bounded(rows: Iterable[tuple[int, str | None]]) -> list[Any]:
+        def _bounded(rows: Iterable[tuple[int, Any]]) -> list[tuple[int, Any]]:
             return take_within(INDEX_BYTES, rows, lambda row: min(len(row[1] or ""), INDEX_TEXT))[0]
 
         sql = "SELECT f.seq, text FROM forgotten AS f LEFT JOIN words AS w ON w.rowid = f.seq LIMIT ?"
@@ -4851,7 +4851,7 @@ def time_text(ms: int) -> str:
 
 
 def agents_json(call: Call, agents: list[Agent]) -> list[Json]:
-    """Agents as JSON values, with the first MAX_ANSWER bytes of their metadata: the rest is on each agent's page."""
+    """Agents as JSON values; with metadata for as many as go into MAX_ANSWER bytes: each one's own page has it too."""
     hub, at, rows, size = call.api.hub, call.at, [], 0
     oldest = {agent.agent_id: hub.mail(agent.agent_id).after(0, hub.seq, 1) for agent in agents}
     came_at = call.api.log.came_at(itertools.chain.from_iterable(oldest.values()))
@@ -7100,6 +7100,7 @@ class HttpConnection:
         self._comment_at, self._comment = self.server.loop.time(), http_chunk(":\n\n" if format == "sse" else "\n")
 
     def _answer_stream(self, request: OpenRequest, stream: Stream | Watch | Subscription) -> None:
+        """Begin an answer without end: the messages of an inbox, what happens in the hub, or which resources change."""
         if not self._alone("open a stream"):
             return
         self._begin_stream(request, stream.format)
@@ -8103,7 +8104,7 @@ class client_method(ClientAttribute[P, R]):
 # a connection of each client: errors are OSError and EOFError
 
 
-class SocketConnection:
+class BlockingConnection:
     """A connection of a `Client`: its coroutines block."""
 
     usable = True  # a request on one that the hub has closed is repeated
@@ -8128,7 +8129,7 @@ class SocketConnection:
         self.socket.close()
 
 
-class StreamConnection:
+class AsyncConnection:
     """A connection of an `AgentClient`."""
 
     def __init__(self, incoming: asyncio.StreamReader, outgoing: asyncio.StreamWriter) -> None:
@@ -8159,7 +8160,7 @@ class StreamConnection:
         self.outgoing.close()
 
 
-Connection = SocketConnection | StreamConnection
+Connection = BlockingConnection | AsyncConnection
 
 
 def json_result(status: int, body: bytes | bytearray) -> Json:
@@ -8664,7 +8665,7 @@ class ClientBase(Operations):
             self.on_wait(pause, reason.message)
             await self._pause(pause)
 
-    async def _exchange(self, request: bytes, file: Any = None) -> Any:
+    async def _exchange(self, request: bytes, file: IO[bytes] | None = None) -> Any:
         """Send a request, on a connection of its own while it waits, and read its answer, a JSON value or a `file`. The
         connection is kept only when the answer was read to its end."""
         connection = (None if file else self._kept()) or await self._connect()  # a file is asked for once
@@ -8811,7 +8812,7 @@ class Client(ClientBase):
         """Tell the hub, from a signal handler or another thread, that a request that waits may end now; it does."""
         for connection in list(self._in_use):
             with contextlib.suppress(OSError):
-                cast(SocketConnection, connection).socket.shutdown(1)  # SHUT_WR: an answer on its way still comes
+                cast(BlockingConnection, connection).socket.shutdown(1)  # SHUT_WR: an answer on its way still comes
 
     def listen(self) -> Iterator[Json]:
         """Envelopes as they come, beginning with what is unread, for ever; reconnects by itself. An envelope is
@@ -8848,19 +8849,19 @@ class Client(ClientBase):
     async def _pause(self, seconds: float) -> None:
         time.sleep(seconds)
 
-    async def _connect(self) -> SocketConnection:
+    async def _connect(self) -> BlockingConnection:
         try:
             if self.address.path:
                 connection = socket.socket(socket.AF_UNIX)
                 connection.settimeout(self.timeout)
                 connection.connect(self.address.path)
-                return SocketConnection(connection)
+                return BlockingConnection(connection)
             host = self.address.host
             connection = socket.create_connection((host, self.address.port), timeout=self.timeout)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self.address.tls:
                 connection = self.tls_context.wrap_socket(connection, server_hostname=host)
-            return SocketConnection(connection)
+            return BlockingConnection(connection)
         except OSError as error:
             raise self._unreachable(error, at_once=True) from error
 
@@ -8955,7 +8956,7 @@ class AgentClient(ClientBase):
                 if self.agent_id:
                     await self.heartbeat()
 
-    async def _connect(self) -> StreamConnection:
+    async def _connect(self) -> AsyncConnection:
         self._begin_beating()
         address = self.address
         try:
@@ -8965,7 +8966,7 @@ class AgentClient(ClientBase):
                 opening = asyncio.open_connection(
                     address.host, address.port, ssl=self.tls_context if address.tls else None
                 )
-            return StreamConnection(*await asyncio.wait_for(opening, self.timeout))
+            return AsyncConnection(*await asyncio.wait_for(opening, self.timeout))
         except (OSError, asyncio.TimeoutError) as error:
             raise self._unreachable(error, at_once=True) from error
 
@@ -9898,7 +9899,7 @@ def _run_under_lock(client: Client, lock: Json, command: list[str]) -> int:
     child: subprocess.Popen[bytes] | None = None
     early: list[int] = []  # signals that came before we knew the child
 
-    def _pass_on(number: int, frame: Any) -> None:
+    def _pass_on(number: int, frame: object) -> None:
         """Send the command a signal that came to us; a terminal's interrupt has gone to both."""
         with contextlib.suppress(OSError, AttributeError):
             if number == signal.SIGINT and os.tcgetpgrp(0) == os.getpgrp():
@@ -11013,7 +11014,7 @@ class Hook:
                 self.show(harmless(indented(f"agenthub: {error.message}")))
 
     def _lock_names(self, path: str) -> tuple[list[str], list[str]]:
-        """The names by which a lock may mean a file, with its links as they are and resolved: absolute ones, and those
+        """The names by which a lock may mean a file: its absolute ones, with links as they are and resolved; and those
         from the project's folder, if it is inside."""
         absolute, inside = [], []
         for spelling in (os.path.normpath, os.path.realpath):
@@ -11080,7 +11081,7 @@ class Waiter(Hook):
                 self._poll(path + "-held")
                 file.truncate(0)
 
-    def _on_signal(self, number: int | None, frame: Any) -> None:
+    def _on_signal(self, number: int | None, frame: object) -> None:
         """End, if a signal says so or the session is gone; at SIGUSR1 the poll only: the session reads mail itself."""
         is_gone = os.getppid() != self.parent or (self.owner and not _is_running(self.owner))
         if self.shown or is_gone or number not in (None, signal.SIGALRM, signal.SIGUSR1):

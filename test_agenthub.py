@@ -582,10 +582,10 @@ def test_a_path_has_one_spelling_and_stays_inside_the_root() -> None:
     for bad in ("..", "../x", "a/../../b", "src/**/../x", "*/.."):
         with pytest.raises(ValueError, match="inside the project"):
             ah.normal_path(bad)
-    assert ah.spread("src/{a,b}/{x,y}.py") == ["src/a/x.py", "src/a/y.py", "src/b/x.py", "src/b/y.py"]
-    assert sorted(set(ah.spread("{a,b{1,2}}"))) == ["a", "b1", "b2"] and ah.spread("{a}") == ["{a}"]
+    assert ah.expand_braces("src/{a,b}/{x,y}.py") == ["src/a/x.py", "src/a/y.py", "src/b/x.py", "src/b/y.py"]
+    assert sorted(set(ah.expand_braces("{a,b{1,2}}"))) == ["a", "b1", "b2"] and ah.expand_braces("{a}") == ["{a}"]
     with pytest.raises(ValueError, match="fewer"):
-        ah.spread("{a,b}" * 7)
+        ah.expand_braces("{a,b}" * 7)
 
 
 def test_long_patterns_with_many_wildcards_are_compared_in_little_work(monkeypatch: pytest.MonkeyPatch) -> None:
