@@ -5066,7 +5066,7 @@ tools, resources, own = {}, {}, dict(ah.MODERN)
 def tool(name, *content, schema={"type": "object"}, progress=(), error=None, **more):
     def run():
         for each in progress:
-            yield ah.Progress(each, total=100)
+            yield ah.Progress(each, f"{each} of 100")
         if error:
             raise error
         return {"content": list(content), **more}
