@@ -7617,7 +7617,7 @@ def test_what_fails_after_the_rules_is_answered_and_the_hub_goes_on(at: str, tmp
         await agent.close()
         await server.stop()
 
-    asyncio.run(play())
+    asyncio.run(asyncio.wait_for(play(), 20))
 
 
 def test_pushes_stay_known_when_their_commit_fails(tmp_path: Path) -> None:
