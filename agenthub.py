@@ -4311,6 +4311,23 @@ class Operations:
         agent = yield from do(Hub.set_status, call.agent_id, said, call.at + int(away * 1000) if away else 0)
         return Response({"success": True, "agent_id": agent.agent_id, "doing": said, **engaged_json(call, agent)})
 
+    @operation("GET", "/api/v1/agents/{agent_id}/status", frame="overview")
+    def overview(call: Call) -> Response:
+        """Where this agent stands: what is unread, which tasks and locks it holds, which requests it owes an answer
+        (`owes`) or waits for (`waits_for`), the locks it waits for, and its channels."""
+        api, name = call.api, call.agent_id
+        held = [api.hub.tasks[id] for id in api.hub.tasks.find("holder", name)]
+        locks = [lock_json(call, lock) for lock in api.hub.locks.of(name) if api.hub.lock_ends(lock, call.at) > call.at]
+        waits = [want.paths for want in api.hub.locks.waiting_at(call.at) if want.agent_id == name]
+        channels = [channel for channel, _ in sorted(api.hub.members.find("agent", name))]
+        requests = requests_json(call, DEFAULT_LIMIT)
+        agent = agents_json(call, [api.hub.agents[name]])[0] if name in api.hub.agents else {"agent_id": name}
+        stands: Json = {key: value for key, value in agent.items() if key not in ("tasks", "locks")}
+        stands |= {"unread": api.hub.unread(name), "tasks": tasks_json(call, held), "locks": locks}
+        stands |= {"owes": [r for r in requests if name in r["waiting_for"]]}
+        stands |= {"waits_for": [r for r in requests if r["from"] == name], "lock_waits": waits, "channels": channels}
+        return Response(stands)
+
     # messages
 
     @operation("POST", "/api/v1/messages", actor="from")
@@ -4436,12 +4453,8 @@ class Operations:
     @operation("GET", "/api/v1/requests", items="requests")
     def requests(call: Call, limit: PageSize = None) -> Response:
         """Requests that this agent sent or got and that have no answer yet, with `waiting_for`, oldest first."""
-        api = call.api
-        recipients = {request.seq: request.recipients for request in api.hub.requests_of(call.agent_id)}
-        seqs = sorted(seq for seq in recipients if seq <= api.committed)[: limit or DEFAULT_LIMIT]
-        messages, _ = api.log.messages(seqs, call.at)
-        rows = [json.loads(message.envelope()) | {"waiting_for": recipients[message.seq]} for message in messages]
-        return Response({"requests": rows, "total": len(recipients)})
+        total = len(call.api.hub.requests_of(call.agent_id))
+        return Response({"requests": requests_json(call, limit or DEFAULT_LIMIT), "total": total})
 
     # readers that stay
 
@@ -4876,6 +4889,15 @@ def engaged_json(call: Call, agent: Agent) -> Json:
     away_until = timestamp(agent.away_until) if agent.away_until > at else ""
     paths = [path for lock in hub.locks.of(agent.agent_id) if hub.lock_ends(lock, at) > at for path in lock.paths]
     return present(doing=agent.doing, away_until=away_until, tasks=tasks, locks=paths)
+
+
+def requests_json(call: Call, limit: int) -> list[Json]:
+    """The oldest requests without an answer that the caller has sent or got, with who is to answer (`waiting_for`)."""
+    api = call.api
+    recipients = {request.seq: request.recipients for request in api.hub.requests_of(call.agent_id)}
+    seqs = sorted(seq for seq in recipients if seq <= api.committed)[:limit]
+    messages, _ = api.log.messages(seqs, call.at)
+    return [json.loads(message.envelope()) | {"waiting_for": recipients[message.seq]} for message in messages]
 
 
 def members_json(call: Call, channel: str) -> Json:

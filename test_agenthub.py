@@ -5822,6 +5822,7 @@ def test_operations_are_frames_of_the_same_words(crew: World) -> None:
     task = answered("boss", type="task_proposal", message="x", to="ALL")["message_id"]  # which is a message
     for who, frame in [
         ("w1", {"type": "status", "doing": "this"}), ("w1", {"type": "join", "channel": "ops"}),
+        ("w1", {"type": "overview"}),
         ("w1", {"type": "channels"}), ("w1", {"type": "task_accept", "task_id": task}),
         ("w1", {"type": "task_complete", "reply_to": task, "result": 1}), ("w1", {"type": "task_next"}),
         ("w1", {"type": "tasks"}), ("w1", {"type": "lock", "paths": ["a"]}), ("w1", {"type": "locks"}),
@@ -5835,7 +5836,7 @@ def test_operations_are_frames_of_the_same_words(crew: World) -> None:
     left = {row.frame for row in ah.OPERATIONS.values()} - {"", "task_release", "task_cancel"}
     assert left == {
         "status", "join", "channels", "leave", "task_accept", "task_complete", "task_next", "tasks", "lock", "locks",
-        "renew", "unlock", "note_set", "note_get", "notes", "note_delete",
+        "renew", "unlock", "note_set", "note_get", "notes", "note_delete", "overview",
     }  # fmt: skip
     error = answered("w2", type="task_accept", task_id=task)
     assert error["type"] == "error" and error["ref"] == 7 and error["error"]["code"] == "task_taken"
