@@ -2160,6 +2160,10 @@ class Hub:
         epoch, _, digits = message_id.partition("-")
         return int(digits, 16) if epoch == self.epoch and re.fullmatch("[0-9a-f]{13}", digits) else 0
 
+    def short_seq(self, text: str) -> int:
+        """The seq in a short id (`m123`), which stands for the message of that seq; 0 for any other text."""
+        return int(text[1:]) if re.fullmatch("m[1-9][0-9]{0,17}", text) else 0
+
     def fresh(self, message_id: str) -> Receipt | None:
         """A message under an id its sender chose, where it may not have reached the log yet."""
         return self._fresh.get(message_id) or self._settling.get(message_id)
@@ -3023,6 +3027,7 @@ CREATE UNIQUE INDEX message_ids ON messages (id) WHERE id IS NOT NULL;
 CREATE INDEX message_expiry ON messages (expires_at) WHERE expires_at > 0;
 CREATE INDEX message_pings ON messages (seq) WHERE type = 'ping';
 CREATE INDEX message_senders ON messages (sender);
+CREATE INDEX message_receipts ON messages (receipt_seq) WHERE receipt_seq > 0;
 CREATE UNIQUE INDEX delayed_ids ON delayed (id);
 CREATE INDEX delayed_due ON delayed (due_at);
 CREATE TABLE deliveries (inbox TEXT, seq INTEGER, acked_at INTEGER, acked_via TEXT, pushed_at INTEGER, pushed_via TEXT,
@@ -3615,10 +3620,11 @@ class Store:
         return int(next(self._rows("SELECT seq FROM gaps WHERE inbox = ?", (name,)), (0,))[0])
 
     def find(self, message_id: str, seq: int = 0) -> Receipt | None:
-        """The receipt of a message that was sent or is delayed, by its seq or by an id that does not follow from it."""
-        where, key = ("seq", seq) if seq else ("id", message_id)
-        for table in ("messages", "delayed"):
-            for row in self._rows(f"SELECT * FROM {table} WHERE {where} = ?", (key,)):
+        """The receipt of a message that was sent or is delayed, by its seq, that which its first receipt named, or an
+        id that does not follow from it."""
+        fields = ("seq", "receipt_seq > 0 AND receipt_seq") if seq else ("id",)
+        for field, table in itertools.product(fields, ("messages", "delayed")):
+            for row in self._rows(f"SELECT * FROM {table} WHERE {field} = ?", (seq or message_id,)):
                 return self._receipt(row)
         return None
 
@@ -3926,14 +3932,29 @@ class Api:
         self.mcp = McpEndpoint(self)
 
     def find(self, message_id: str) -> Receipt | None:
-        """A message and where it went, whether it is durable yet or not."""
+        """A message and where it went, by its id or its short id, whether it is durable yet or not."""
+        short = self.hub.short_seq(message_id)
+        return self._find_exact(message_id) or (self.log.find("", short) if short else None)
+
+    def _find_exact(self, message_id: str) -> Receipt | None:
         seq = self.hub.seq_of(message_id)
         receipt = self.log.find("", seq) if seq else self.hub.fresh(message_id)
         return receipt if receipt and receipt.message.id == message_id else self.log.find(message_id)
 
+    def full_id(self, text: str) -> str:
+        """The id that a text means: itself, where a task or a message has it, or else that of which it is the short
+        one. What it means to nobody stays as it is."""
+        seq, tasks = self.hub.short_seq(text), self.hub.tasks
+        if text in tasks or not seq:
+            return text
+        receipt = self.find(text)
+        if receipt:
+            return receipt.message.id
+        return next((task.id for task in tasks.values() if task.seq == seq), text)  # it may outlive its proposal
+
     def find_chosen(self, message_id: str) -> Receipt | None:
         """What is stored under an id that a sender chose, which must not look like one the hub has yet to make."""
-        receipt = self.find(message_id) if message_id else None
+        receipt = self._find_exact(message_id) if message_id else None
         if not receipt and self.hub.seq_of(message_id):
             raise InvalidRequest(f"`id` must not begin with {self.hub.epoch}-, which this hub's own ids begin with")
         return receipt
@@ -3968,11 +3989,12 @@ class Api:
 
     def task_id(self, message_id: str) -> str:
         """The id of the task that a message is about, where it replies to another message about it."""
+        message_id = self.full_id(message_id)
         receipt = self.find(message_id) if message_id and message_id not in self.hub.tasks else None
         return receipt.message.reply_to if receipt and receipt.message.reply_to in self.hub.tasks else message_id
 
     def task(self, task_id: str) -> Task:
-        """A task by its id, or by that of a message about it. Raises NotFound."""
+        """A task by its id or short id, or by that of a message about it. Raises NotFound."""
         return self.hub.task(self.task_id(task_id))
 
 
@@ -4396,7 +4418,7 @@ class Operations:
             api.probe()
         root = api.find(thread) if thread else None
         between = (name, other) if other else ("", "")
-        wanted = Wanted(type or "", sender or "", thread or "", root.message.seq if root else 0, between)
+        wanted = Wanted(type or "", sender or "", api.full_id(thread or ""), root.message.seq if root else 0, between)
         newest, below = start is None and not unread, sys.maxsize if before is None else before
         first = below if newest else start or 0
         inbox = (("deliveries", name), ("messages", name)) if sent or other else (("deliveries", name),)
@@ -4415,7 +4437,7 @@ class Operations:
             seqs = call.api.log.seqs_of([id for id in ids if not hub.fresh(id)])
             for id in ids:
                 fresh = hub.fresh(id)
-                seqs.setdefault(id, fresh.message.seq if fresh else hub.seq_of(id))
+                seqs.setdefault(id, fresh.message.seq if fresh else hub.seq_of(id) or hub.short_seq(id))
         count = yield from do(Hub.ack, name, up_to or 0, tuple(sorted(filter(None, seqs.values()))), call.via)
         call.api.metrics["acknowledged_total"] += count
         return Response({"success": True, "acknowledged": count, "unread": hub.unread(name)})
@@ -4786,7 +4808,7 @@ def draft_of(call: Call, to: str | Sequence[str], message: Any, kind: str, more:
     if not more and kind not in Hub.TASK_MESSAGES:
         return Draft(Message(0, "", kind, call.agent_id, "", payload, 0, via=call.via), where)
     options: Json = {name: value for name, value in more.items() if value is not None}
-    id, reply_to = options.pop("id", ""), options.get("reply_to", "")
+    id, reply_to = options.pop("id", ""), api.full_id(options.get("reply_to", ""))
     chosen = sorted(item for item in options.items() if item[1])  # `delay` 0 is as good as none
     digest = sha256(dump([where, kind, payload, chosen]))[:16] if id else b""  # what a retry repeats
     ttl, delay = options.get("ttl", 0), options.get("delay", 0)
@@ -4804,6 +4826,7 @@ def draft_of(call: Call, to: str | Sequence[str], message: Any, kind: str, more:
     plan = Plan()
     if kind in Hub.TASK_MESSAGES:
         plan = plan_of(options, inner if kind == "task_proposal" else {}, at, expires_at)
+        plan = plan._replace(depends_on=tuple(dict.fromkeys(map(api.full_id, plan.depends_on))))
         expires_at = expires_at or (plan.deadline_at if kind == "task_proposal" else 0)
     lease = int(options.get("lease", JOB_LEASE) * 1000) if options.get("deliver") == "one" else 0
     extra = dump({name: options[name] for name in Operations.send.shown if name in options})[1:-1]

@@ -1690,7 +1690,7 @@ def test_an_unacknowledged_job_is_handed_on_and_a_late_ack_does_nothing(crew: Wo
     assert ah.Handed(seq, again, "w1", "w2", "@build") in changes and again in gone and crew.is_what_the_store_says()
     stored = crew.store.find(receipt.message.id)
     assert (stored.message.seq, stored.message.receipt_seq, stored.inboxes) == (again, seq, ("w2",))
-    assert not crew.store.find("", seq)
+    assert crew.store.find("", seq).message.seq > seq, "that of its receipt still finds it"
     deliveries = crew.store.deliveries(again)
     assert list(deliveries) == ["w2"] and not deliveries["w2"]["pushed"] and deliveries["w2"]["acknowledged"]
 
@@ -4167,6 +4167,61 @@ def test_ids_that_stand_where_a_trace_stands_are_not_given(pair: World) -> None:
         assert (
             pair.call("POST", "/api/v1/messages", {"from": "beta-2", "to": "alpha-1", "message": 1, "id": id})[0] == 400
         )
+
+
+def test_a_short_id_stands_wherever_the_id_of_a_message_does(pair: World) -> None:
+    post = lambda **body: pair.call("POST", "/api/v1/messages", {"from": "beta-2", "to": "alpha-1", **body})
+    first, chosen = post(message="one")[1]["message_id"], post(message="two", id="mine")[1]["message_id"]
+    for short, id in (("m1", first), ("m2", chosen)):
+        assert pair.call("GET", f"/api/v1/messages/{short}")[1]["id"] == id
+        reply = {"from": "alpha-1", "to": "beta-2", "message": f"to {id}", "reply_to": short}
+        assert pair.call("POST", "/api/v1/messages", reply)[0] == 200
+    answers = pair.call("GET", "/api/v1/messages?agent_id=beta-2")[1]["messages"]
+    assert [m["reply_to"] for m in answers] == [m["thread"] for m in answers] == [first, chosen]
+    thread = pair.call("GET", "/api/v1/messages?agent_id=beta-2&thread=m1")[1]["messages"]
+    assert [m["message"] for m in thread] == [f"to {first}"]
+    ack = {"agent_id": "alpha-1", "ids": ["m2", "m99"]}
+    assert pair.call("POST", "/api/v1/messages/ack", ack)[1] == {"success": True, "acknowledged": 1, "unread": 1}
+    assert [pair.call("GET", f"/api/v1/messages/m{seq}")[0] for seq in (99, 10**18, 9**60)] == [404] * 3
+
+
+def test_an_id_that_a_sender_chose_goes_before_the_same_short_id(pair: World) -> None:
+    post = lambda **body: pair.call("POST", "/api/v1/messages", {"from": "beta-2", "to": "alpha-1", **body})
+    post(message="one")
+    sent = post(message="two", id="m1")[1]
+    assert sent["message_id"] == "m1" and sent["seq"] == 2, "it is no repeat of the first"
+    assert post(message="two", id="m1")[1]["duplicate"] is True
+    assert pair.call("GET", "/api/v1/messages/m1")[1]["message"] == "two"
+    pair.call("POST", "/api/v1/messages/ack", {"agent_id": "alpha-1", "ids": ["m1"]})
+    assert [m["seq"] for m in pair.call("GET", "/api/v1/messages?agent_id=alpha-1&unread=1")[1]["messages"]] == [1]
+
+
+def test_a_short_id_outlives_a_delay_which_gives_a_message_another_seq(pair: World) -> None:
+    body = {"from": "beta-2", "to": "alpha-1", "message": "late", "delay": 60, "id": "mine"}
+    assert pair.call("POST", "/api/v1/messages", body)[1]["seq"] == 1
+    assert pair.call("GET", "/api/v1/messages/m1")[1]["id"] == "mine"
+    pair.clock.advance(61)
+    pair.apply("release_due", tuple(pair.store.due(pair.clock())))
+    pair.commit()
+    traces = [pair.call("GET", f"/api/v1/messages/{short}")[1] for short in ("m1", "m2")]
+    assert [(trace["id"], trace["seq"]) for trace in traces] == [("mine", 2)] * 2
+
+
+def test_a_short_id_stands_wherever_the_id_of_a_task_does(crew: World) -> None:
+    propose = lambda **body: crew.call("POST", "/api/v1/tasks", {"from": "boss", "message": "do it", **body})[1]
+    first, then = propose(), propose(depends_on=["m1"])
+    assert (then["task"]["depends_on"], then["state"]) == ([first["task_id"]], "blocked")
+    assert crew.call("GET", "/api/v1/tasks/m1")[1]["task_id"] == first["task_id"]
+    assert crew.call("POST", "/api/v1/tasks/m1/accept", {"agent_id": "w1"})[1]["task_id"] == first["task_id"]
+    done = {"from": "w1", "to": "boss", "type": "task_complete", "message": {"task_id": "m1"}}
+    assert crew.call("POST", "/api/v1/messages", done)[0] == 200
+    assert crew.call("GET", "/api/v1/tasks/m2")[1]["state"] == "open"
+    crew.clock.advance(9 * 86_400)  # its proposal is forgotten, it is not
+    crew.call("POST", "/api/v1/tasks/m2/accept", {"agent_id": "w1"})
+    crew.apply("drop", tuple(crew.store.aged(crew.clock())))
+    crew.commit()
+    assert crew.store.find("", 2) is None
+    assert crew.call("POST", "/api/v1/tasks/m2/complete", {"agent_id": "w1"})[1]["task_id"] == then["task_id"]
 
 
 def test_a_great_many_ids_are_acknowledged_in_one_look_at_the_log(pair: World, monkeypatch: pytest.MonkeyPatch) -> None:
