@@ -283,6 +283,7 @@ MethodNotAllowed = error("method_not_allowed", 405, "The path exists, with other
 NotAcceptable = error("not_acceptable", 406, "The answer is of another kind than the client takes.")
 AgentIdTaken = error("agent_id_taken", 409, "Another session holds that agent_id and is active.")
 AmbiguousRecipient = error("ambiguous_recipient", 409, "Several agents have that name; `candidates` are their ids.")
+AmbiguousReply = error("ambiguous_reply", 409, "The response may answer several requests; `ids` are theirs.")
 IdReused = error("id_reused", 409, "The message id was used before, for another content.")
 TaskTaken = error("task_taken", 409, "Another agent holds the task, or it has ended; see `holder` and `state`.")
 LockHeld = error("lock_held", 409, "A lock overlaps; `holder`, `pattern`, `expires_at`, `retry_after` (seconds).")
@@ -313,7 +314,8 @@ def error_from_wire(body: Any, status: int = 500) -> HubError:
 
 # --- Text -------------------------------------------------------------------------------------------------------------
 
-OPERATOR = "operator"  # the person at the dashboard or at curl: always there, never registered
+OPERATOR = "operator"  # the person at the dashboard, or who says so: always there, never registered
+GUEST = "guest"  # who sends without a name: has no inbox, and is no agent
 EVERYONE = "ALL"
 dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode  # compact; refuses NaN
 
@@ -490,12 +492,13 @@ class Plan(NamedTuple):
 
 class Draft(NamedTuple):
     """A message as its sender wrote it: `message` has no seq, time and `to` yet, and no id where the hub makes one.
-    `known` is what the log already holds under its id."""
+    `known` is what the log already holds under its id; with `registered` only agents that are here may get it."""
 
     message: Message
     to: str | tuple[str, ...]
     known: Receipt | None = None
     plan: Plan = Plan()
+    registered: bool = False
 
 
 class PendingRequest(NamedTuple):
@@ -973,9 +976,10 @@ def _paths(value: Any) -> tuple[str, ...]:
 
 SHOWN = object()  # marks a field of a message that goes through to the envelope as it is
 AgentId = Annotated[str, AGENT_ID]
-NewAgentId = Annotated[str, without(AGENT_ID, "(?i:all)|operator", "another agent_id: ALL and operator are reserved")]
-_NAMES = "a name of 1 to 64 printable characters, which is not blank, ALL or operator"
-Name = Annotated[str, without(printable(64), " *(?i:all|operator)? *", _NAMES)]
+_RESERVED = "another agent_id: ALL, operator and guest are reserved"
+NewAgentId = Annotated[str, without(AGENT_ID, "(?i:all)|operator|guest", _RESERVED)]
+_NAMES = "a name of 1 to 64 printable characters, which is not blank, ALL, operator or guest"
+Name = Annotated[str, without(printable(64), " *(?i:all|operator|guest)? *", _NAMES)]
 Capabilities = Annotated[Sequence[str], list_of(CAPABILITY, 64, "a list of up to 64 capabilities")]
 Metadata = Annotated[Json, Kind({"type": "object"}, _metadata)]
 _MANY_RECIPIENTS = {"type": "array", "items": _RECIPIENT.schema, "minItems": 1}
@@ -1940,11 +1944,12 @@ class Hub:
     def expect(self, agent_id: str) -> None:
         """Raise UnknownAgent unless it is known, with what to do about it."""
         if agent_id not in self.agents and agent_id != OPERATOR:
-            close = self.close_to(agent_id)
-            hint = f" (did you mean {' or '.join(close)}?)" if close else ""
             fix = "register it with POST /api/v1/agents/register or `agenthub register`"
-            details = {"did_you_mean": close} if close else {}
-            raise UnknownAgent(f"no agent `{agent_id}` is registered here{hint}: {fix}", **details)
+            raise self._unknown(f"no agent `{agent_id}` is registered here", self.close_to(agent_id), fix)
+
+    def _unknown(self, words: str, close: list[str], fix: str) -> HubError:
+        hint = f" (did you mean {' or '.join(close)}?)" if close else ""
+        return UnknownAgent(f"{words}{hint}: {fix}", **({"did_you_mean": close} if close else {}))
 
     def status(self, agent_id: str, at: int) -> str:
         """`active` while a reader is open or the last sign of life is under ACTIVE_SECONDS old, else `offline`."""
@@ -1976,6 +1981,15 @@ class Hub:
         words = [word for word in ids if word.startswith(fold)] + difflib.get_close_matches(fold, ids)
         return list(dict.fromkeys(ids[word] for word in words))[:3]
 
+    def close_groups(self, group: str, sender: str) -> list[str]:
+        """Up to three recipients that may be meant by a group with nobody else in it: groups whose names are much like
+        it, or for ALL the agents that were here last."""
+        if group == EVERYONE:
+            newest = sorted(self.agents, key=lambda name: self.seen.get(name, 0), reverse=True)
+            return [name for name in newest if name != sender][:3]
+        names = self.members.words("channel") if group[0] == "#" else [f"@{w}" for w in self.agents.words("capability")]
+        return difflib.get_close_matches(group, sorted({*names} - {group})[:200], cutoff=0.7)
+
     def belongs(self, agent_id: str, to: str) -> bool:
         """Whether an agent is one of those that a recipient, as an envelope shows it, means."""
         if to[0] == "@":
@@ -1996,6 +2010,8 @@ class Hub:
     def _resolve_one(self, to: str, sender: str) -> tuple[Iterable[str], str]:
         if to in self.agents or to == OPERATOR:
             return (to,), to
+        if to == GUEST:
+            raise Forbidden("`guest` sent without a name and has no inbox: nothing can be sent to it, tell your user")
         if to.upper() == EVERYONE:
             return sorted(name for name in self.agents if name != sender), EVERYONE
         if to[:1] == "@":
@@ -2185,8 +2201,8 @@ class Hub:
 
     def send(self, at: int, draft: Draft) -> Receipt:
         """Accept a message. One about a task also changes that; one with a lease is for one of its recipients."""
-        message, to, known, _ = draft
-        self.expect(message.sender)
+        message, to, known, _, registered = draft
+        self._check_sender(message)
         if known:
             return self._again(draft, known)
         if message.type in self.TASK_MESSAGES:
@@ -2195,7 +2211,41 @@ class Hub:
         if message.lease:
             return self._send_job(at, message, to)
         inboxes, shown = self.resolve(to, message.sender)
+        if registered:
+            self._expect_all(inboxes, shown, message.sender)
+        if message.type == "request" and message.sender in inboxes:
+            raise InvalidRequest("a request to oneself is never answered: name another agent in `to`")
+        if message.type == "response" and not message.reply_to and len(inboxes) == 1:
+            message = self._as_answer(message, inboxes[0])
         return self._pass_on(at, message, shown, inboxes)
+
+    def _check_sender(self, message: Message) -> None:
+        """Raise HubError unless that sender may send it. A guest may send what needs no answer."""
+        if message.sender != GUEST:
+            self.expect(message.sender)
+        elif message.type in ("request", "ping", *self.TASK_MESSAGES):
+            words = f"a {message.type} from nobody could not be answered"
+            raise Forbidden(f"{words}: register, and say who you are (`?from=`, or the header X-From)")
+
+    def _expect_all(self, inboxes: tuple[str, ...], to: str, sender: str) -> None:
+        """Raise UnknownAgent unless the message reaches somebody, and only agents that are here, or the operator."""
+        if not inboxes:
+            close = [name for group in named_in(to) for name in self.close_groups(group, sender)]
+            raise self._unknown(f"nobody else is in {', '.join(named_in(to))} now", close, "see `agents`, `channels`")
+        fix = "see `agents`, or send a message without waiting for an answer, which is kept until that agent comes"
+        for name in inboxes:
+            if not self.known(name):
+                raise self._unknown(f"no agent `{name}` is registered here", self.close_to(name), fix)
+
+    def _as_answer(self, message: Message, asker: str) -> Message:
+        """A response that names no message, as the answer to the one request that its recipient has sent its sender;
+        unchanged where there is none. Raises AmbiguousReply."""
+        waiting = [one for one in self.requests_of(asker) if one.asker == asker and message.sender in one.recipients]
+        if len(waiting) > 1:
+            words = f"{asker} waits for your answer to {len(waiting)} requests: say in `reply_to` which one you answer"
+            short = ", ".join(f"m{one.seq}" for one in waiting[:10])
+            raise AmbiguousReply(f"{words} ({short})", ids=[one.id for one in waiting])
+        return message._replace(reply_to=waiting[0].id, thread=waiting[0].thread) if waiting else message
 
     def _pass_on(self, at: int, message: Message, to: str, inboxes: tuple[str, ...]) -> Receipt:
         """Deliver what its sender may send, but not to full inboxes. Raises HubError: the last thing in its way."""
@@ -2345,7 +2395,7 @@ class Hub:
             self._pings.pop(seq, None)
             self._drop_job(seq, at)
             if request := self._drop(self.requests, id):
-                sender = next(filter(self.known, request.recipients), OPERATOR)
+                sender = next(filter(self.known, request.recipients), GUEST)
                 words = "nobody answered this request in time: ask again, or somebody else than"
                 self._notify(at, sender, request.asker, request, "expired", f"{words} {request.recipients[0]}")
         return tuple(seq for seq, _, _ in messages)
@@ -4239,6 +4289,7 @@ class Sending(Proposing, total=False):
     """What a sender may set for a message. A field marked SHOWN goes through to the envelope as it is."""
 
     delay: Annotated[Delay | None, "seconds to keep it aside before it is delivered"]
+    registered: Annotated[Flag | None, "true: refused unless every recipient is registered, as for a question"]
     deliver: Annotated[Deliver | None, "one: to the least busy active one of a group, and to the next if that fails"]
 
 
@@ -4366,7 +4417,7 @@ class Operations:
         receipt = yield from do(Hub.send, draft)
         return Response(lambda: receipt_text(call, receipt))
 
-    @operation("POST", "/to/{recipient}", actor="from", default_actor=OPERATOR, raw=True, headers=(("x-from", "from"),))
+    @operation("POST", "/to/{recipient}", actor="from", default_actor=GUEST, raw=True, headers=(("x-from", "from"),))
     def send_to(
         call: Call, recipient: Recipient, type: MessageType | None = None, **more: Unpack[Sending]
     ) -> Steps[Response]:
@@ -4830,15 +4881,17 @@ def draft_of(call: Call, to: str | Sequence[str], message: Any, kind: str, more:
         expires_at = expires_at or (plan.deadline_at if kind == "task_proposal" else 0)
     lease = int(options.get("lease", JOB_LEASE) * 1000) if options.get("deliver") == "one" else 0
     extra = dump({name: options[name] for name in Operations.send.shown if name in options})[1:-1]
-    parent = api.find(reply_to) if reply_to else None
+    parent, known = api.find(reply_to) if reply_to else None, api.find_chosen(id)
+    if reply_to and not parent and not known and reply_to not in api.hub.tasks:
+        fix = "check the id in the message that you answer, or leave `reply_to` out"
+        raise NotFound(f"`reply_to` names {reply_to}, and no such message is kept here (any more): {fix}")
     thread = (parent.message.thread or parent.message.id) if parent else reply_to
     draft = Message(0, id, kind, call.agent_id, "", payload, 0, reply_to, thread, expires_at, digest, call.via, due_at)
-    known = api.find_chosen(id)
     for task_id in plan.depends_on:
         # it can't become a task either: the id is another message's
         if not known and task_id not in api.hub.tasks and api.find(task_id):
             raise InvalidRequest(f"`depends_on` names {task_id}, which is no task (any more): leave it out")
-    return Draft(draft._replace(lease=lease, extra=extra), where, known, plan)
+    return Draft(draft._replace(lease=lease, extra=extra), where, known, plan, bool(options.get("registered")))
 
 
 def plan_of(options: Json, inner: Json, at: int, expires_at: int) -> Plan:
@@ -4989,6 +5042,8 @@ def receipt_text(call: Call, receipt: Receipt) -> str:
     more = f',"thread":"{message.thread}"' if message.thread else ""
     more += f',"due_at":"{timestamp(message.due_at)}"' if message.due_at else ""
     more += f',"warning":{dump(warning)}' if warning else ""
+    meant = close_recipients(hub, message) if not rows else []
+    more += f',"did_you_mean":{dump(meant)}' if meant else ""
     more += ',"duplicate":true' if receipt.duplicate else ""
     kinds = list(states.values())
     queued = len(receipt.inboxes) + len(receipt.full) - len(kinds)
@@ -5012,6 +5067,12 @@ def delivery_states(call: Call, receipt: Receipt) -> dict[str, str]:
         states |= {name: "pushed" for name, row in rows if row["pushed"]}
         states |= dict.fromkeys(hub.pushes(message.seq), "pushed")
     return states
+
+
+def close_recipients(hub: Hub, message: Message) -> list[str]:
+    """What may be meant by those groups in a message's `to` in which nobody else is."""
+    groups = [name for name in named_in(message.to) if is_group(name) and not hub.resolve(name, message.sender)[0]]
+    return [close for name in groups[:MAX_CLOSE] for close in hub.close_groups(name, message.sender)]
 
 
 def reaches_nobody(hub: Hub, receipt: Receipt) -> str:
@@ -6171,12 +6232,14 @@ class Access:
         instead = ", or set AGENTHUB_KEY to the key that `serve` printed" if key else ", or leave it out"
         raise Unauthorized(f"this is no agent's token (any more): register again to get a new one{instead}")
 
-    def actor(self, row: Row, name: str | None, holder: str) -> str:
-        """Who acts: the agent that is named; with a token only its own. Raises Forbidden, InvalidRequest."""
+    def actor(self, row: Row, name: str | None, holder: str, with_key: bool) -> str:
+        """Who acts: the agent that is named; with a token only its own. Who has the hub's key is no guest but the
+        operator. Raises Forbidden, InvalidRequest."""
         if not holder:
             if row.actor and not name and row.default_actor is None:
                 raise InvalidRequest(f"`{row.actor}` is missing: say which agent this is")
-            return name or row.default_actor or ""
+            default = OPERATOR if with_key and row.default_actor == GUEST else row.default_actor
+            return name or default or ""
         if row.access == "key" and self.settings.key:
             raise Forbidden("this needs the hub's key, not an agent's token")
         if row.actor and name not in (None, holder):
@@ -6323,11 +6386,12 @@ def admit(
     rate of their own."""
     holder, with_key = api.access.identify(row, head, peer, at)
     values = read_request(api, row, head, body, in_path)
-    actor = api.access.actor(row, values.pop(row.actor, None) if row.actor else None, holder)
+    name = values.pop(row.actor, None) if row.actor else None
+    actor = api.access.actor(row, name, holder, with_key)
     if with_key:
         route = f"{row.method} {row.path}"
         api.access.audit.note("key", address=peer.address, agent_id=actor or OPERATOR, route=route)
-    named = actor if api.hub.known(actor) else ""
+    named = actor if api.hub.known(actor) and (name or holder or with_key) else ""
     if row is OPERATIONS["register_agent"]:
         named = values.get("agent_id", "")
     payer: Payer | None = None
@@ -6345,7 +6409,8 @@ def begin(api: Api, row: Row, call: Call) -> None:
         api.hub.expect(call.agent_id)
     if api.trouble and row.writes:
         api.probe()
-    if call.agent_id and api.hub.known(call.agent_id):
+    unnamed = call.payer is not None and call.payer[0] == "address"  # it acts by default, as the operator who looks
+    if call.agent_id and api.hub.known(call.agent_id) and not unnamed:
         api.hub.touch(call.at, call.agent_id)
 
 
@@ -8372,15 +8437,16 @@ class ClientBase(Operations):
 
     @client_method
     async def ask(self, to: str | Sequence[str], message: Any, wait: float = 60, ttl: float | None = None) -> Json:
-        """Send a request and return the envelope that answers it. Raises as `answer_to` does."""
-        receipt = await self._do(Operations.send, to, message, "request", ttl=ttl)
+        """Send a request and return the envelope that answers it. Raises as `answer_to` does, and UnknownAgent."""
+        receipt = await self._do(Operations.send, to, message, "request", ttl=ttl, registered=True)
         return await ClientBase.answer_to(self, receipt, wait)
 
     @client_method
     async def ping(self, to: str, wait: float = 10) -> float:
         """Send a ping and return the seconds until its recipient had acknowledged it. Raises TimedOut."""
         started, ttl = time.monotonic(), min(wait, 86_400) or None
-        receipt = await self._do(Operations.send, to, time.time(), "ping", ttl=ttl)  # no two alike: no loop
+        more = Sending(ttl=ttl, registered=True)
+        receipt = await self._do(Operations.send, to, time.time(), "ping", **more)  # no two alike: no loop
         await ClientBase.answer_to(self, receipt, wait, "ack")
         return time.monotonic() - started
 

@@ -4039,7 +4039,7 @@ def test_a_reply_shares_the_thread_of_what_it_answers(pair: World) -> None:
 
 def test_a_body_posted_to_a_name_is_the_message(pair: World) -> None:
     for headers, target, sender, message in [
-        ({}, "/to/alpha", "operator", "hi é"), ({"X_From": "beta-2"}, "/to/Alpha?type=note", "beta-2", "hi é"),
+        ({}, "/to/alpha", "guest", "hi é"), ({"X_From": "beta-2"}, "/to/Alpha?type=note", "beta-2", "hi é"),
         ({"Content_Type": "application/json", "X_From": "x"}, "/to/alpha-1?from=beta-2", "beta-2", {"a": 1}),
     ]:  # fmt: skip
         body = json.dumps(message).encode() if isinstance(message, dict) else message.encode()
@@ -4049,11 +4049,105 @@ def test_a_body_posted_to_a_name_is_the_message(pair: World) -> None:
     assert pair.raw("POST", "/to/%23nobody", b"x").status == 200
 
 
+def test_a_guest_is_answered_by_nobody_and_is_no_agent(world: World) -> None:
+    world.register("alpha-1")
+    assert world.raw("POST", "/to/alpha-1", b"hi").status == 200
+    for sender, to in (("alpha-1", "guest"), ("alpha-1", ["alpha-1", "guest"]), ("operator", "guest")):
+        reply = {"from": sender, "to": to, "message": "hello", "reply_to": "m1"}
+        status, answer = world.call("POST", "/api/v1/messages", reply)
+        assert (status, answer["error"]["code"]) == (403, "forbidden") and "no inbox" in answer["error"]["message"]
+    for kind in ("request", "ping", "task_proposal", "task_accept"):
+        assert world.raw("POST", f"/to/alpha-1?type={kind}", b"x").status == 403, "nobody could answer it"
+    for name in ({"agent_id": "guest"}, {"agent_id": "x", "name": "Guest"}):
+        assert world.call("POST", "/api/v1/agents/register", name)[0] == 400
+    assert world.call("GET", "/api/v1/messages?agent_id=guest")[0] == 404
+
+
+def test_who_names_no_agent_pays_by_address_and_is_not_the_operator() -> None:
+    world = World(rate_limit=1, rate_burst=3)
+    world.register("alpha-1")
+    for target in ("/api/v1/tasks", "/api/v1/events"):
+        world.raw("GET", target)
+    assert world.raw("POST", "/to/alpha-1", b"hi").status == 200
+    assert world.raw("POST", "/to/alpha-1", b"hi").status == 429 and world.raw("GET", "/api/v1/tasks").status == 429
+    assert world.call("GET", "/api/v1/agents/operator?agent_id=alpha-1")[0] == 429
+    assert world.hub.status("operator", world.clock()) == "offline"
+    assert world.call("GET", "/api/v1/tasks?agent_id=operator")[0] == 200, "its own rate is untouched"
+    assert world.hub.status("operator", world.clock()) == "active"
+
+
+def test_a_group_that_reaches_nobody_names_what_is_near(pair: World) -> None:
+    pair.register("gamma-3", "session-c", "Gamma")
+    for channel in ("build", "docs"):
+        pair.call("POST", f"/api/v1/channels/{channel}/join", {"agent_id": "alpha-1"})
+    body = {"from": "beta-2", "message": 1}
+    post = lambda to, **more: pair.call("POST", "/api/v1/messages", {**body, "to": to, **more})[1]
+    assert post("#biuld")["did_you_mean"] == ["#build"] and post("@detecton")["did_you_mean"] == ["@detection"]
+    assert post(["#biuld", "@analysi"])["did_you_mean"] == ["#build", "@analysis"]
+    assert "did_you_mean" not in post("#zzz") and "did_you_mean" not in post("#build")
+    first = post("alpha-1", type="task_proposal")["message_id"]
+    assert "did_you_mean" not in post("#build", type="task_proposal", depends_on=[first]), "it waits, for #build"
+
+
+def test_a_question_to_nobody_is_refused_and_not_kept(pair: World) -> None:
+    ask = {"from": "beta-2", "message": "?", "type": "request", "registered": True}
+    pair.call("POST", "/api/v1/channels/build/join", {"agent_id": "alpha-1"})
+    before = pair.state()
+    for to, near in (("alpha-2", ["alpha-1"]), ("#biuld", ["#build"]), (["alpha-1", "zzz"], None), ("@no", None)):
+        status, answer = pair.call("POST", "/api/v1/messages", {**ask, "to": to})
+        assert (status, answer["error"]["code"], answer["error"].get("did_you_mean")) == (404, "unknown_agent", near)
+    for to in ("beta-2", ["alpha-1", "Beta"]):
+        status, answer = pair.call("POST", "/api/v1/messages", {**ask, "to": to})
+        assert (status, answer["error"]["code"]) == (400, "invalid_request") and "oneself" in answer["error"]["message"]
+    assert pair.state() == before
+    for to in ("alpha-1", "Alpha", "#build", "operator"):
+        assert pair.call("POST", "/api/v1/messages", {**ask, "to": to})[0] == 200
+
+
+def test_a_response_without_reply_to_answers_the_one_open_request(pair: World) -> None:
+    ask = {"from": "beta-2", "to": "alpha-1", "message": "?", "type": "request"}
+    reply = {"from": "alpha-1", "to": "Beta", "message": "!", "type": "response"}
+    first, second = (pair.call("POST", "/api/v1/messages", ask)[1]["message_id"] for _ in range(2))
+    pair.call("POST", "/api/v1/messages", {**ask, "from": "alpha-1", "to": "beta-2"})  # the other way round
+    before = pair.state()
+    status, answer = pair.call("POST", "/api/v1/messages", reply)
+    assert (status, answer["error"]["code"], answer["error"]["ids"]) == (409, "ambiguous_reply", [first, second])
+    assert "m1, m2" in answer["error"]["message"] and pair.state() == before
+    assert pair.call("POST", "/api/v1/messages", {**reply, "reply_to": "m1"})[1]["thread"] == first
+    assert pair.call("POST", "/api/v1/messages", reply)[1]["thread"] == second
+    assert pair.call("POST", "/api/v1/messages", {**reply, "message": "late"})[1].get("thread") is None
+    got = pair.call("GET", "/api/v1/messages?agent_id=beta-2&type=response")[1]["messages"]
+    assert [m.get("reply_to") for m in got] == [first, second, None]
+
+
+@pytest.mark.parametrize("kind", ["message", "response", "request", "task_proposal", "task_accept", "note"])
+def test_a_reply_to_what_is_not_there_is_refused_whatever_its_type(pair: World, kind: str) -> None:
+    body = {"from": "beta-2", "to": "alpha-1", "message": "!", "type": kind}
+    before = pair.state()
+    for unknown in ("m7", "no-such-id", ah.made_id(pair.hub.epoch, 7)):
+        status, answer = pair.call("POST", "/api/v1/messages", {**body, "reply_to": unknown})
+        assert (status, answer["error"]["code"]) == (404, "not_found") and unknown in answer["error"]["message"]
+    assert pair.state() == before
+
+
+def test_what_ran_out_can_be_replied_to_while_its_trace_is_kept(pair: World) -> None:
+    pair.call("POST", "/api/v1/messages", {"from": "beta-2", "to": "alpha-1", "message": 1, "ttl": 5})
+    pair.clock.advance(6)
+    pair.apply("expire", tuple(pair.store.expired(pair.clock())))
+    reply = {"from": "alpha-1", "to": "beta-2", "message": "late", "reply_to": "m1", "id": "once"}
+    assert pair.call("POST", "/api/v1/messages", reply)[0] == 200
+    pair.clock.advance(9 * 86_400)
+    pair.apply("drop", tuple(pair.store.aged(pair.clock() - 86_400))[:1])
+    pair.commit()
+    assert pair.call("POST", "/api/v1/messages", reply)[1]["duplicate"] is True, "a retry is no new reply"
+    assert pair.call("POST", "/api/v1/messages", {**reply, "id": "twice"})[0] == 404
+
+
 def test_a_send_that_reaches_nobody_says_so(pair: World) -> None:
     pair.call("DELETE", "/api/v1/agents/alpha-1")
     for to in ("ALL", "#empty", "@none"):
         answer = pair.call("POST", "/api/v1/messages", {"from": "beta-2", "to": to, "message": 1})[1]
-        assert answer["recipients"] == [] and to in answer["warning"]
+        assert answer["recipients"] == [] and to in answer["warning"] and "did_you_mean" not in answer
     close = pair.call("POST", "/api/v1/messages", {"from": "beta-2", "to": "beta-3", "message": 1})[1]["recipients"]
     assert close == [
         {"agent_id": "beta-3", "state": "unknown", "connected": False, "unread": 1, "did_you_mean": ["beta-2"]}
@@ -8650,8 +8744,11 @@ def test_asking_ends_when_nobody_gets_the_request_or_its_recipient_leaves(
     shared_hub: LiveHub,
 ) -> None:
     asker, asked = shared_hub.client("curious"), shared_hub.client("silent")
-    with pytest.raises(ah.Unanswered, match="kept for no one"):
-        asker.ask("@nobody-can", "?")
+    for to, words in (("@nobody-can", "nobody else is in @nobody-can"), ("silence", "did you mean silent")):
+        with pytest.raises(ah.UnknownAgent, match=words):
+            asker.ask(to, "?")
+        with pytest.raises(ah.UnknownAgent, match=words):
+            asker.ping(to)
     caught: list = []
 
     def ask() -> None:
