@@ -146,6 +146,9 @@ class Limits:
     rate_burst = Limit(20, "requests", "how many may come at once before rate_limit counts: two seconds' worth")
     session_ttl = Limit(30 * 86_400, "seconds", "an agent may be silent before its tokens end; a long vacation")
     loop_guard = Limit(50, "messages", "in one thread between two agents in 60 s; models thank each other for ever")
+    loop_turns = Limit(30, "turns", "two agents answer each other in 10 minutes, with no task, lock or person between")
+    loop_replies = Limit(16, "messages", "of these in a row, short and no requests: thanks, and thanks for thanks")
+    broadcast_days = Limit(1, "days", "an agent may be gone and still get what goes to ALL; its own mail waits longer")
     max_head = Limit(16 * 1024, "bytes", "a request's head; nginx takes 8 KiB a line and 32 in all")
     max_header_lines = Limit(100, "lines", "header fields in a request: Apache's figure")
     max_depth = Limit(64, "levels", "nested arrays and objects in JSON; RFC 8259 section 9 lets a reader choose")
@@ -166,6 +169,8 @@ LIMITS = {name: row for name, row in vars(Limits).items() if isinstance(row, Lim
 ACTIVE_SECONDS = 90  # three missed heartbeats of the seed's 30 s
 IDENTICAL_REPEATS = 10  # the same text to the same recipient in LOOP_WINDOW is a loop, not a conversation
 LOOP_WINDOW = 60  # seconds; long enough for two slow models to be seen going round
+TURN_WINDOW = 600  # seconds in which turns between two agents are counted, whatever they say
+SHORT_REPLY = 200  # characters of JSON: a model's thanks have fewer, and its reports more
 MAX_PACES = 100_000  # messages remembered to see loops by, 30 MB; beyond, the older half is forgotten
 MAX_BUCKETS = 50_000  # callers whose rate is remembered, 10 MB, five for each agent; beyond, the idler half goes
 GUESS_RATE, GUESS_BURST = 1, 20  # wrong keys and tokens of one address, a second and at once: a typing human's patience
@@ -816,6 +821,20 @@ def field_of(parameter: str, annotation: str, required: bool) -> Field:
     return Field(name, kind, required, doc, parameter, SHOWN in parts)
 
 
+# By the name of a field, what callers who have not read about it call it: an error then names the right one.
+MISNAMED = {
+    "message": "content text body msg payload data task prompt",
+    "from": "agent_id sender from_agent from_id author agent",
+    "to": "recipient recipients receiver target channel to_agent agent",
+    "agent_id": "from id agent sender name",
+    "channel": "name id to",
+    "paths": "path file files pattern patterns",
+    "q": "query search text words",
+    "key": "name id note",
+    "value": "content text body message data note",
+}
+
+
 class Fields(tuple[Field, ...]):
     """The fields of a request."""
 
@@ -823,8 +842,9 @@ class Fields(tuple[Field, ...]):
     def _index(self) -> tuple[dict[str, Field], list[Field]]:
         return {field.name: field for field in self}, [field for field in self if field.required]
 
-    def read(self, values: Json) -> Json:
-        """The checked values by parameter, without those left out. Raises InvalidRequest, naming the field."""
+    def read(self, values: Json, needed: str = "") -> Json:
+        """The checked values by parameter, without those left out. Raises InvalidRequest, naming the field: also where
+        the one that is `needed` now, if it is one of these, is missing."""
         checked: Json = {}
         by_name, required = self._index
         for name, value in values.items():
@@ -833,9 +853,13 @@ class Fields(tuple[Field, ...]):
                     checked[by_name[name].parameter] = by_name[name].kind.check(value)
                 except ValueError as error:
                     raise InvalidRequest(f"`{name}` must be {error}, not {refused_value(value)}") from None
-        for field in required:
+        for field in [*required, by_name[needed]] if needed in by_name else required:
             if field.parameter not in checked:
-                raise InvalidRequest(f"`{field.name}` is missing: give {field.kind.refusal(None) or 'any JSON value'}")
+                words = MISNAMED.get(field.name, "").split()
+                wrong = next((word for word in words if word in values and word not in by_name), "")
+                fix = f"`{wrong}` is called `{field.name}` here, " if wrong else ""
+                fix += f"give {field.kind.refusal(None) or 'any JSON value'}"
+                raise InvalidRequest(f"`{field.name}` is missing: {fix}")
         return checked
 
 
@@ -1553,6 +1577,22 @@ class Table(dict[Any, V]):
 Payer = tuple[str, str]
 
 
+def newer_half(table: dict[Any, V], most: int) -> dict[Any, V]:
+    """The table, or of one that has more than so many entries the newer half."""
+    return dict(itertools.islice(table.items(), most // 2, None)) if len(table) > most else table
+
+
+class Loop(NamedTuple):
+    """What is a loop if it happens more than `most` times in `window` seconds: a message is counted under `key`, from
+    the time `since` on. `words` say what happened so often."""
+
+    key: tuple[str, ...]
+    most: float
+    window: int
+    words: str
+    since: int = 0
+
+
 class Pace:
     """How fast each caller goes: a token bucket each, and a sliding window for those that may be in a loop."""
 
@@ -1562,7 +1602,9 @@ class Pace:
         # a second, and at once, for each kind of payer: guessing is slow on a hub without other limits too
         self._rates = {"agent": rates, "address": rates, "key": rates, "guess": (GUESS_RATE, GUESS_BURST)}
         self._buckets: dict[Payer, tuple[float, int]] = {}
-        self._paces: dict[tuple[Any, ...], list[int]] = {}
+        self._paces: dict[tuple[str, ...], list[int]] = {}
+        self._spoke: dict[tuple[str, ...], tuple[str, int]] = {}  # by pair of agents: who sent the last one, and when
+        self._worked: dict[str, int] = {}  # by agent: when it did more than talk
 
     def left(self, who: Payer, at: int) -> float:
         """How many requests the caller may make at once, now; infinity where they are not counted."""
@@ -1585,39 +1627,77 @@ class Pace:
                 text = f"too many wrong keys or tokens came from your address: wait {seconds} s, and send the right one"
             raise RateLimited(text, retry_after=seconds)
         self._buckets.pop(who, None)  # the caller that was charged last stands last
-        if len(self._buckets) >= MAX_BUCKETS:
-            self._buckets = dict(itertools.islice(self._buckets.items(), MAX_BUCKETS // 2, None))
+        self._buckets = newer_half(self._buckets, MAX_BUCKETS - 1)
         self._buckets[who] = (tokens - 1, at)
 
     def guard(self, message: Message, to: str, inboxes: tuple[str, ...], at: int) -> None:
         """Count a message. Raises LoopSuspected, and counts nothing, where there were too many like it."""
-        limit = self.limits.loop_guard
-        if limit == NEVER:
+        if self.limits.loop_guard == NEVER:
             return
-        if len(self._paces) > MAX_PACES:
-            self._paces = dict(itertools.islice(self._paces.items(), MAX_PACES // 2, None))
-        about = message.reply_to if message.type.startswith("task_") else ""  # many tasks end with the same words
-        same = (IDENTICAL_REPEATS, message.sender, to, crc32((about + message.payload).encode()))
-        keys: list[tuple[Any, ...]] = [same]
-        if message.thread:
-            keys += [(limit, message.thread, *sorted((message.sender, name))) for name in inboxes]
-        for key in keys:
+        self._paces, self._spoke = newer_half(self._paces, MAX_PACES), newer_half(self._spoke, MAX_PACES)
+        loops = [*self._repeats(message, to, inboxes), *self._turns(message, inboxes, at)]
+        for key, most, window, words, since in loops:
             pace = self._paces.setdefault(key, [])
-            while pace and pace[0] <= at - LOOP_WINDOW * 1000:
+            while pace and pace[0] <= max(at - window * 1000, since):
                 del pace[0]
-            if len(pace) >= key[0]:
-                what = "the same message" if key is same else "a message of this thread"
-                words = f"{message.sender} has sent {what} to {to} {len(pace)} times in {LOOP_WINDOW} s, which"
-                words += " looks like two agents going round in a loop"
+            if len(pace) >= most:
+                words += f" {len(pace)} times in {window} s, which looks like two agents going round in a loop"
                 fix = "stop replying now, and tell your user if something is left to do"
-                raise LoopSuspected(f"{words}: {fix}", retry_after=(pace[0] - at) // 1000 + LOOP_WINDOW + 1)
-        for key in keys:
-            self._paces[key].append(at)
+                raise LoopSuspected(f"{words}: {fix}", retry_after=(pace[0] - at) // 1000 + window + 1)
+        for loop in loops:
+            self._paces[loop.key].append(at)
+        self._note_turn(message, inboxes, at)
+
+    def _repeats(self, message: Message, to: str, inboxes: tuple[str, ...]) -> Iterator[Loop]:
+        about = message.reply_to if message.type.startswith("task_") else ""  # many tasks end with the same words
+        sender, digest = message.sender, str(crc32((about + message.payload).encode()))
+        words = f"{sender} has sent the same message to {to}"
+        yield Loop(("same", sender, to, digest), IDENTICAL_REPEATS, LOOP_WINDOW, words)
+        for name in inboxes if message.thread else ():
+            key = ("thread", message.thread, *sorted((sender, name)))
+            words = f"{sender} has sent a message of this thread to {to}"
+            yield Loop(key, self.limits.loop_guard, LOOP_WINDOW, words)
+
+    def _turns(self, message: Message, inboxes: tuple[str, ...], at: int) -> Iterator[Loop]:
+        """A message by which one of two agents answers the other: models never repeat themselves literally."""
+        pair = tuple(sorted((message.sender, *inboxes[:2])))
+        last, last_at = self._spoke.get(pair, ("", 0))
+        if last in ("", message.sender) or self._is_work(message) or last_at <= at - TURN_WINDOW * 1000:
+            return
+        since = max(self._worked.get(name, 0) for name in pair)
+        words = f"{pair[0]} and {pair[1]} have answered each other, with no task, lock or person between,"
+        yield Loop(("turns", *pair), self.limits.loop_turns, TURN_WINDOW, words, since)
+        if self._is_short(message):
+            yield Loop(("short", *pair), self.limits.loop_replies, TURN_WINDOW, f"{words} in a few words", since)
+
+    def _is_work(self, message: Message) -> bool:
+        return message.type.startswith("task_") or message.lease > 0 or message.sender == OPERATOR
+
+    def _is_short(self, message: Message) -> bool:
+        return len(message.payload) <= SHORT_REPLY and message.type != "request"
+
+    def _note_turn(self, message: Message, inboxes: tuple[str, ...], at: int) -> None:
+        """Remember whose turn it was, and what ends a chain of talk. In a group nobody talks with one other alone."""
+        sender, pair = message.sender, tuple(sorted((message.sender, *inboxes[:2])))
+        if self._is_work(message):
+            self.work(at, sender, *(inboxes if sender == OPERATOR or len(inboxes) == 1 else ()))
+        elif len(inboxes) == 1:
+            self._spoke.pop(pair, None)  # the newest stands last
+            self._spoke[pair] = (sender, at)
+            if not self._is_short(message):
+                self._paces.pop(("short", *pair), None)
+
+    def work(self, at: int, *names: str) -> None:
+        """Note that these agents do more than talk: a task, a lock, a job, or what a person has sent them."""
+        self._worked.update(dict.fromkeys(names, at))
 
     def sweep(self, at: int) -> None:
         """Forget callers that have been slow for long enough that it makes no difference."""
         self._buckets = {who: b for who, b in self._buckets.items() if self.left(who, at) < self._rates[who[0]][1]}
-        self._paces = {key: p for key, p in self._paces.items() if p and at - p[-1] < LOOP_WINDOW * 1000}
+        before = at - TURN_WINDOW * 1000
+        self._paces = {key: pace for key, pace in self._paces.items() if pace and pace[-1] > before}
+        self._spoke = {pair: last for pair, last in self._spoke.items() if last[1] > before}
+        self._worked = {name: last_at for name, last_at in self._worked.items() if last_at > before}
 
 
 # --- Inboxes ----------------------------------------------------------------------------------------------------------
@@ -1868,6 +1948,7 @@ class Hub:
         self._load_values(snapshot)
         self._load_inboxes(snapshot)
         self.active = {name for name in self.agents if self.status(name, at) == "active"}
+        self.dormant = {name for name in self.agents if self._is_dormant(name, at)}  # what goes to ALL is not for them
         # a recipient of a request counts as here until a sweep has looked: the asker may have to hear that it is not
         open_requests = [request for request in self.requests.values() if not request.notified]
         self.active |= {name for request in open_requests for name in request.recipients} & self.agents.keys()
@@ -1945,16 +2026,21 @@ class Hub:
         """Raise UnknownAgent unless it is known, with what to do about it."""
         if agent_id not in self.agents and agent_id != OPERATOR:
             fix = "register it with POST /api/v1/agents/register or `agenthub register`"
-            raise self._unknown(f"no agent `{agent_id}` is registered here", self.close_to(agent_id), fix)
+            raise self._unknown(agent_id, self.close_to(agent_id), fix)
 
-    def _unknown(self, words: str, close: list[str], fix: str) -> HubError:
+    def _unknown(self, to: str, close: list[str], fix: str) -> HubError:
+        words = f"nobody else is in {to} now" if is_group(to) else f"no agent `{to}` is registered here"
         hint = f" (did you mean {' or '.join(close)}?)" if close else ""
-        return UnknownAgent(f"{words}{hint}: {fix}", **({"did_you_mean": close} if close else {}))
+        return UnknownAgent(f"{words}{hint}: {fix}", agent_id=to, **({"did_you_mean": close} if close else {}))
 
     def status(self, agent_id: str, at: int) -> str:
         """`active` while a reader is open or the last sign of life is under ACTIVE_SECONDS old, else `offline`."""
         alive = agent_id in self.connections or at - self.seen.get(agent_id, 0) < ACTIVE_SECONDS * 1000
         return "active" if alive else "offline"
+
+    def _is_dormant(self, agent_id: str, at: int) -> bool:
+        silent = at - self.seen.get(agent_id, 0)
+        return agent_id not in self.connections and silent > self.limits.broadcast_days * 86_400_000
 
     def lapsed(self, agent_id: str, at: int) -> bool:
         """Whether its tokens have ended: it is not connected, and was silent for longer than they hold."""
@@ -2013,7 +2099,7 @@ class Hub:
         if to == GUEST:
             raise Forbidden("`guest` sent without a name and has no inbox: nothing can be sent to it, tell your user")
         if to.upper() == EVERYONE:
-            return sorted(name for name in self.agents if name != sender), EVERYONE
+            return sorted(name for name in self.agents if name != sender and name not in self.dormant), EVERYONE
         if to[:1] == "@":
             return sorted(name for name in self.agents.find("capability", to[1:]) if name != sender), to
         if to[:1] == "#":
@@ -2084,6 +2170,7 @@ class Hub:
         self._drop(self.agents, agent_id, "leave", address)
         self.close_to.cache_clear()
         self.seen.pop(agent_id, None)
+        self.dormant.discard(agent_id)
         self._drop(self.tables[Seen], agent_id)
         self._put(Departed(agent_id))
         for id in [request.id for request in self.requests_of(agent_id) if request.asker == agent_id]:
@@ -2111,6 +2198,7 @@ class Hub:
         if agent and at - seen > self._token_ms and self.lapsed(agent_id, at):
             self.lapse(agent_id)
         self.seen[agent_id] = max(at, seen)
+        self.dormant.discard(agent_id)
         if agent and (agent_id not in self.active or at - seen >= ACTIVE_SECONDS * 1000):
             if agent_id not in self.active:  # else it has come back before a sweep saw that it was silent
                 self.active.add(agent_id)
@@ -2212,7 +2300,7 @@ class Hub:
             return self._send_job(at, message, to)
         inboxes, shown = self.resolve(to, message.sender)
         if registered:
-            self._expect_all(inboxes, shown, message.sender)
+            self._expect_all(inboxes, named_in(shown)[0], message.sender)
         if message.type == "request" and message.sender in inboxes:
             raise InvalidRequest("a request to oneself is never answered: name another agent in `to`")
         if message.type == "response" and not message.reply_to and len(inboxes) == 1:
@@ -2230,12 +2318,11 @@ class Hub:
     def _expect_all(self, inboxes: tuple[str, ...], to: str, sender: str) -> None:
         """Raise UnknownAgent unless the message reaches somebody, and only agents that are here, or the operator."""
         if not inboxes:
-            close = [name for group in named_in(to) for name in self.close_groups(group, sender)]
-            raise self._unknown(f"nobody else is in {', '.join(named_in(to))} now", close, "see `agents`, `channels`")
+            raise self._unknown(to, self.close_groups(to, sender), "see `agents` and `channels` for who is where")
         fix = "see `agents`, or send a message without waiting for an answer, which is kept until that agent comes"
         for name in inboxes:
             if not self.known(name):
-                raise self._unknown(f"no agent `{name}` is registered here", self.close_to(name), fix)
+                raise self._unknown(name, self.close_to(name), fix)
 
     def _as_answer(self, message: Message, asker: str) -> Message:
         """A response that names no message, as the answer to the one request that its recipient has sent its sender;
@@ -2808,6 +2895,7 @@ class Hub:
         how = "renew"
         if held is None:
             self.fence += 1
+            self.pace.work(at, want.agent_id)
             how = "lock"
             held = Lock(want.id, want.agent_id, want.paths, want.mode, want.ttl, want.note, self.fence, at, at)
         lock = held._replace(ttl=want.ttl, note=want.note, renewed_at=at)
@@ -2952,6 +3040,7 @@ class Hub:
                 self.touch(at, name)
         for name in sorted(name for name in self.active if self.status(name, at) == "offline"):
             self._went_offline(self.agents[name], at)
+        self.dormant = {name for name in self.agents if self._is_dormant(name, at)}
         seen = [Seen(name, self.seen[name]) for name in sorted(self.agents)]
         for one in [one for one in seen if self.tables[Seen].get(one.agent_id) != one]:
             self._put(one)
@@ -4327,7 +4416,7 @@ class Operations:
         digest, renews = sha256(token), not call.api.settings.key
         agent = yield from do(Hub.register, agent_id, session_id, fresh, name, able, data, digest, renews, call.address)
         crowd = len(hub.agents) > MAX_PEERS  # then those that are active, and not all of them
-        here = (name for name in hub.agents if not crowd or name in hub.active)
+        here = (name for name in hub.agents if name not in hub.dormant and (not crowd or name in hub.active))
         others = [name for name in itertools.islice(here, MAX_PEERS) if name != agent_id]
         peers = [{"agent_id": o, "name": hub.agents[o].name, "status": hub.status(o, call.at)} for o in others]
         body = {"success": True, "agent_id": agent_id, "session_id": agent.session_id, "name": agent.name}
@@ -6090,6 +6179,9 @@ class Audit:
                     self._write(event, **dict(kind), repeated=count - 1)
 
 
+SET_KEY = "`export AGENTHUB_KEY=KEY` with the key that `serve` printed"  # what helps who may not come in
+
+
 @functools.lru_cache(64)
 def is_loopback(host: str) -> bool:
     """Whether a host name or address can only be this machine."""
@@ -6205,8 +6297,8 @@ class Access:
                 return self._look_up(token, row, peer.address, at)
             if key and not is_open:
                 self.hub.pace.charge(("address", peer.address), at)
-                words = "send `Authorization: Bearer` with your agent's token or the key (AGENTHUB_KEY)"
-                raise Unauthorized(f"this hub has a key: {words}")
+                words = "send it (`Authorization: Bearer KEY`), or your agent's token"
+                raise Unauthorized(f"this hub has a key, and none was sent: {SET_KEY}, or {words}")
             return self.holder(token, at) if token else "", False  # uncharged: without a key there is nothing to guess
         except (Unauthorized, RateLimited):
             if not is_open:
@@ -6229,15 +6321,16 @@ class Access:
         pace.charge(payer, at)
         if not row.actor and not key:
             return "", False
-        instead = ", or set AGENTHUB_KEY to the key that `serve` printed" if key else ", or leave it out"
-        raise Unauthorized(f"this is no agent's token (any more): register again to get a new one{instead}")
+        if not key:
+            raise Unauthorized("this is no agent's token (any more): register again to get a new one, or leave it out")
+        if re.fullmatch(f"{ID}[.][0-9a-f]{{64}}", token):
+            raise Unauthorized(f"this agent's token has ended: {SET_KEY}, and register again to get a new one")
+        raise Unauthorized(f"this is not the key of this hub: {SET_KEY}")
 
     def actor(self, row: Row, name: str | None, holder: str, with_key: bool) -> str:
         """Who acts: the agent that is named; with a token only its own. Who has the hub's key is no guest but the
-        operator. Raises Forbidden, InvalidRequest."""
+        operator. Raises Forbidden."""
         if not holder:
-            if row.actor and not name and row.default_actor is None:
-                raise InvalidRequest(f"`{row.actor}` is missing: say which agent this is")
             default = OPERATOR if with_key and row.default_actor == GUEST else row.default_actor
             return name or default or ""
         if row.access == "key" and self.settings.key:
@@ -6374,7 +6467,8 @@ def refuse(api: Api, error: HubError, payer: Payer | None, at: int, **who: str) 
             api.hub.pace.charge(payer, at)
     except RateLimited as limited:
         error = limited
-    api.access.audit.note("refused", error.message, **who, code=error.code)
+    if not isinstance(error, UnknownAgent) or error.details["agent_id"] != who["agent_id"]:  # who then registers
+        api.access.audit.note("refused", error.message, **who, code=error.code)
     return error
 
 
@@ -6385,7 +6479,7 @@ def admit(
     rate, a registration with that of the name, and who is no agent here by address: made-up names would each have a
     rate of their own."""
     holder, with_key = api.access.identify(row, head, peer, at)
-    values = read_request(api, row, head, body, in_path)
+    values = read_request(api, row, head, body, in_path, "" if holder or row.default_actor is not None else row.actor)
     name = values.pop(row.actor, None) if row.actor else None
     actor = api.access.actor(row, name, holder, with_key)
     if with_key:
@@ -6414,8 +6508,9 @@ def begin(api: Api, row: Row, call: Call) -> None:
         api.hub.touch(call.at, call.agent_id)
 
 
-def read_request(api: Api, row: Row, head: Head, body: bytes, in_path: dict[str, str]) -> Json:
-    """The checked fields of a request: from its path, query, headers and body. Raises InvalidRequest."""
+def read_request(api: Api, row: Row, head: Head, body: bytes, in_path: dict[str, str], needed: str) -> Json:
+    """The checked fields of a request: from its path, query, headers and body. Raises InvalidRequest, also where the
+    one that is `needed` is missing."""
     by_header = {name: head.headers[header] for header, name in row.all_headers if head.headers.get(header)}
     values: Json = {}
     if row.query:
@@ -6424,7 +6519,7 @@ def read_request(api: Api, row: Row, head: Head, body: bytes, in_path: dict[str,
         for field in row.query:
             if field.kind.numeric and _NUMBER(text := texts.get(field.name, "")):
                 texts[field.name] = float(text) if "." in text else int(text)
-        values = row.query.read(texts)
+        values = row.query.read(texts, needed)
     if row.raw or not (row.body or row.method == "POST"):
         return values
     check_media(head, body)
@@ -6433,7 +6528,7 @@ def read_request(api: Api, row: Row, head: Head, body: bytes, in_path: dict[str,
         raise InvalidRequest("the body must be a JSON object")
     for name, value in by_header.items():
         posted[name] = value if posted.get(name) is None else posted[name]
-    return values | row.body.read(row.without_aliases(posted) if row.aliases else posted)
+    return values | row.body.read(row.without_aliases(posted) if row.aliases else posted, needed)
 
 
 def check_media(head: Head, body: bytes) -> None:
@@ -9200,7 +9295,8 @@ class Identity:
         try:
             return do(client)
         except (UnknownAgent, Unauthorized) as error:
-            mine = isinstance(error, UnknownAgent) or client.token == self.saved_token
+            unknown = isinstance(error, UnknownAgent)
+            mine = error.details.get("agent_id") == client.agent_id if unknown else client.token == self.saved_token
             if client.agent_id == OPERATOR or not mine:
                 raise
         client.token = ""  # the hub has lost its store

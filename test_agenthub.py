@@ -950,7 +950,77 @@ def test_the_rate_is_a_bucket_per_caller_that_refills_with_time() -> None:
     assert not world.hub.pace._buckets
 
 
-def test_two_agents_that_thank_each_other_for_ever_are_stopped(pair: World) -> None:
+def take_turns(world: World, texts: Iterable[str], type: str = "message") -> int:
+    """Have two agents answer each other, each some seconds after the other, until one is refused; how many went."""
+    names = ["alpha-1", "beta-2"]
+    for count, text in enumerate(texts):
+        world.clock.advance(4)
+        try:
+            world.send(*names, ah.dump(text), type)
+        except ah.LoopSuspected as error:
+            assert "stop replying" in error.message and 0 < error.details["retry_after"] <= 601
+            return count
+        names.reverse()
+    return count + 1
+
+
+PARTS = ["Thanks", "Thank you", "Great", "Perfect", "Wonderful"], ["your help", "the update", "letting me know"]
+THANKS = [f"{a} for {b}{end}" for a in PARTS[0] for b in PARTS[1] for end in ("!", ".", ", all the best", ", bye")]
+THANKS += [f"{text} It was a pleasure to work with you." for text in THANKS]
+
+
+def test_a_hundred_and_twenty_paraphrased_thanks_are_soon_stopped(pair: World) -> None:
+    assert len(set(THANKS)) == 120 and take_turns(pair, THANKS) == 17
+    assert take_turns(pair, THANKS[::-1]) == 1, "nor go on with other words"
+    pair.send("alpha-1", "beta-2", '"a last word"'), pair.send("alpha-1", "beta-2", '"and one more"')
+    pair.clock.advance(600)
+    assert take_turns(pair, THANKS) == 17
+
+
+@pytest.mark.parametrize("type", ["message", "request"])
+def test_long_answers_without_end_are_a_loop_too(pair: World, type: str) -> None:
+    texts = [f"{number} {'and so on ' * 40 * (type == 'message')}" for number in range(120)]
+    assert take_turns(pair, texts, type) == 31
+
+
+def test_a_task_a_lock_or_a_person_ends_a_chain_of_talk(pair: World) -> None:
+    works = [
+        lambda: pair.send("operator", "alpha-1", '"go on"'),
+        lambda: pair.apply("take_lock", ah.LockRequest("beta-2", "l", ("src",), "exclusive", 1000)),
+        lambda: pair.send("alpha-1", "beta-2", '"do it"', "task_proposal"),
+        lambda: pair.send("alpha-1", "@analysis", '"job"', lease=9000),
+    ]
+    for number, work in enumerate(works):
+        assert take_turns(pair, THANKS[number * 16 : number * 16 + 15]) == 15
+        pair.clock.advance(1)
+        work()
+    assert take_turns(pair, THANKS[60:]) < 18
+
+
+def test_the_bounds_of_the_loop_guard_are_options() -> None:
+    for limits, count in (({"loop_replies": 0}, 31), ({"loop_replies": 5}, 6), ({"loop_turns": 5}, 6)):
+        world = World(**limits)
+        world.register("alpha-1"), world.register("beta-2")
+        assert take_turns(world, THANKS) == count
+    for limits in ({"loop_guard": 0}, {"loop_turns": 0, "loop_replies": 0}):
+        world = World(**limits)
+        world.register("alpha-1"), world.register("beta-2")
+        assert take_turns(world, THANKS) == 120
+
+
+def test_who_does_not_answer_is_in_no_loop(pair: World) -> None:
+    pair.register("gamma-3")
+    for number in range(400):
+        pair.send("beta-2", "alpha-1", f'"line {number}"')
+    for name in ("alpha-1", "beta-2", "gamma-3"):
+        pair.apply("join", name, "#c")
+    for number in range(120):
+        pair.send(("alpha-1", "beta-2", "gamma-3")[number % 3], "#c", f'"{number}"')
+
+
+def test_two_agents_that_thank_each_other_for_ever_are_stopped() -> None:
+    pair = World(loop_turns=0, loop_replies=0)
+    pair.register("alpha-1"), pair.register("beta-2")
     for _ in range(10):
         pair.send("beta-2", "alpha-1", '"thank you"')
     error = refused(ah.LoopSuspected, pair, lambda: pair.send("beta-2", "alpha-1", '"thank you"'))
@@ -974,6 +1044,9 @@ def test_the_memory_of_the_loop_guard_is_bounded(pair: World, monkeypatch: pytes
 
 def test_an_honest_busy_pair_is_not_stopped(pair: World) -> None:
     for number in range(99):
+        if number % 7 == 0:
+            pair.apply("take_lock", ah.LockRequest("beta-2", f"{number}", (f"{number}",), "exclusive", 1000))
+            pair.clock.advance(0.1)
         pair.send("beta-2", "alpha-1", f'"step {number}"')
         pair.clock.advance(0.1)
         pair.send("alpha-1", "beta-2", f'"did {number}"', thread=f"t{number // 20}")
@@ -3820,7 +3893,9 @@ def test_requests_nobody_has_answered_are_listed_for_both_sides(pair: World) -> 
     assert [id for id, *_ in listed("beta-2")] == [second] and listed("operator") == []
 
 
-def test_a_conversation_shows_both_sides_of_it_and_can_be_paged_back(pair: World) -> None:
+def test_a_conversation_shows_both_sides_of_it_and_can_be_paged_back() -> None:
+    pair = World(loop_guard=0)
+    pair.register("alpha-1"), pair.register("beta-2")
     pair.register("gamma-3")
     pair.commit()
     for n in range(30):
