@@ -3046,6 +3046,9 @@ class Hub:
             self._put(one)
         self.pace.sweep(at)
         self.elapse(at)
+        if self.next_at < NEVER or self.delayed:  # the next start must know how much of it has passed
+            self.seen[""] = at  # the hub's own sign of life
+            self._put(Seen("", at))
         self._forget_old(at - self.limits.retention * 1000, at)
         for name in [n for n, inbox in self.inboxes.items() if not inbox.unread and not self.known(n)]:
             del self.inboxes[name]
@@ -3412,6 +3415,12 @@ SCANS = (  # of what is not in the index, and of what is
 
 # --- Store ------------------------------------------------------------------------------------------------------------
 
+# The times in the tables, in milliseconds: of what has happened, and of what is to come.
+_PAST = "seen at, agents registered_at, tasks proposed_at, tasks since, locks taken_at, locks renewed_at, notes at,"
+_PAST += " delayed sent_at, messages sent_at, messages due_at"
+_FUTURE = "agents away_until, jobs until, tasks deadline_at, notes expires_at, delayed due_at, delayed expires_at,"
+_FUTURE += " messages expires_at, deliveries claimed_until"
+BEHIND, AHEAD = ([tuple(one.split()) for one in text.split(", ")] for text in (_PAST, _FUTURE))
 SEQS_BY = {"deliveries": "inbox", "messages": "sender", "channel_messages": "channel"}
 ANYTHING = Wanted()
 
@@ -3542,9 +3551,9 @@ class Store:
         """Make the batch durable. This waits for the disk, and may run on another thread."""
         self._execute("COMMIT")
 
-    def _execute(self, sql: str) -> sqlite3.Cursor:
+    def _execute(self, sql: str, values: Any = ()) -> sqlite3.Cursor:
         try:
-            return self._writer.execute(sql)
+            return self._writer.execute(sql, values)
         except sqlite3.Error as error:
             raise self._refusal(error) from error
 
@@ -3800,9 +3809,23 @@ class Store:
         return None
 
     def latest(self) -> int:
-        """The newest time that is written down, in milliseconds since 1970."""
-        newest = f"SELECT {_CAME_AT} FROM messages ORDER BY seq DESC LIMIT 1"
-        return int(max(next(self._rows(f"SELECT ifnull(({newest}), 0), ifnull(max(at), 0) FROM seen"))))
+        """The newest time that is written down of what has happened, in milliseconds since 1970."""
+        times = [f"SELECT max({name}) AS at FROM {table}" for table, name in BEHIND if table != "messages"]
+        times.append(f"SELECT * FROM (SELECT {_CAME_AT} FROM messages ORDER BY seq DESC LIMIT 1)")  # not all of them
+        return int(next(self._rows(f"SELECT ifnull(max(at), 0) FROM ({' UNION ALL '.join(times)})"))[0])
+
+    def set_back(self, at: int) -> None:
+        """Have the state fit a clock that is right and shows an earlier time than `latest`: what has happened did so by
+        now, and what is still to come is no further away than it was, so that no lock, lease or delay gets longer."""
+        ahead = self.latest() - at
+        if ahead > 0:
+            self._execute("BEGIN IMMEDIATE")
+            for table, name in BEHIND:
+                self._execute(f'UPDATE {table} SET "{name}" = :at WHERE "{name}" > :at', {"at": at})
+            for table, name in AHEAD:
+                sql = f'UPDATE {table} SET "{name}" = "{name}" - :ahead WHERE "{name}" > :at'
+                self._execute(sql, {"at": at, "ahead": ahead})
+            self.commit()
 
     def came_at(self, seqs: Iterable[int]) -> dict[int, int]:
         """When these messages came into their inboxes."""
@@ -7942,6 +7965,7 @@ class Server:
         self.loop, self.date = asyncio.get_running_loop(), ""
         self.store, self.limits = store, settings.limits
         self.clock = Clock(store.latest())
+        store.set_back(self.clock())
         self.hub = Hub(settings.limits, store.load(), self.clock())
         self.api = Api(self.hub, store, settings, new_secret)
         self.api.started_at = self.clock()

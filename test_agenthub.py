@@ -208,7 +208,7 @@ class World:
 def snapshot_of(hub: ah.Hub) -> ah.Snapshot:
     """What a store that wrote every change would load: equal hubs have equal snapshots."""
     inboxes = sorted(hub.inboxes.items())
-    seen = [ah.Seen(name, at) for name, at in hub.seen.items() if name in hub.agents]
+    seen = [ah.Seen(name, at) for name, at in hub.seen.items() if name in hub.agents or not name]
     values = {kind: list(table.values()) for kind, table in hub.tables.items()} | {ah.Seen: seen}
     return ah.Snapshot(
         hub.epoch,
@@ -3473,6 +3473,37 @@ def test_a_message_from_the_future_does_not_keep_the_next_ones(pair: World) -> N
     pair.commit()
     pair.clock.advance(100)
     assert [seq for seq, _, _ in pair.store.aged(pair.clock())] == [2]
+
+
+def test_a_clock_set_back_by_days_lengthens_no_lock_lease_or_delay(tmp_path: Path) -> None:
+    world = World(str(tmp_path / "hub.db"), retention=30 * 86_400)
+    for name in ("boss", "w1"):
+        world.register(name, None, None, "work")
+    world.apply("take_lock", ah.LockRequest("w1", "l", ("src",), "exclusive", 600_000, follows=False))
+    task = world.send("boss", "w1", type="task_proposal", plan=ah.Plan(60_000, world.clock() + 900_000)).message.id
+    world.send("w1", "boss", type="task_accept", reply_to=task)
+    world.send("boss", "@work", lease=30_000)
+    world.send("boss", "w1", due_at=world.clock() + 100_000, id="late")
+    world.send("boss", "w1", expires_at=world.clock() + 50_000)
+    world.apply("claim", "w1", (1,), world.clock() + 40_000)
+    world.apply("set_status", "w1", "", world.clock() + 70_000)
+    world.clock.advance(10)
+    world.apply("sweep")
+    world.commit(), world.store.close()
+    at = world.clock() - 3 * 86_400_000
+    store = ah.Store(world.store.path)
+    assert store.latest() == world.clock(), "also where nobody does anything: something is due"
+    for _ in range(2):  # the second time changes nothing
+        store.set_back(at)
+        hub = ah.Hub(world.limits, store.load(), at)
+        assert store.latest() == at and hub.lock_ends(hub.locks["l"], at) == at + 600_000
+        assert hub.lost_at(hub.tasks[task], at) == at + 60_000 and hub.tasks[task].deadline_at == at + 890_000
+        assert next(iter(hub.jobs.values())).until == at + 20_000 and hub.agents["w1"].away_until == at + 60_000
+        assert hub.mail("w1").claims == {1: at + 30_000} and hub.status("w1", at) == "active"
+        assert store.due(at + 89_999) == [] and [late.id for late, *_ in store.due(at + 90_000)] == ["late"]
+        assert [seq for seq, *_ in store.expired(at + 40_000)] == [5] and not store.expired(at + 39_999)
+    store.set_back(at + 1)
+    assert store.latest() == at, "a clock that goes on moves nothing"
 
 
 def test_large_messages_are_swept_released_and_indexed_a_few_at_a_time(
@@ -8031,6 +8062,9 @@ def test_a_clock_set_back_changes_neither_order_nor_expiry(tmp_path: Path, monke
         )
         store.write(hub.take_changes()), store.commit(), store.close()
     assert times[0] <= times[1] < times[0] + 60_000, "after a restart it goes on from what was written down"
+    store = ah.Store(str(tmp_path / "hub.db"))
+    assert store.latest() == times[1], "this far it has got, and no further"
+    store.close()
     now[0] = -3 * ah.CLOCK_DAY
     clock = ah.Clock(times[1])
     assert clock() < times[1] - 2 * ah.CLOCK_DAY * 1000, "a clock that was wrong by days is right now"
