@@ -1002,8 +1002,8 @@ SHOWN = object()  # marks a field of a message that goes through to the envelope
 AgentId = Annotated[str, AGENT_ID]
 _RESERVED = "another agent_id: ALL, operator and guest are reserved"
 NewAgentId = Annotated[str, without(AGENT_ID, "(?i:all)|operator|guest", _RESERVED)]
-_NAMES = "a name of 1 to 64 printable characters, which is not blank, ALL, operator or guest"
-Name = Annotated[str, without(printable(64), " *(?i:all|operator|guest)? *", _NAMES)]
+_NAMES = "a name of 1 to 64 printable characters, which is not blank, ALL or operator"
+Name = Annotated[str, without(printable(64), " *(?i:all|operator)? *", _NAMES)]
 Capabilities = Annotated[Sequence[str], list_of(CAPABILITY, 64, "a list of up to 64 capabilities")]
 Metadata = Annotated[Json, Kind({"type": "object"}, _metadata)]
 _MANY_RECIPIENTS = {"type": "array", "items": _RECIPIENT.schema, "minItems": 1}
@@ -1635,7 +1635,10 @@ class Pace:
         if self.limits.loop_guard == NEVER:
             return
         self._paces, self._spoke = newer_half(self._paces, MAX_PACES), newer_half(self._spoke, MAX_PACES)
-        loops = [*self._repeats(message, to, inboxes), *self._turns(message, inboxes, at)]
+        works = message.type.startswith("task_") or message.lease > 0 or message.sender == OPERATOR
+        pair = tuple(sorted((message.sender, *inboxes))) if len(inboxes) == 1 and not works else ()
+        short = len(message.payload) <= SHORT_REPLY and message.type != "request"
+        loops = [*self._repeats(message, to, inboxes), *self._turns(pair, message.sender, short, at)]
         for key, most, window, words, since in loops:
             pace = self._paces.setdefault(key, [])
             while pace and pace[0] <= max(at - window * 1000, since):
@@ -1646,46 +1649,32 @@ class Pace:
                 raise LoopSuspected(f"{words}: {fix}", retry_after=(pace[0] - at) // 1000 + window + 1)
         for loop in loops:
             self._paces[loop.key].append(at)
-        self._note_turn(message, inboxes, at)
+        if works:
+            self.work(at, message.sender, *(inboxes if message.sender == OPERATOR or len(inboxes) == 1 else ()))
+        if pair:
+            self._spoke.pop(pair, None)  # the newest stands last
+            self._spoke[pair] = (message.sender, at)
+        if not short:
+            self._paces.pop(("short", *pair), None)
 
     def _repeats(self, message: Message, to: str, inboxes: tuple[str, ...]) -> Iterator[Loop]:
         about = message.reply_to if message.type.startswith("task_") else ""  # many tasks end with the same words
         sender, digest = message.sender, str(crc32((about + message.payload).encode()))
         words = f"{sender} has sent the same message to {to}"
         yield Loop(("same", sender, to, digest), IDENTICAL_REPEATS, LOOP_WINDOW, words)
+        words = f"{sender} has sent a message of this thread to {to}"
         for name in inboxes if message.thread else ():
-            key = ("thread", message.thread, *sorted((sender, name)))
-            words = f"{sender} has sent a message of this thread to {to}"
-            yield Loop(key, self.limits.loop_guard, LOOP_WINDOW, words)
+            yield Loop(("thread", message.thread, *sorted((sender, name))), self.limits.loop_guard, LOOP_WINDOW, words)
 
-    def _turns(self, message: Message, inboxes: tuple[str, ...], at: int) -> Iterator[Loop]:
+    def _turns(self, pair: tuple[str, ...], sender: str, short: bool, at: int) -> Iterator[Loop]:
         """A message by which one of two agents answers the other: models never repeat themselves literally."""
-        pair = tuple(sorted((message.sender, *inboxes[:2])))
         last, last_at = self._spoke.get(pair, ("", 0))
-        if last in ("", message.sender) or self._is_work(message) or last_at <= at - TURN_WINDOW * 1000:
-            return
-        since = max(self._worked.get(name, 0) for name in pair)
-        words = f"{pair[0]} and {pair[1]} have answered each other, with no task, lock or person between,"
-        yield Loop(("turns", *pair), self.limits.loop_turns, TURN_WINDOW, words, since)
-        if self._is_short(message):
-            yield Loop(("short", *pair), self.limits.loop_replies, TURN_WINDOW, f"{words} in a few words", since)
-
-    def _is_work(self, message: Message) -> bool:
-        return message.type.startswith("task_") or message.lease > 0 or message.sender == OPERATOR
-
-    def _is_short(self, message: Message) -> bool:
-        return len(message.payload) <= SHORT_REPLY and message.type != "request"
-
-    def _note_turn(self, message: Message, inboxes: tuple[str, ...], at: int) -> None:
-        """Remember whose turn it was, and what ends a chain of talk. In a group nobody talks with one other alone."""
-        sender, pair = message.sender, tuple(sorted((message.sender, *inboxes[:2])))
-        if self._is_work(message):
-            self.work(at, sender, *(inboxes if sender == OPERATOR or len(inboxes) == 1 else ()))
-        elif len(inboxes) == 1:
-            self._spoke.pop(pair, None)  # the newest stands last
-            self._spoke[pair] = (sender, at)
-            if not self._is_short(message):
-                self._paces.pop(("short", *pair), None)
+        if last not in ("", sender) and last_at > at - TURN_WINDOW * 1000:
+            since = max(self._worked.get(name, 0) for name in pair)
+            words = f"{pair[0]} and {pair[1]} have answered each other, with no task, lock or person between,"
+            yield Loop(("turns", *pair), self.limits.loop_turns, TURN_WINDOW, words, since)
+            if short:
+                yield Loop(("short", *pair), self.limits.loop_replies, TURN_WINDOW, f"{words} in a few words", since)
 
     def work(self, at: int, *names: str) -> None:
         """Note that these agents do more than talk: a task, a lock, a job, or what a person has sent them."""
@@ -1948,7 +1937,7 @@ class Hub:
         self._load_values(snapshot)
         self._load_inboxes(snapshot)
         self.active = {name for name in self.agents if self.status(name, at) == "active"}
-        self.dormant = {name for name in self.agents if self._is_dormant(name, at)}  # what goes to ALL is not for them
+        self.dormant = self._long_gone(at)  # what goes to ALL is not for them
         # a recipient of a request counts as here until a sweep has looked: the asker may have to hear that it is not
         open_requests = [request for request in self.requests.values() if not request.notified]
         self.active |= {name for request in open_requests for name in request.recipients} & self.agents.keys()
@@ -2025,7 +2014,7 @@ class Hub:
     def expect(self, agent_id: str) -> None:
         """Raise UnknownAgent unless it is known, with what to do about it."""
         if agent_id not in self.agents and agent_id != OPERATOR:
-            fix = "register it with POST /api/v1/agents/register or `agenthub register`"
+            fix = "register it with POST /api/v1/agents/register or `register`"
             raise self._unknown(agent_id, self.close_to(agent_id), fix)
 
     def _unknown(self, to: str, close: list[str], fix: str) -> HubError:
@@ -2038,9 +2027,9 @@ class Hub:
         alive = agent_id in self.connections or at - self.seen.get(agent_id, 0) < ACTIVE_SECONDS * 1000
         return "active" if alive else "offline"
 
-    def _is_dormant(self, agent_id: str, at: int) -> bool:
-        silent = at - self.seen.get(agent_id, 0)
-        return agent_id not in self.connections and silent > self.limits.broadcast_days * 86_400_000
+    def _long_gone(self, at: int) -> set[str]:
+        before = at - self.limits.broadcast_days * 86_400_000
+        return {name for name in self.agents if name not in self.connections and self.seen.get(name, 0) < before}
 
     def lapsed(self, agent_id: str, at: int) -> bool:
         """Whether its tokens have ended: it is not connected, and was silent for longer than they hold."""
@@ -3040,7 +3029,7 @@ class Hub:
                 self.touch(at, name)
         for name in sorted(name for name in self.active if self.status(name, at) == "offline"):
             self._went_offline(self.agents[name], at)
-        self.dormant = {name for name in self.agents if self._is_dormant(name, at)}
+        self.dormant = self._long_gone(at)
         seen = [Seen(name, self.seen[name]) for name in sorted(self.agents)]
         for one in [one for one in seen if self.tables[Seen].get(one.agent_id) != one]:
             self._put(one)

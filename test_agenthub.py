@@ -983,6 +983,12 @@ def test_long_answers_without_end_are_a_loop_too(pair: World, type: str) -> None
     assert take_turns(pair, texts, type) == 31
 
 
+@pytest.mark.parametrize(("text", "type"), [("a report " * 40, "message"), ("and what about this?", "request")])
+def test_a_report_or_a_question_ends_a_chain_of_short_replies(pair: World, text: str, type: str) -> None:
+    assert take_turns(pair, THANKS[:14]) == 14 and take_turns(pair, [text], type) == 1
+    assert take_turns(pair, THANKS[14:28]) == 14
+
+
 def test_a_task_a_lock_or_a_person_ends_a_chain_of_talk(pair: World) -> None:
     works = [
         lambda: pair.send("operator", "alpha-1", '"go on"'),
@@ -3506,6 +3512,13 @@ def test_a_clock_set_back_by_days_lengthens_no_lock_lease_or_delay(tmp_path: Pat
     assert store.latest() == at, "a clock that goes on moves nothing"
 
 
+def test_every_time_in_the_state_moves_with_a_clock_set_back() -> None:
+    fields = [(row.table, name) for row in ah.STATE for name in row.kind._fields]
+    times = {(table, name) for table, name in fields if re.search(r"(^|_)(at|until)$", name)} | {("tasks", "since")}
+    moved = {(table, name) for table, name in ah.BEHIND + ah.AHEAD}
+    assert times == {one for one in moved if one[0] not in ("messages", "delayed", "deliveries")}
+
+
 def test_large_messages_are_swept_released_and_indexed_a_few_at_a_time(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -4041,6 +4054,34 @@ def test_registering_gives_the_seeds_answer(world: World) -> None:
     assert world.call("GET", "/api/v1/agents?status=active&capability=detection")[1]["total"] == 1
 
 
+def test_what_goes_to_all_reaches_no_agent_gone_for_over_a_day(pair: World) -> None:
+    def reached() -> list[str]:
+        body = {"from": "operator", "to": "ALL", "message": pair.clock()}
+        return [row["agent_id"] for row in pair.call("POST", "/api/v1/messages", body)[1]["recipients"]]
+
+    def pass_time(seconds: float, *alive: str) -> None:
+        pair.clock.advance(seconds)
+        for name in alive:
+            pair.apply("touch", name)
+        pair.apply("sweep")
+
+    pass_time(86_000, "beta-2")
+    assert reached() == ["alpha-1", "beta-2"]
+    pass_time(1000)
+    assert reached() == ["beta-2"] and pair.hub.unread("alpha-1") == 1
+    peers = pair.call("POST", "/api/v1/agents/register", {"agent_id": "new"})[1]["peers"]
+    assert [peer["agent_id"] for peer in peers] == ["beta-2"]
+    pair.call("POST", "/api/v1/messages", {"from": "beta-2", "to": "alpha-1", "message": "mine"})
+    assert pair.hub.unread("alpha-1") == 2, "its own mail waits for it"
+    pass_time(86_401)
+    answer = pair.call("POST", "/api/v1/messages", {"from": "new", "to": "ALL", "message": 1})[1]
+    assert answer["recipients"] == [] and answer["did_you_mean"] == ["beta-2", "alpha-1"]
+    pair.apply("touch", "alpha-1")
+    again = ah.Hub(pair.limits, pair.state(), pair.clock())
+    assert reached() == ["alpha-1", "new"] == list(again.resolve("ALL", "operator")[0])
+    assert ah.Hub(ah.Limits(broadcast_days=0), pair.state(), pair.clock()).dormant == set()
+
+
 def test_a_message_is_sent_listed_and_acknowledged(pair: World) -> None:
     status, receipt = pair.call(
         "POST", "/api/v1/messages", {"from": "beta-2", "to": "Alpha", "message": {"type": "task_x", "n": 1.5}}
@@ -4164,8 +4205,7 @@ def test_a_guest_is_answered_by_nobody_and_is_no_agent(world: World) -> None:
         assert (status, answer["error"]["code"]) == (403, "forbidden") and "no inbox" in answer["error"]["message"]
     for kind in ("request", "ping", "task_proposal", "task_accept"):
         assert world.raw("POST", f"/to/alpha-1?type={kind}", b"x").status == 403, "nobody could answer it"
-    for name in ({"agent_id": "guest"}, {"agent_id": "x", "name": "Guest"}):
-        assert world.call("POST", "/api/v1/agents/register", name)[0] == 400
+    assert world.call("POST", "/api/v1/agents/register", {"agent_id": "guest"})[0] == 400
     assert world.call("GET", "/api/v1/messages?agent_id=guest")[0] == 404
 
 
@@ -4184,12 +4224,13 @@ def test_who_names_no_agent_pays_by_address_and_is_not_the_operator() -> None:
 
 def test_a_group_that_reaches_nobody_names_what_is_near(pair: World) -> None:
     pair.register("gamma-3", "session-c", "Gamma")
-    for channel in ("build", "docs"):
+    for channel in ("build", "builders", "docs"):
         pair.call("POST", f"/api/v1/channels/{channel}/join", {"agent_id": "alpha-1"})
     body = {"from": "beta-2", "message": 1}
     post = lambda to, **more: pair.call("POST", "/api/v1/messages", {**body, "to": to, **more})[1]
-    assert post("#biuld")["did_you_mean"] == ["#build"] and post("@detecton")["did_you_mean"] == ["@detection"]
-    assert post(["#biuld", "@analysi"])["did_you_mean"] == ["#build", "@analysis"]
+    assert post("#biuld")["did_you_mean"] == ["#build"]
+    assert post("@detecton")["did_you_mean"] == ["@detection"]
+    assert post(["#dosc", "@analysi"])["did_you_mean"] == ["#docs", "@analysis"]
     assert "did_you_mean" not in post("#zzz") and "did_you_mean" not in post("#build")
     first = post("alpha-1", type="task_proposal")["message_id"]
     assert "did_you_mean" not in post("#build", type="task_proposal", depends_on=[first]), "it waits, for #build"
@@ -5669,6 +5710,20 @@ def test_in_key_mode_key_and_tokens_open_what_they_should() -> None:
     )
 
 
+def test_no_key_a_wrong_key_and_an_ended_token_are_three_sentences() -> None:
+    world = World(key="the-key")
+    register = lambda **who: world.call("POST", "/api/v1/agents/register", {"agent_id": "a"}, **who)
+    token = register(Authorization="Bearer the-key")[1]["token"]
+    world.call("DELETE", "/api/v1/agents/a", Authorization=f"Bearer {token}")
+    sentences = []
+    for sent in ("", "Bearer wrong", "Bearer a.wrong", f"Bearer {token}"):
+        status, answer = register(**({"Authorization": sent} if sent else {}))
+        assert status == 401 and "`export AGENTHUB_KEY=KEY`" in answer["error"]["message"]
+        sentences.append(answer["error"]["message"])
+    assert sentences[1] == sentences[2] and len(set(sentences)) == 3 and token not in sentences[3]
+    assert "none was sent" in sentences[0] and "not the key" in sentences[1] and "has ended" in sentences[3]
+
+
 def without_signs_of_life(world: World) -> list:
     return [
         *world.state()[:-1],
@@ -6108,6 +6163,50 @@ def test_operations_are_frames_of_the_same_words(crew: World) -> None:
         and not waits.body
         and ah.answer_frame(waits.parked.resume(ah.OVER, crew.clock()), {}, "lock").body["type"] == "error"
     )
+
+
+@pytest.mark.parametrize(
+    ("target", "body", "wrong", "right"),
+    [
+        ("messages", {"from": "w1", "to": "boss", "content": "hi"}, "content", "message"),
+        ("messages", {"from": "w1", "to": "boss", "text": "hi"}, "text", "message"),
+        ("messages", {"from": "w1", "recipient": "boss", "message": "hi"}, "recipient", "to"),
+        ("messages", {"from": "w1", "channel": "#c", "body": "hi"}, "channel", "to"),
+        ("messages", {"agent_id": "w1", "to": "boss", "message": "hi"}, "agent_id", "from"),
+        ("messages", {"sender": "w1", "to": "boss", "message": "hi"}, "sender", "from"),
+        ("tasks", {"from": "w1", "description": "x", "text": "hi"}, "text", "message"),
+        ("locks", {"agent_id": "w1", "files": ["src"]}, "files", "paths"),
+        ("locks", {"name": "w1", "paths": ["src"]}, "name", "agent_id"),
+        ("notes/k", {"agent_id": "w1", "text": "hi"}, "text", "value"),
+        ("messages?from=w1", None, "", "agent_id"),  # where that is a filter
+        ("requests?from=w1", None, "from", "agent_id"),
+        ("tasks/next", {"sender": "w1"}, "sender", "agent_id"),
+    ],
+)
+def test_an_error_names_the_right_field_for_a_wrong_one(
+    crew: World, target: str, body: dict | None, wrong: str, right: str
+) -> None:
+    method = "GET" if body is None else "PUT" if "notes" in target else "POST"
+    status, answer = crew.call(method, f"/api/v1/{target}", body)
+    words = f"`{right}` is missing: " + (f"`{wrong}` is called `{right}` here, give " if wrong else "give ")
+    assert status == 400 and answer["error"]["message"].startswith(words)
+
+
+def test_a_frame_names_the_right_field_too(crew: World) -> None:
+    frame = json.dumps({"type": "message", "recipient": "boss", "content": "hi"}).encode()
+    assert "`recipient` is called `to` here" in crew.frame("w1", frame).body["error"]["message"]
+    frame = json.dumps({"to": "boss", "content": "hi"}).encode()
+    assert "`content` is called `message` here" in crew.frame("w1", frame).body["error"]["message"]
+
+
+def test_an_agent_not_registered_yet_is_no_refusal_in_the_log(pair: World) -> None:
+    events: list[tuple[str, str]] = []
+    pair.api.access.audit = ah.Audit(lambda event, **fields: events.append((event, fields.get("code", ""))))
+    assert pair.call("POST", "/api/v1/messages", {"from": "new", "to": "alpha-1", "message": 1})[0] == 404
+    assert pair.frame("new", b'{"to": "alpha-1", "message": 1}').body["error"]["code"] == "unknown_agent"
+    assert not events, "its client registers it now"
+    ask = {"from": "beta-2", "to": "new", "message": 1, "type": "request", "registered": True}
+    assert pair.call("POST", "/api/v1/messages", ask)[0] == 404 and events == [("refused", "unknown_agent")]
 
 
 def test_head_options_and_405_tell_what_a_path_takes(pair: World) -> None:
