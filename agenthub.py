@@ -180,6 +180,9 @@ JOBS_AHEAD = 10  # waiting jobs that one worker gets at once: others come a mome
 MAX_TASK_BYTES = 64 << 20  # of proposals kept in memory, because they are proposed again when their holder is gone
 MAX_ENDED_TASKS = 10_000  # completed or cancelled ones on the board; of more, the oldest go
 MAX_DEPENDS = 100  # tasks that one waits for
+TASK_ATTEMPTS = 3  # tries that may fail before a task has failed: a third agent seldom does what two could not
+MAX_TASK_STEPS = 20  # of a task's history; of more, the oldest progress goes, then the oldest step
+MAX_STEP_WORDS = 2_000  # characters of what one step says, e.g. to hand over; the message of it is kept whole
 LOCK_TTL = 600  # seconds a lock outlives its holder's last sign of life: the contract's figure
 COMMAND_LOCK_TTL = 30  # seconds the lock of `lock … -- COMMAND` outlives the command line when that is killed
 POSITION_SECONDS = 10  # an agent that waits for a lock in several requests keeps its position this long between two
@@ -368,6 +371,14 @@ def title_of(payload: Any) -> str:
     return cut_short(" ".join((title if isinstance(title, str) else dump(title)).split()), 80)
 
 
+def spoken(payload: str) -> str:
+    """What a payload (JSON text) says, as text; of an object without the `task_id` that only names its task."""
+    value = json.loads(payload)
+    if isinstance(value, dict):
+        value = {name: item for name, item in value.items() if name != "task_id"}
+    return value if isinstance(value, str) else dump(value) if value or value == 0 else ""
+
+
 @functools.lru_cache(4096)
 def named_in(to: str) -> tuple[str, ...]:
     """The recipients in the `to` of an envelope (JSON text)."""
@@ -449,6 +460,11 @@ class Message(NamedTuple):
     lease: int = 0
     extra: str = ""
 
+    def adding(self, **more: Any) -> Message:
+        """The same message with those of these members in its envelope, too, that are not empty."""
+        text = dump({name: value for name, value in more.items() if value})[1:-1]
+        return self._replace(extra=",".join(filter(None, (self.extra, text))))
+
     def envelope(self, redelivered: bool = False) -> str:
         """The message as every interface shows it (JSON text); only `to` and `payload` could need escaping."""
         more = f',"reply_to":"{self.reply_to}"' if self.reply_to else ""
@@ -493,6 +509,7 @@ class Plan(NamedTuple):
     deadline_at: int = 0
     priority: int = 0
     depends_on: tuple[str, ...] = ()
+    attempts: int = TASK_ATTEMPTS
 
 
 class Draft(NamedTuple):
@@ -531,11 +548,22 @@ class Job(NamedTuple):
     until: int = 0
 
 
+class TaskStep(NamedTuple):
+    """What was done with a task: by which agent (empty: by the hub), when, what (accept, release, fail, lost, progress,
+    assign, …), and the words that came with it, cut to MAX_STEP_WORDS."""
+
+    agent_id: str
+    at: int
+    what: str
+    words: str = ""
+
+
 class Task(NamedTuple):
     """Work that was proposed; its id is that of the proposal. `to` and `payload` are JSON text as in a message; of a
-    task that has ended the payload is with the store only. `state` is blocked (until those in `waits_for` are
+    task that has ended, payload and history are with the store only. `state` is blocked (until those in `waits_for` are
     completed), open, accepted (by its `holder`, who loses it after `lease` milliseconds without a sign of life),
-    completed or cancelled; it began at `since`, because of `reason`. `released_by` was the last to give it back."""
+    completed, cancelled, or failed (after `attempts` tries that failed; 0: no bound); it began at `since`, because of
+    `reason`. Since it was held last, `released_by` has given it back."""
 
     id: str
     seq: int
@@ -554,11 +582,26 @@ class Task(NamedTuple):
     since: int = 0
     reason: str = ""
     released_by: str = ""
+    attempts: int = TASK_ATTEMPTS
+    failed: int = 0
+    history: tuple[TaskStep, ...] = ()
 
     @property
     def ended(self) -> bool:
         """Whether its state can't change any more."""
-        return self.state in ("completed", "cancelled")
+        return self.state in ("completed", "cancelled", "failed")
+
+    @property
+    def size(self) -> int:
+        """Characters of text that it keeps in memory."""
+        return len(self.payload) + sum(len(step.words) for step in self.history)
+
+    def after(self, agent_id: str, at: int, what: str, words: str = "") -> Task:
+        """The same task with one step more in its history."""
+        steps = [*self.history, TaskStep(agent_id, at, what, cut_short(words, MAX_STEP_WORDS))]
+        if len(steps) > MAX_TASK_STEPS:
+            del steps[next((i for i, step in enumerate(steps[:-1]) if step.what == "progress"), 0)]
+        return self._replace(history=tuple(steps))
 
 
 class Lock(NamedTuple):
@@ -1524,7 +1567,7 @@ STATE = (
     State(Member, "members", ("channel", "agent_id"), lambda m: [("agent", m.agent_id), ("channel", m.channel)]),
     State(PendingRequest, "requests", ("id",), _request_words, lambda request: request.seq),
     State(Job, "jobs", ("seq",), lambda job: [("holder", job.holder) if job.holder else ("group", job.group)]),
-    State(Task, "tasks", ("id",), _task_words, lambda task: (task.since, task.seq), aside="result", once=("payload",)),
+    State(Task, "tasks", ("id",), _task_words, lambda t: (t.since, t.seq), aside="result", once=("payload", "history")),
     State(Lock, "locks", ("lock_id",), lambda lock: [("agent", lock.agent_id)]),
     State(Note, "notes", ("key",), lambda n: [("state", "gone" if n.gone else "here")], lambda n: n.at, aside="value"),
 )
@@ -2036,7 +2079,8 @@ class Hub:
         return at - self.seen.get(agent_id, 0) > self._token_ms and agent_id not in self.connections
 
     def alive_at(self, agent_id: str, at: int) -> int:
-        """Until when it is known to have been alive; the time in which the hub was down counts as if it was."""
+        """Until when it is known to have been alive; the time in which the hub was down counts as if it was. A session
+        that waits for its person is connected: its waiter polls, or its MCP server gives signs of life."""
         return at if agent_id in self.connections else max(self.seen.get(agent_id, 0), self.loaded_at)
 
     def is_free(self, agent_id: str, at: int) -> bool:
@@ -2593,7 +2637,8 @@ class Hub:
     # tasks: work that is proposed to several agents, accepted by one of them and completed. A task changes only by one
     # of these messages; an operation on a task sends one.
 
-    TASK_MESSAGES = ("task_proposal", "task_accept", "task_complete", "task_release", "task_cancel")
+    TASK_ACTIONS = ("proposal", "accept", "complete", "release", "cancel", "fail", "progress", "assign")
+    TASK_MESSAGES = tuple(f"task_{action}" for action in TASK_ACTIONS)
 
     def task(self, task_id: str) -> Task:
         """A task on the board. Raises NotFound."""
@@ -2630,13 +2675,13 @@ class Hub:
 
         return min(tasks, key=_rank, default=None)
 
-    def _put_task(self, task: Task, result: str = "") -> None:
-        """What a task is from now on. Of too many that ended, the oldest is forgotten."""
+    def _put_task(self, task: Task, how: str, result: str = "") -> None:
+        """What a task is from now on, and what was done. Of too many that ended, the oldest is forgotten."""
         old = self.tasks.get(task.id)
-        kept = task._replace(payload="") if task.ended else task  # the store has the text of an ended one
-        self.changes.append(Put(task, "changed" if old else "proposed", aside=result))
+        kept = task._replace(payload="", history=()) if task.ended else task
+        self.changes.append(Put(task, how, aside=result))
         self.tasks.put(kept)
-        self._task_bytes += len(kept.payload) - (len(old.payload) if old else 0)
+        self._task_bytes += kept.size - (old.size if old else 0)
         ended = self.tasks.find("state", "ended")
         if len(ended) > MAX_ENDED_TASKS:
             self._drop(self.tasks, next(iter(ended)))
@@ -2650,7 +2695,8 @@ class Hub:
         thread, lease = stored.thread or stored.id, plan.lease or TASK_LEASE * 1000
         task = Task(stored.id, stored.seq, stored.sender, to, stored.payload, thread, at, lease, since=at)
         task = task._replace(deadline_at=plan.deadline_at, priority=plan.priority, depends_on=plan.depends_on)
-        self._put_task(task._replace(waits_for=waits_for, state="blocked" if waits_for else "open"))
+        task = task._replace(waits_for=waits_for, state="blocked" if waits_for else "open", attempts=plan.attempts)
+        self._put_task(task, "proposal")
         self._due_by(task.deadline_at)
         return receipt
 
@@ -2668,8 +2714,8 @@ class Hub:
             what = f"`depends_on` names {id}"
             if id not in states and self.seq_of(id):
                 raise NotFound(f"{what}, and there is no such task (any more): leave it out")
-            if states.get(id) == "cancelled":
-                raise InvalidRequest(f"{what}, which was cancelled and will not complete: leave it out")
+            if states.get(id) in ("cancelled", "failed"):
+                raise InvalidRequest(f"{what}, which is {states[id]} and will not complete: leave it out")
         waits_for = tuple([id for id in plan.depends_on if states.get(id) != "completed"])
         self._check_circle(message.id, waits_for)
         return waits_for
@@ -2705,48 +2751,78 @@ class Hub:
     def _act(self, at: int, draft: Draft, task: Task) -> Receipt:
         """Do with a task what a message says, if its sender may. The message goes to its recipients, without any to the
         first whom the task concerns, and to the others of these, but not to its sender."""
-        type, sender, cancels = draft.message.type, draft.message.sender, draft.message.type == "task_cancel"
-        self._check_act(task, type, sender, at)
-        others = [*filter(None, (task.holder, task.proposer) if cancels else (task.proposer, task.holder))]
-        to = draft.to or (named_in(task.to) if cancels and task.state == "open" else (others[0],))
+        message, sender, what = draft.message, draft.message.sender, draft.message.type.removeprefix("task_")
+        self._check_act(task, what, sender, at)
+        others = [*filter(None, (task.holder, task.proposer) if what == "cancel" else (task.proposer, task.holder))]
+        to = draft.to or (named_in(task.to) if what == "cancel" and task.state == "open" else (others[0],))
         inboxes, shown = self.resolve(to, sender)
+        assignee = self._assignee(inboxes, shown) if what == "assign" else ""
         inboxes = tuple(dict.fromkeys(name for name in (*inboxes, *others) if name != sender))
-        message = draft.message._replace(reply_to=task.id, thread=draft.message.thread or task.thread)
+        message = message._replace(reply_to=task.id, thread=message.thread or task.thread)
+        if what == "fail":
+            message = message.adding(attempt=task.failed + 1, state=self._state_after_failing(task))
+        elif what == "assign" and message.payload != task.payload:
+            message = message.adding(task=title_of(json.loads(task.payload)))
         receipt = self._pass_on(at, message, shown, inboxes)
-        if type == "task_accept":
-            lease = draft.plan.lease or task.lease
-            self._put_task(task._replace(state="accepted", holder=sender, lease=lease, since=at, reason=""))
-            self._due_by(at + lease)
-        elif type == "task_complete":
-            self._complete(task, at, message.payload)
-        elif type == "task_release":
-            self._open(task._replace(reason=f"released by {sender}", released_by=task.holder), at)
-        else:
-            self._cancel(task, at, f"cancelled by {sender}")
+        self._change_task(at, task, what, draft, assignee)
         return receipt
 
-    def _check_act(self, task: Task, type: str, sender: str, at: int) -> None:
+    def _change_task(self, at: int, task: Task, what: str, draft: Draft, assignee: str) -> None:
+        """Do with a task what a message says that its sender may do."""
+        sender, words = draft.message.sender, spoken(draft.message.payload)
+        if what == "accept":
+            again = task.holder == sender
+            task = task if again else task.after(sender, at, what, words)
+            self._hold(task, sender, draft.plan.lease or task.lease, at, what)
+        elif what == "assign":
+            words = "" if draft.message.payload == task.payload else words
+            task = task.after(sender, at, what, f"to {assignee}{': ' if words else ''}{words}")
+            self._hold(task, assignee, task.lease, at, what)
+        elif what == "progress":
+            self._put_task(task.after(sender, at, what, words), what)
+        elif what == "complete":
+            self._complete(task.after(sender, at, what), at, draft.message.payload)
+        elif what == "cancel":
+            self._end(task.after(sender, at, what, words), at, f"cancelled by {sender}")
+        else:
+            task = task._replace(released_by=task.holder).after(sender, at, what, words)
+            self._give_back(task, what, f"{'released' if what == 'release' else 'failed'} by {sender}", at)
+
+    def _hold(self, task: Task, holder: str, lease: int, at: int, how: str) -> None:
+        task = task._replace(state="accepted", holder=holder, lease=lease, since=at, reason="", released_by="")
+        self._put_task(task, how)
+        self._due_by(at + lease)
+
+    def _assignee(self, inboxes: tuple[str, ...], shown: str) -> str:
+        """The agent that a task is assigned to. Raises HubError where that is no agent here, or several."""
+        if len(inboxes) != 1 or shown != dump(inboxes[0]):
+            raise InvalidRequest("a task is assigned to one agent: give its agent_id as `to`")
+        self.expect(inboxes[0])
+        return inboxes[0]
+
+    def _check_act(self, task: Task, what: str, sender: str, at: int) -> None:
         """Raise HubError unless the sender may do that with a task; the operator may act for any holder."""
-        holders = (task.holder,) if type == "task_accept" else (task.holder, OPERATOR)
-        if task.ended or (task.state == "accepted" and type != "task_cancel" and sender not in holders):
+        by_proposer = what in ("cancel", "assign") and sender in (task.proposer, OPERATOR)
+        by_holder = sender == task.holder or (sender == OPERATOR and what != "accept")
+        if task.ended or (task.state == "accepted" and what != "cancel" and not (by_proposer or by_holder)):
             raise self._taken(task, at)
-        if type == "task_cancel":
-            if sender not in (task.proposer, OPERATOR):
-                raise Forbidden(f"only {task.proposer}, who proposed it, may cancel task {task.id}: release it instead")
-        elif type != "task_accept":
-            if task.state != "accepted":
-                raise Forbidden(f"nobody holds task {task.id}, which is {task.state}: accept it first")
-        elif task.state == "blocked":
-            raise Forbidden(f"task {task.id} is not open yet: it waits for {', '.join(task.waits_for[:5])}")
-        elif not self.is_able(sender, task):
-            raise Forbidden(f"task {task.id} was proposed to {task.to}, and `{sender}` is not among them")
+        if what in ("cancel", "assign") and not by_proposer and (what == "cancel" or task.state != "accepted"):
+            fix = "release it instead" if what == "cancel" else "accept it yourself"
+            raise Forbidden(f"only {task.proposer}, who proposed it, may {what} task {task.id}: {fix}")
+        if what in ("accept", "assign"):
+            if task.state == "blocked":
+                raise Forbidden(f"task {task.id} is not open yet: it waits for {', '.join(task.waits_for[:5])}")
+            if what == "accept" and task.holder != sender and not self.is_able(sender, task):
+                raise Forbidden(f"task {task.id} was proposed to {task.to}, and `{sender}` is not among them")
+        elif what != "cancel" and task.state != "accepted":
+            raise Forbidden(f"nobody holds task {task.id}, which is {task.state}: accept it first")
 
     def _taken(self, task: Task, at: int) -> HubError:
         details: Json = {"task_id": task.id, "state": task.state} | ({"holder": task.holder} if task.holder else {})
         if task.state == "completed":
             words = f"is completed by {task.holder} already"
-        elif task.state == "cancelled":
-            words = f"is cancelled ({task.reason}) already"
+        elif task.ended:
+            words = f"is {task.state} ({task.reason}) already"
         else:
             until = details["expires_at"] = timestamp(self.lost_at(task, at))
             words = f"is held by {task.holder}, until {until} if that falls silent"
@@ -2754,12 +2830,12 @@ class Hub:
 
     def _complete(self, task: Task, at: int, result: str) -> None:
         """A task is completed; those that waited for it alone are open now."""
-        self._put_task(task._replace(state="completed", since=at, waits_for=(), reason=""), result)
+        self._put_task(task._replace(state="completed", since=at, waits_for=(), reason=""), "complete", result)
         for id in list(self.tasks.find("waits_for", task.id)):
             other = self.tasks[id]
             other = other._replace(waits_for=tuple(one for one in other.waits_for if one != task.id), since=at)
             if other.waits_for:
-                self._put_task(other)
+                self._put_task(other, "wait")
             else:
                 self._open(other, at)
 
@@ -2773,33 +2849,54 @@ class Hub:
             return self._act(at, Draft(message, ""), task)
         return None
 
-    def _open(self, task: Task, at: int) -> None:
-        """Propose a task to those it is for, in the words it was proposed with."""
-        self._put_task(task._replace(state="open", holder="", since=at))
+    def _open(self, task: Task, at: int, how: str = "open", **more: Any) -> None:
+        """Propose a task to those it is for, in the words it was proposed with and with `more` in the envelope, but not
+        to the agent that has given it back."""
+        self._put_task(task._replace(state="open", holder="", since=at), how)
         message = Message(0, "", "task_proposal", task.proposer, "", task.payload, 0, task.id, task.thread)
-        message = message._replace(expires_at=task.deadline_at, via="hub")
+        message = message._replace(expires_at=task.deadline_at, via="hub").adding(**more)
         with contextlib.suppress(AmbiguousRecipient):
             inboxes, to = self.resolve(named_in(task.to), task.proposer)
-            room = tuple([name for name in inboxes if self.unread(name) < self.limits.max_inbox])
-            self._deliver(at, message, to, room, tuple([name for name in inboxes if name not in room]))
+            others = [name for name in inboxes if name != task.released_by]
+            room = tuple([name for name in others if self.unread(name) < self.limits.max_inbox])
+            if others:
+                self._deliver(at, message, to, room, tuple([name for name in others if name not in room]))
 
-    def _cancel(self, task: Task, at: int, reason: str) -> None:
+    def _end(self, task: Task, at: int, reason: str, state: str = "cancelled") -> None:
         """A task will not be completed, and neither will those that wait for it; their proposers are notified."""
-        left = collections.deque([(task, reason)])
+        left = collections.deque([(task, reason, state)])
         while left:
-            task, reason = left.popleft()
+            task, reason, state = left.popleft()
             waiting = [self.tasks[id] for id in self.tasks.find("waits_for", task.id)]
-            self._put_task(task._replace(state="cancelled", since=at, waits_for=(), reason=reason))
-            why = f"it waited for {task.id}, which was cancelled"
+            how = "fail" if state == "failed" else "cancel"
+            self._put_task(task._replace(state=state, since=at, waits_for=(), reason=reason), how)
+            why = f"it waited for {task.id}, which {'has failed' if how == 'fail' else 'was cancelled'}"
             for other in waiting:
-                self._put_task(other._replace(waits_for=()))  # one of them is enough, and it is not found twice
+                self._put_task(other._replace(waits_for=()), "wait")  # one is enough, and it is not found twice
                 self._notify(at, task.proposer, other.proposer, other, "task_cancel", why)
-                left.append((self.tasks[other.id], why))
+                left.append((self.tasks[other.id].after("", at, "cancel", why), why, "cancelled"))
+
+    def _state_after_failing(self, task: Task) -> str:
+        """What a task is when one more try has failed."""
+        return "failed" if 0 < task.attempts <= task.failed + 1 else "open"
+
+    def _give_back(self, task: Task, how: str, reason: str, at: int) -> None:
+        """Its holder has it no more: others can have it, and hear why; but not if the last try has failed."""
+        state, step = self._state_after_failing(task), task.history[-1]
+        if how != "release":
+            task = task._replace(failed=task.failed + 1)
+            if state == "failed":
+                self._end(task, at, f"{reason}, after {task.failed} tries", state)
+                return
+        more = {"attempt": task.failed and task.failed + 1, "released_by": task.holder, "reason": step.words}
+        self._open(task._replace(reason=reason), at, "release" if how == "lost" else how, **more)
 
     def _lose(self, task: Task, at: int, reason: str) -> None:
         """Its holder is gone: the proposer is notified, and others can have it."""
-        self._notify(at, task.holder, task.proposer, task, "task_release", reason)
-        self._open(task._replace(reason=reason), at)
+        failed = self._state_after_failing(task) == "failed"
+        words = f"{reason}; that was try {task.failed + 1} of {task.attempts}, the last" if failed else reason
+        self._notify(at, task.holder, task.proposer, task, "task_fail" if failed else "task_release", words)
+        self._give_back(task.after(task.holder, at, "lost", reason), "lost", reason, at)
 
     def _elapse_tasks(self, at: int) -> None:
         """Tasks whose holders have been silent for too long, and those whose deadline is over."""
@@ -2812,7 +2909,7 @@ class Hub:
                 words = "its deadline is over"
                 self._notify(at, task.holder or task.proposer, task.proposer, task, "task_cancel", words)
                 self._notify(at, task.proposer, task.holder, task, "task_cancel", words)
-                self._cancel(task, at, words)
+                self._end(task.after("", at, "cancel", words), at, words)
             elif lost_at <= at:
                 self._lose(task, at, f"{task.holder} has been silent for {task.lease // 1000} s")
             else:
@@ -3053,7 +3150,8 @@ class Hub:
         waiting = [task for task in self.tasks.values() if task.state in ("open", "blocked") and task.since < before]
         for task in sorted(waiting, key=lambda task: task.seq):
             if not self.tasks[task.id].ended:  # else it was cancelled with one that it waited for
-                self._cancel(task, at, "nobody has taken it for as long as messages are kept")
+                words = "nobody has taken it for as long as messages are kept"
+                self._end(task.after("", at, "cancel", words), at, words)
         for note in [note for note in self.notes.values() if note.gone and note.at < before]:
             self._drop(self.notes, note.key, "forgotten")
 
@@ -3072,6 +3170,12 @@ STORE_VERSION = 1
 WAL_KEPT = 64 << 20  # bytes of write-ahead log that stay after a burst: to overwrite them is quicker than to grow again
 PROBE_BYTES = 16_384  # four pages, what a small commit writes (see `write`): a disk that takes them takes that too
 
+
+def read_steps(text: str) -> tuple[TaskStep, ...]:
+    """A task's history as it is kept; an empty text is an empty one."""
+    return tuple([TaskStep(*row) for row in json.loads(text or "[]")])
+
+
 # How a field of some type is kept: its column, how it is put there and how it is read; None: as it is.
 Codec = tuple[str, "Callable[[Any], Any] | None", "Callable[[Any], Any] | None"]
 CODECS: dict[str, Codec] = {
@@ -3080,6 +3184,7 @@ CODECS: dict[str, Codec] = {
     "bytes": ("BLOB NOT NULL", None, None),
     "bool": ("INTEGER NOT NULL", int, bool),
     "tuple[str, ...]": ("TEXT NOT NULL", dump, lambda text: tuple(json.loads(text))),
+    "tuple[TaskStep, ...]": ("TEXT NOT NULL", lambda steps: dump(steps) if steps else "", read_steps),
     "tuple[bytes, ...]": ("BLOB NOT NULL", b"".join, lambda data: tuple(re.findall(b"(?s).{32}", data))),
 }
 
@@ -3138,7 +3243,7 @@ class StateTable:
         """The value in a row that `select` gave. The text of a task that has ended is not kept in memory."""
         pairs = zip(row, self._decoders, strict=True)
         value = self.row.kind(*[decode(field) if decode else field for field, decode in pairs])
-        return value._replace(payload="") if self.row.kind is Task and value.ended else value
+        return value._replace(payload="", history=()) if self.row.kind is Task and value.ended else value
 
 
 TABLES = {row.kind: StateTable(row) for row in STATE}
@@ -3786,10 +3891,11 @@ class Store:
         query = f"SELECT value, {_CAME_AT} FROM json_each(?) JOIN messages AS m ON m.seq = ({newest})"
         return dict(self._rows(query, (dump(list(channels)),)))
 
-    def task_texts(self, ids: Iterable[str]) -> dict[str, tuple[str, str]]:
-        """What tasks are about, and their results (JSON texts; empty where there is none yet), by id."""
-        query = "SELECT id, payload, result FROM tasks WHERE id IN (SELECT value FROM json_each(?))"
-        return {id: (payload, result) for id, payload, result in self._rows(query, (dump(list(ids)),))}
+    def task_texts(self, ids: Iterable[str]) -> dict[str, tuple[str, str, tuple[TaskStep, ...]]]:
+        """What tasks are about, their results (JSON texts; empty where there is none yet) and histories, by id."""
+        query = "SELECT id, payload, result, history FROM tasks WHERE id IN (SELECT value FROM json_each(?))"
+        rows = self._rows(query, (dump(list(ids)),))
+        return {id: (payload, result, read_steps(history)) for id, payload, result, history in rows}
 
     def note(self, key: str) -> tuple[Note, str] | None:
         """A note and its value (JSON text), as committed."""
@@ -4361,7 +4467,9 @@ Proposed = Annotated[Recipient | None, f"default ALL; {RECIPIENTS}"]
 Word = Annotated[JsonValue, "what to tell those concerned: a result, a reason"]
 HolderLease = Annotated[Lease | None, f"seconds its holder may be silent, default {TASK_LEASE}"]
 OneAgent = AgentId | None
-TaskState = Annotated[str | None, choice("blocked", "open", "accepted", "completed", "cancelled")]
+TaskState = Annotated[str | None, choice("blocked", "open", "accepted", "completed", "cancelled", "failed")]
+Assignee = Annotated[str, printable(64), "the agent_id or name of the one agent that is to hold it"]
+Attempts = Annotated[int, number(0, 1000, whole=True)]
 Overlapping = Annotated[OnePath | None, "only what overlaps with this path or glob"]
 Value = Annotated[JsonValue, "any JSON value"]
 IfVersion = Annotated[NoteVersion | None, "only if that is its version; 0: only if there is none"]
@@ -4376,6 +4484,7 @@ class Planning(TypedDict, total=False):
     deadline: Annotated[Ttl | None, "for a task: seconds after which it is cancelled"]
     depends_on: Annotated[DependsOn | None, "for a task: the ids of those to be completed before it opens"]
     priority: Annotated[int | None, number(-100, 100, whole=True), "for a task: higher goes first, default 0"]
+    attempts: Annotated[Attempts | None, f"for a task: tries that may fail, default {TASK_ATTEMPTS}; 0: no bound"]
 
 
 class Proposing(Planning, total=False):
@@ -4701,8 +4810,8 @@ class Operations:
             and proposer in (None, task.proposer)
             and call.api.hub.may_see(call.agent_id, task)
         ]
-        rank = {"accepted": 0, "open": 1, "blocked": 2, "completed": 3, "cancelled": 3}
-        chosen.sort(key=lambda t: (rank[t.state], -t.priority, -t.since if t.ended else t.seq, t.seq))
+        rank = {"accepted": 0, "open": 1, "blocked": 2}
+        chosen.sort(key=lambda t: (rank.get(t.state, 3), -t.priority, -t.since if t.ended else t.seq, t.seq))
         first = chosen[: limit or DEFAULT_LIMIT]
         return Response(lambda: {"tasks": tasks_json(call, first), "total": len(chosen)})
 
@@ -4733,11 +4842,11 @@ class Operations:
 
     @operation("GET", "/api/v1/tasks/{task_id}", default_actor=OPERATOR, command="task show ID")
     def task(call: Call, task_id: Annotated[MessageId, "the task's id"]) -> Response:
-        """One task, with its text and its result."""
+        """One task, with its text, its result and its history."""
         task = call.api.task(task_id)
         if not call.api.hub.may_see(call.agent_id, task):
             raise Forbidden(f"task {task.id} was proposed to others: `{call.agent_id}` has nothing to do with it")
-        return Response(lambda: tasks_json(call, [task])[0])
+        return Response(lambda: tasks_json(call, [task], whole=True)[0])
 
     @operation("POST", "/api/v1/tasks/{task_id}/accept", frame="task_accept", aliases=ABOUT_TASK)
     def accept_task(
@@ -4760,6 +4869,23 @@ class Operations:
     def cancel_task(call: Call, task_id: MessageId, message: Word = None, id: ChangeId = None) -> Steps[Response]:
         """Cancel a task that this agent proposed."""
         return post_about_task(call, "task_cancel", task_id, message, {"id": id})
+
+    @operation("POST", "/api/v1/tasks/{task_id}/fail", frame="task_fail", aliases=ABOUT_TASK)
+    def fail_task(call: Call, task_id: MessageId, message: Payload, id: ChangeId = None) -> Steps[Response]:
+        """Say that this try has failed, and why: it is proposed again, or after the last try it has failed."""
+        return post_about_task(call, "task_fail", task_id, message, {"id": id})
+
+    @operation("POST", "/api/v1/tasks/{task_id}/progress", frame="task_progress", aliases=ABOUT_TASK)
+    def progress_task(call: Call, task_id: MessageId, message: Payload, id: ChangeId = None) -> Steps[Response]:
+        """Say how far a task is that this agent holds."""
+        return post_about_task(call, "task_progress", task_id, message, {"id": id})
+
+    @operation("POST", "/api/v1/tasks/{task_id}/assign", frame="task_assign", aliases=ABOUT_TASK)
+    def assign_task(
+        call: Call, task_id: MessageId, to: Assignee, message: Word = None, id: ChangeId = None
+    ) -> Steps[Response]:
+        """Give a task to one agent, which then holds it: its proposer may, and its holder, who hands it over."""
+        return post_about_task(call, "task_assign", task_id, message, {"id": id}, to)
 
     # locks
 
@@ -5004,13 +5130,17 @@ def plan_of(options: Json, inner: Json, at: int, expires_at: int) -> Plan:
                 plan[field.name] = field.kind.check(inner[field.name])
     deadline_at = at + int(plan["deadline"] * 1000) if "deadline" in plan else expires_at
     lease, depends_on = int(plan.get("lease", 0) * 1000), tuple(plan.get("depends_on", ()))
-    return Plan(lease, deadline_at, plan.get("priority", 0), depends_on)
+    return Plan(lease, deadline_at, plan.get("priority", 0), depends_on, plan.get("attempts", TASK_ATTEMPTS))
 
 
-def post_about_task(call: Call, kind: str, task_id: str, message: Any, more: Proposing) -> Steps[Response]:
-    """What is done to a task by a message of that type, to the agents it concerns."""
-    id = call.api.task(task_id).id
-    draft = draft_of(call, "", {"task_id": id} if message is None else message, kind, {**more, "reply_to": id})
+def post_about_task(
+    call: Call, kind: str, task_id: str, message: Any, more: Proposing, to: str = ""
+) -> Steps[Response]:
+    """What is done to a task by a message of that type, to the agents it concerns, and to `to`."""
+    task = call.api.task(task_id)
+    if message is None:  # the agent that it is assigned to reads what it is about, as in the proposal
+        message = json.loads(task.payload) if to and task.payload else {"task_id": task.id}
+    draft = draft_of(call, to, message, kind, {**more, "reply_to": task.id})
     return task_answer(call, (yield from do(Hub.send, draft)))
 
 
@@ -5020,7 +5150,7 @@ def task_answer(call: Call, receipt: Receipt) -> Response:
     task = call.api.hub.tasks.get(about.id if about.type == "task_proposal" else about.reply_to)
 
     def _body() -> str:
-        row = tasks_json(call, [task])[0] if task else None
+        row = tasks_json(call, [task], whole=True)[0] if task else None
         more = dump({"task_id": task.id, "state": task.state, "task": row} if task else {"task": None})
         return f"{receipt_text(call, receipt)[:-1]},{more[1:]}"
 
@@ -5089,21 +5219,27 @@ def channels_json(call: Call, names: list[str]) -> list[Json]:
     return [members_json(call, name) | {"last_activity": time_text(last.get(name, 0)) or None} for name in names]
 
 
-def tasks_json(call: Call, tasks: list[Task]) -> list[Json]:
-    """Tasks as JSON values; of many with long texts, the texts of the first MAX_ANSWER bytes."""
+def tasks_json(call: Call, tasks: list[Task], whole: bool = False) -> list[Json]:
+    """Tasks as JSON values; of many with long texts, the texts of the first MAX_ANSWER bytes. The history is there as a
+    whole, or it is the title of the newest step."""
     ended = [task.id for task in tasks if not task.payload]
     texts, room, rows = call.api.log.task_texts(ended) if ended else {}, MAX_ANSWER, []
     for task in tasks:
-        payload, result = texts.get(task.id, (task.payload, ""))
+        payload, result, history = texts.get(task.id, (task.payload, "", task.history))
         room -= len(payload) + len(result)
-        row: Json = {"task_id": task.id, "state": task.state, "proposer": task.proposer, "to": json.loads(task.to)}
+        row: Json = {"task_id": task.id, "seq": task.seq, "state": task.state, "proposer": task.proposer}
+        row |= {"to": json.loads(task.to)}
         row |= {"message": json.loads(payload)} if payload and room > 0 else {}
         row |= {"priority": task.priority, "lease": task.lease / 1000, "proposed_at": timestamp(task.proposed_at)}
         row |= {"changed_at": timestamp(task.since), "thread": task.thread}
         lease_until = timestamp(call.api.hub.lost_at(task, call.at)) if task.state == "accepted" else ""
         row |= present(holder=task.holder, lease_until=lease_until, deadline_at=time_text(task.deadline_at))
         row |= present(depends_on=task.depends_on, waits_for=task.waits_for, reason=task.reason)
+        if task.failed or task.attempts != TASK_ATTEMPTS:
+            row |= {"attempts": task.attempts, "failed": task.failed}
         row |= {"result": json.loads(result)} if result and room > 0 else {}
+        steps = history if whole else [step._replace(words=title_of(step.words)) for step in history[-1:]]
+        row |= present(history=[step._asdict() | {"at": timestamp(step.at)} for step in steps])
         rows.append(row)
     return rows
 
@@ -6560,7 +6696,7 @@ def answer_of_frame(api: Api, agent_id: str, data: bytes, address: str, at: int)
         if not isinstance(frame, dict):
             raise InvalidRequest("a frame must be a JSON object")
         ref = {"ref": frame["ref"]} if "ref" in frame else {}
-        kind = "" if "to" in frame else str(frame.get("type"))
+        kind = "" if "to" in frame and "task_id" not in frame else str(frame.get("type"))
         row = FRAMES.get(kind) or FRAMES[""]
         paid = row.charged
         call = Call(api, NO_HEAD, b"", agent_id, at, address, payer if paid else None, False, "websocket")
@@ -6827,7 +6963,6 @@ class SocketReader(InboxReader):
 # --- Watchers ---------------------------------------------------------------------------------------------------------
 
 COUNT_SECONDS = 1  # how often watchers get how many there are of everything, where that has changed
-_TASK_EVENTS = {"accepted": "accept", "completed": "complete", "cancelled": "cancel", "blocked": "wait"}
 _LOCK_FIELDS = ("agent_id", "lock_id", "paths")
 ChangeKind = type[Any] | tuple[type[Any], type[Any]]  # of a change: its type, with that of the value for Put and Gone
 
@@ -6838,8 +6973,7 @@ def _event(event: str, value: Any, *names: str) -> Json:
 
 def _task_event(change: Put) -> Json:
     task: Task = change.value
-    kind = _TASK_EVENTS.get(task.state, "release" if task.reason else "open")
-    event: Json = {"event": f"task_{'proposal' if change.how == 'proposed' else kind}", "task_id": task.id}
+    event: Json = {"event": f"task_{change.how}", "task_id": task.id}
     event |= {"state": task.state, "proposer": task.proposer, "to": json.loads(task.to)}
     more = {"holder": task.holder, "reason": task.reason, "waits_for": task.waits_for}
     return event | {name: value for name, value in more.items() if value}
@@ -8657,6 +8791,21 @@ class ClientBase(Operations):
     async def cancel(self, task: Json | str, reason: Any = None) -> Json:
         """Cancel a task that this agent proposed."""
         return await self._do(Operations.cancel_task, _task_id(task), reason)
+
+    @client_method
+    async def fail(self, task: Json | str, reason: Any) -> Json:
+        """Say that this try has failed, and why: the task is proposed again, unless that was its last try."""
+        return await self._do(Operations.fail_task, _task_id(task), reason)
+
+    @client_method
+    async def progress(self, task: Json | str, message: Any) -> Json:
+        """Tell its proposer how far a task is; it stays in the history."""
+        return await self._do(Operations.progress_task, _task_id(task), message)
+
+    @client_method
+    async def assign(self, task: Json | str, to: str, message: Any = None) -> Json:
+        """Give a task that this agent proposed, or holds, to one agent, which holds it from then on."""
+        return await self._do(Operations.assign_task, _task_id(task), to, message)
 
     @client_method
     async def next_task(self, wait: float = 0) -> Json | None:

@@ -1994,7 +1994,9 @@ def test_a_task_has_one_winner_and_its_result_goes_to_the_proposer(crew: World) 
     for kind in ("accept", "complete", "release", "cancel"):
         assert "completed by w2" in refused(ah.TaskTaken, crew, lambda kind=kind: act(crew, kind, "w2", task)).message
     crew.commit()
-    assert crew.is_what_the_store_says() and crew.store.task_texts([task]) == {task: ('"do it"', '"4f2a"')}
+    assert crew.is_what_the_store_says() and not crew.hub.tasks[task].history
+    payload, result, steps = crew.store.task_texts([task])[task]
+    assert (payload, result, [step.what for step in steps]) == ('"do it"', '"4f2a"', ["accept", "complete"])
     assert not crew.hub.tasks[task].payload, "what has ended is kept on disk only"
 
 
@@ -2161,7 +2163,7 @@ def test_the_proposer_may_cancel_a_task_and_its_holder_is_notified(crew: World) 
     held = propose(crew)
     act(crew, "accept", "w1", held)
     act(crew, "release", "operator", held)
-    assert inbox(crew, "w1")[-2][:2] == ("task_release", "operator") and inbox(crew, "boss")[-1][:2] == (
+    assert inbox(crew, "w1")[-1][:2] == ("task_release", "operator") and inbox(crew, "boss")[-1][:2] == (
         "task_release",
         "operator",
     )
@@ -2268,6 +2270,126 @@ def test_many_tasks_that_end_with_the_same_words_are_no_loop(crew: World) -> Non
     for n in range(ah.IDENTICAL_REPEATS + 2):
         task = propose(crew, payload=str(n))
         act(crew, "accept", "w1", task, payload='"ok"'), act(crew, "complete", "w1", task, payload='"done"')
+
+
+def steps(world: World, task: str) -> list[tuple[str, str, str]]:
+    """A task's history, as (who, what, words)."""
+    return [(step.agent_id, step.what, step.words) for step in world.hub.tasks[task].history]
+
+
+def last_envelope(world: World, name: str) -> dict:
+    """The newest unread message of an agent as it is shown."""
+    world.commit()
+    return json.loads(world.store.messages([world.hub.inboxes[name].unread[-1]], world.clock())[0][0].envelope())
+
+
+def test_words_of_a_hand_over_stay_with_the_task(crew: World) -> None:
+    task = propose(crew, payload='{"task":"port","to":"3.10"}')
+    act(crew, "accept", "w1", task)
+    act(crew, "progress", "w1", task, payload='"half of it"')
+    assert last_envelope(crew, "boss")["type"] == "task_progress" and board(crew)[task] == "accepted w1"
+    before = len(inbox(crew, "w1"))
+    act(crew, "release", "w1", task, payload='"tests are red, see branch x"')
+    again = last_envelope(crew, "w2")
+    assert again["message"] == {"task": "port", "to": "3.10"}, "in the words it was proposed with"
+    assert (again["released_by"], again["reason"]) == ("w1", "tests are red, see branch x") and "attempt" not in again
+    assert len(inbox(crew, "w1")) == before, "it is not announced to the agent that gave it back"
+    assert steps(crew, task) == [
+        ("w1", "accept", ""), ("w1", "progress", "half of it"), ("w1", "release", "tests are red, see branch x"),
+    ]  # fmt: skip
+    act(crew, "accept", "w2", task), act(crew, "release", "w2", task)
+    assert crew.hub.best_task("w1").id == task and last_envelope(crew, "w1")["released_by"] == "w2"
+    crew.commit()
+    assert crew.is_what_the_store_says()
+
+
+def test_a_task_has_failed_after_as_many_tries_as_it_may_have(crew: World) -> None:
+    task, waits = propose(crew, id="t", lease=9000, attempts=2), propose(crew, depends_on=("t",))
+    act(crew, "accept", "w1", task), act(crew, "release", "w1", task)
+    act(crew, "accept", "w2", task), act(crew, "fail", "w2", task, payload='"no compiler"')
+    assert board(crew)[task] == "open" and crew.hub.tasks[task].failed == 1, "giving it back is no failed try"
+    said = last_envelope(crew, "boss")
+    assert (said["type"], said["state"], said["attempt"]) == ("task_fail", "open", 1)
+    assert (last_envelope(crew, "w3")["attempt"], last_envelope(crew, "w3")["reason"]) == (2, "no compiler")
+    act(crew, "accept", "w3", task)
+    crew.clock.advance(9)
+    crew.apply("elapse")
+    assert board(crew) == {task: "failed w3", waits: "cancelled"} and "after 2 tries" in crew.hub.tasks[task].reason
+    kinds = [(kind, json.loads(payload)["reason"]) for kind, _, payload in inbox(crew, "boss")[-2:]]
+    assert [kind for kind, _ in kinds] == ["task_fail", "task_cancel"] and "try 2 of 2" in kinds[0][1]
+    assert "is failed" in refused(ah.TaskTaken, crew, lambda: act(crew, "accept", "w1", task)).message
+    refused(ah.InvalidRequest, crew, lambda: propose(crew, depends_on=("t",)))
+    endless = propose(crew, attempts=0)
+    for n in range(5):
+        act(crew, "accept", "w1", endless), act(crew, "fail", "w1", endless, payload=f'"{n}"')
+    assert board(crew)[endless] == "open"
+    once = propose(crew, attempts=1)
+    act(crew, "accept", "w1", once), act(crew, "fail", "w1", once, payload='"never"')
+    assert last_envelope(crew, "boss")["state"] == "failed" and board(crew)[once] == "failed w1"
+    crew.commit()
+    assert crew.is_what_the_store_says() and crew.hub.count_tasks()["ended"] == 3
+
+
+def test_its_proposer_assigns_a_task_and_its_holder_hands_it_over(crew: World) -> None:
+    task = propose(crew, "w1", payload='"port it"')
+    refused(ah.Forbidden, crew, lambda: act(crew, "assign", "w2", task, "w2"))
+    for nobody in ("ALL", ("w2", "w3"), "@build"):
+        refused(ah.InvalidRequest, crew, lambda nobody=nobody: act(crew, "assign", "boss", task, nobody))
+    refused(ah.UnknownAgent, crew, lambda: act(crew, "assign", "boss", task, "nobody"))
+    act(crew, "assign", "boss", task, "w2", payload='"you know it"')
+    got = last_envelope(crew, "w2")
+    assert (got["type"], got["message"], got["task"], got["reply_to"]) == (
+        "task_assign", "you know it", "port it", task,
+    )  # fmt: skip
+    assert board(crew)[task] == "accepted w2" and crew.hub.may_see("w2", crew.hub.tasks[task])
+    refused(ah.TaskTaken, crew, lambda: act(crew, "assign", "w1", task, "w1"))
+    act(crew, "assign", "w2", task, "w3", payload='"port it"')
+    assert "task" not in last_envelope(crew, "w3") and inbox(crew, "boss")[-1] == ("task_assign", "w2", '"port it"')
+    assert steps(crew, task) == [("boss", "assign", "to w2: you know it"), ("w2", "assign", "to w3")]
+    act(crew, "assign", "operator", task, "boss")
+    assert [inbox(crew, name)[-1][:2] for name in ("w3", "boss")] == [("task_assign", "operator")] * 2
+    act(crew, "complete", "boss", task)
+    blocked = propose(crew, depends_on=("later",))
+    assert "not open yet" in refused(ah.Forbidden, crew, lambda: act(crew, "assign", "boss", blocked, "w1")).message
+    crew.commit()
+    assert crew.is_what_the_store_says()
+
+
+def test_only_its_holder_says_how_a_task_goes(crew: World) -> None:
+    task = propose(crew)
+    for kind in ("progress", "fail"):
+        refused(ah.Forbidden, crew, lambda kind=kind: act(crew, kind, "w1", task))
+    act(crew, "accept", "w1", task)
+    for kind in ("progress", "fail"):
+        refused(ah.TaskTaken, crew, lambda kind=kind: act(crew, kind, "w2", task))
+        refused(ah.TaskTaken, crew, lambda kind=kind: act(crew, kind, "boss", task))
+
+
+def test_a_history_is_bounded_and_progress_is_forgotten_first(crew: World) -> None:
+    task = propose(crew)
+    act(crew, "accept", "w1", task)
+    for n in range(ah.MAX_TASK_STEPS + 5):
+        act(crew, "progress", "w1", task, payload=f'"{n}{"x" * ah.MAX_STEP_WORDS}"')
+    kept = steps(crew, task)
+    assert len(kept) == ah.MAX_TASK_STEPS and kept[0][1] == "accept" and kept[-1][2].startswith("24x")
+    assert len(kept[1][2]) == ah.MAX_STEP_WORDS and kept[1][2].endswith("...")
+    assert crew.hub._task_bytes == sum(len(words) for *_, words in kept) + len('"do it"')
+    act(crew, "complete", "w1", task)
+    assert crew.hub._task_bytes == 0
+
+
+def test_a_connected_holder_keeps_its_task_and_locks_however_silent(crew: World) -> None:
+    task = propose(crew, lease=10_000)
+    act(crew, "accept", "w1", task), lock(crew, "w1", "src", ttl=10)
+    crew.apply("connect", "w1")  # as a WebSocket, a stream, a poll or a session's waiter is
+    for _ in range(3):
+        crew.clock.advance(3600)
+        crew.apply("sweep")
+        assert board(crew)[task] == "accepted w1" and held(crew) == {"src": "w1"}
+    crew.apply("disconnect", "w1")
+    crew.clock.advance(10)
+    crew.apply("elapse")
+    assert board(crew)[task] == "open" and held(crew) == {}
 
 
 def test_a_task_is_not_accepted_where_the_proposers_inbox_is_full(crew: World) -> None:
@@ -2423,7 +2545,8 @@ def test_the_number_of_agents_is_bounded() -> None:
 
 NEXT_STATES = {
     "": {"open", "blocked"}, "blocked": {"blocked", "open", "cancelled"}, "open": {"accepted", "cancelled"},
-    "accepted": {"accepted", "open", "completed", "cancelled"}, "completed": set(), "cancelled": set(),
+    "accepted": {"accepted", "open", "completed", "cancelled", "failed"}, "completed": set(), "cancelled": set(),
+    "failed": set(),
 }  # fmt: skip
 LOCKABLE = ("src", "src/*.py", "src/**/*.py", "src/api/", "lib/x", "lib/*", "**/x", "docs")
 LOCKED_FILES = ("src/a.py", "src/api/b.py", "src/api/c/x", "lib/x/y", "lib/x/z.py", "lib/z", "x", "docs/x", "docs/d")
@@ -2509,7 +2632,9 @@ class Model:
     def hear_put_task(self, task: ah.Task) -> None:
         was, holder = self.tasks.get(task.id, ("", ""))
         assert task.state in NEXT_STATES[was], f"a task that was {was} can't be {task.state}"
-        assert was != "accepted" or task.state != "accepted" or task.holder == holder, "two winners"
+        assigned = task.history and task.history[-1].what == "assign"
+        assert was != "accepted" or task.state != "accepted" or task.holder == holder or assigned, "two winners"
+        assert len(task.history) <= ah.MAX_TASK_STEPS and (task.state != "failed" or task.failed == task.attempts)
         self.tasks[task.id] = task.state, task.holder
 
     def hear_gone_task(self, task: ah.Task) -> None:
@@ -2540,7 +2665,8 @@ class Player:
                       self.push, self.claim, self.delay, self.release, self.ask, self.answer, self.expire, self.drop,
                       self.join, self.part, self.job, self.job, self.work, self.propose, self.propose, self.accept,
                       self.accept,
-                      self.accept, self.complete, self.give_back, self.cancel, self.take, self.lock, self.lock,
+                      self.accept, self.complete, self.give_back, self.fail, self.progress, self.assign, self.cancel,
+                      self.take, self.lock, self.lock,
                       self.lock,
                       self.unlock, self.renew, self.note, self.status, self.elapse, self.elapse]  # fmt: skip
 
@@ -2694,26 +2820,27 @@ class Player:
         plan = ah.Plan(lease=self.chance.choice([5000, 50_000]),
         depends_on=tuple(known) if self.chance.random() < 0.4 else (),
                        deadline_at=self.chance.choice([0, 0, self.clock() + 60_000]),
-                       priority=self.chance.randrange(3))  # fmt: skip
+                       priority=self.chance.randrange(3), attempts=self.chance.randrange(3))  # fmt: skip
         self.world.send(self.name, self.chance.choice(["ALL", "#c", "@cap", self.other]), '"t"', "task_proposal", id=id,
                         digest=b"d" * 16 if id else b"", plan=plan)  # fmt: skip
 
-    def act(self, kind: str, *states: str) -> None:
+    def act(self, kind: str, *states: str, to: str = "") -> None:
         id = self.task(*states)
         state, holder = self.model.tasks.get(id, ("", ""))
-        who = (
-            holder if kind in ("task_complete", "task_release") and self.chance.random() < 0.7 and holder else self.name
-        )
+        proposer = self.world.hub.tasks[id].proposer if id in self.world.hub.tasks else ""
+        of_holder = kind in ("task_complete", "task_release", "task_fail", "task_progress")
+        who = holder if of_holder and self.chance.random() < 0.7 and holder else self.name
         try:
-            self.world.send(who, "", f'"{self.clock.ms}"', kind, reply_to=id)
+            self.world.send(who, to, f'"{self.clock.ms}"', kind, reply_to=id)
         except ah.TaskTaken:
-            assert state in ("completed", "cancelled") or (state == "accepted" and holder != who)
+            assert state in ("completed", "cancelled", "failed") or (state == "accepted" and holder != who)
             raise
         assert kind != "task_accept" or state == "open" or holder == who, "a second winner"
-        assert kind not in ("task_complete", "task_release") or holder == who
-        assert self.model.tasks[id][0] == {"task_accept": "accepted", "task_complete": "completed",
-        "task_release": "open",
-                                           "task_cancel": "cancelled"}[kind]  # fmt: skip
+        assert not of_holder or holder == who
+        assert kind != "task_assign" or (who in (holder, proposer) and self.model.tasks[id][1] == to)
+        states_after = {"accept": "accepted", "complete": "completed", "release": "open", "cancel": "cancelled"}
+        states_after |= {"progress": "accepted", "assign": "accepted", "fail": self.model.tasks[id][0]}
+        assert self.model.tasks[id][0] == states_after[kind.removeprefix("task_")]
 
     def accept(self) -> None:
         self.act("task_accept", *self.chance.choice([["open"], ["open"], []]))
@@ -2723,6 +2850,15 @@ class Player:
 
     def give_back(self) -> None:
         self.act("task_release", "accepted")
+
+    def fail(self) -> None:
+        self.act("task_fail", "accepted")
+
+    def progress(self) -> None:
+        self.act("task_progress", "accepted")
+
+    def assign(self) -> None:
+        self.act("task_assign", *self.chance.choice([["open"], ["accepted"], []]), to=self.other)
 
     def cancel(self) -> None:
         if self.chance.random() < 0.3:
@@ -2872,7 +3008,7 @@ class Fields:
         times["digest"] = b"d" * 16 if id else b""
         message = ah.Message(0, id, kind, choice(["a", "b", "operator"]), "", f"{now}", 0, about, "", **times)
         depends_on = tuple(self.chance.sample([*self.world.hub.tasks, "later"], 1))
-        plan = ah.Plan(choice([0, 5000]), choice([0, now + 9000]), 1, choice([(), (), depends_on]))
+        plan = ah.Plan(choice([0, 5000]), choice([0, now + 9000]), 1, choice([(), (), depends_on]), choice([0, 1, 3]))
         return ah.Draft(message._replace(lease=choice([0, 0, 0, 4000])), self.to(), None, plan)
 
     def want(self, rule: str) -> ah.LockRequest:
@@ -2905,7 +3041,7 @@ def test_any_command_is_refused_without_a_change_or_stored_whole(seed: int) -> N
     fields, done = Fields(seed, world), set()
     for step in range(1500):
         world.clock.advance(fields.chance.choice([0.001, 0.5, 2]))
-        rule = fields.chance.choice([*COMMANDS, *["register"] * 4, *["send"] * 8])
+        rule = fields.chance.choice([*COMMANDS, *["register"] * 4, *["send"] * 8, *["take_lock"] * 3])
         values = fields.of(rule)
         if rule == "disconnect" and not world.hub.connections:
             continue
@@ -2995,6 +3131,7 @@ def test_every_kind_of_state_is_read_as_it_was_written(tmp_path: Path) -> None:
     values = {
         "str": "é 'x'", "int": 1 << 40, "bytes": b"\0d", "bool": True, "tuple[str, ...]": ("a", "é"),
         "tuple[bytes, ...]": (b"t" * 32, b"u" * 32),
+        "tuple[TaskStep, ...]": (ah.TaskStep("é", 1 << 40, "fail", "'x'"),),
     }  # fmt: skip
     kinds = [
         (row, [getattr(hint, "__forward_arg__", hint) for hint in row.kind.__annotations__.values()])
@@ -4556,8 +4693,9 @@ def test_the_task_routes_send_messages_and_return_the_task(crew: World) -> None:
     task = made["task_id"]
     assert status == 200 and made["message_id"] == task and made["state"] == "open" and len(made["recipients"]) == 3
     assert made["task"] == {
-        "task_id": task, "state": "open", "proposer": "boss", "to": "@build", "message": "review", "priority": 0,
-        "lease": 5, "proposed_at": ah.timestamp(crew.clock()), "changed_at": ah.timestamp(crew.clock()), "thread": task,
+        "task_id": task, "seq": 1, "state": "open", "proposer": "boss", "to": "@build", "message": "review",
+        "priority": 0, "lease": 5, "thread": task,
+        "proposed_at": ah.timestamp(crew.clock()), "changed_at": ah.timestamp(crew.clock()),
         "deadline_at": ah.timestamp(crew.clock() + 60_000),
     }  # fmt: skip
     assert inbox(crew, "w1") == [("task_proposal", "boss", '"review"')]
@@ -6134,6 +6272,7 @@ def test_operations_are_frames_of_the_same_words(crew: World) -> None:
         ("w1", {"type": "status", "doing": "this"}), ("w1", {"type": "join", "channel": "ops"}),
         ("w1", {"type": "overview"}),
         ("w1", {"type": "channels"}), ("w1", {"type": "task_accept", "task_id": task}),
+        ("w1", {"type": "task_assign", "task_id": task, "to": "w1"}),
         ("w1", {"type": "task_complete", "reply_to": task, "result": 1}), ("w1", {"type": "task_next"}),
         ("w1", {"type": "tasks"}), ("w1", {"type": "lock", "paths": ["a"]}), ("w1", {"type": "locks"}),
         ("w1", {"type": "renew"}), ("w1", {"type": "unlock", "all": True}),
@@ -6143,10 +6282,10 @@ def test_operations_are_frames_of_the_same_words(crew: World) -> None:
     ]:  # fmt: skip
         got = answered(who, **frame)
         assert (got["type"], got["ref"]) == (frame["type"], 7), got
-    left = {row.frame for row in ah.OPERATIONS.values()} - {"", "task_release", "task_cancel"}
+    left = {row.frame for row in ah.OPERATIONS.values()} - {"", "task_cancel", "task_fail", "task_progress"}
     assert left == {
         "status", "join", "channels", "leave", "task_accept", "task_complete", "task_next", "tasks", "lock", "locks",
-        "renew", "unlock", "note_set", "note_get", "notes", "note_delete", "overview",
+        "renew", "unlock", "note_set", "note_get", "notes", "note_delete", "overview", "task_assign", "task_release",
     }  # fmt: skip
     error = answered("w2", type="task_accept", task_id=task)
     assert error["type"] == "error" and error["ref"] == 7 and error["error"]["code"] == "task_taken"
