@@ -391,6 +391,14 @@ def made_id(epoch: str, seq: int) -> str:
     return f"{epoch}-{seq:013x}"
 
 
+_MADE = re.compile("[0-9a-f]{8}-[0-9a-f]{13}|[0-9a-f]{12}-[0-9a-f]{10}").fullmatch  # by a hub, or by a client
+
+
+def short_id(id: str, seq: int) -> str:
+    """How people and models see the id of a message or task: a chosen one as it is, else `m` and the seq."""
+    return f"m{seq}" if _MADE(id) else id
+
+
 def new_message_id() -> str:
     """An idempotency key: by time first, so that an index takes it at its end, then 40 random bits."""
     return f"{int(time.time() * 1000):012x}-{os.urandom(5).hex()}"
@@ -590,6 +598,11 @@ class Task(NamedTuple):
     def ended(self) -> bool:
         """Whether its state can't change any more."""
         return self.state in ("completed", "cancelled", "failed")
+
+    @property
+    def short(self) -> str:
+        """Its id as people and models see it."""
+        return short_id(self.id, self.seq)
 
     @property
     def size(self) -> int:
@@ -2808,14 +2821,14 @@ class Hub:
             raise self._taken(task, at)
         if what in ("cancel", "assign") and not by_proposer and (what == "cancel" or task.state != "accepted"):
             fix = "release it instead" if what == "cancel" else "accept it yourself"
-            raise Forbidden(f"only {task.proposer}, who proposed it, may {what} task {task.id}: {fix}")
+            raise Forbidden(f"only {task.proposer}, who proposed it, may {what} task {task.short}: {fix}")
         if what in ("accept", "assign"):
             if task.state == "blocked":
-                raise Forbidden(f"task {task.id} is not open yet: it waits for {', '.join(task.waits_for[:5])}")
+                raise Forbidden(f"task {task.short} is not open yet: it waits for {', '.join(task.waits_for[:5])}")
             if what == "accept" and task.holder != sender and not self.is_able(sender, task):
-                raise Forbidden(f"task {task.id} was proposed to {task.to}, and `{sender}` is not among them")
+                raise Forbidden(f"task {task.short} was proposed to {task.to}, and `{sender}` is not among them")
         elif what != "cancel" and task.state != "accepted":
-            raise Forbidden(f"nobody holds task {task.id}, which is {task.state}: accept it first")
+            raise Forbidden(f"nobody holds task {task.short}, which is {task.state}: accept it first")
 
     def _taken(self, task: Task, at: int) -> HubError:
         details: Json = {"task_id": task.id, "state": task.state} | ({"holder": task.holder} if task.holder else {})
@@ -2826,7 +2839,7 @@ class Hub:
         else:
             until = details["expires_at"] = timestamp(self.lost_at(task, at))
             words = f"is held by {task.holder}, until {until} if that falls silent"
-        return TaskTaken(f"task {task.id} {words}: take another one (`task next`)", **details)
+        return TaskTaken(f"task {task.short} {words}: take another one (`task next`)", **details)
 
     def _complete(self, task: Task, at: int, result: str) -> None:
         """A task is completed; those that waited for it alone are open now."""
@@ -2870,7 +2883,7 @@ class Hub:
             waiting = [self.tasks[id] for id in self.tasks.find("waits_for", task.id)]
             how = "fail" if state == "failed" else "cancel"
             self._put_task(task._replace(state=state, since=at, waits_for=(), reason=reason), how)
-            why = f"it waited for {task.id}, which {'has failed' if how == 'fail' else 'was cancelled'}"
+            why = f"it waited for {task.short}, which {'has failed' if how == 'fail' else 'was cancelled'}"
             for other in waiting:
                 self._put_task(other._replace(waits_for=()), "wait")  # one is enough, and it is not found twice
                 self._notify(at, task.proposer, other.proposer, other, "task_cancel", why)
@@ -5529,7 +5542,7 @@ _TO = {"to": "agent_id, name, ALL, #channel, @capability; several with commas", 
 _SEND = {**_TO, "type": "default message; request asks for an answer, response gives it", "reply_to": None}
 _READ = {"wait": f"seconds to wait, up to {MAX_TOOL_WAIT}", **_LIMIT, "from": None}
 _ASK = {**_TO, "wait": f"seconds, default and at most {MAX_TOOL_WAIT}"}
-_TASK = {"task_id": None, "to": "propose: whom to, default ALL", "message": "the task, result or reason"}
+_TASK = {"task_id": None, "to": "propose, assign: whom to, default ALL", "message": "the task, result or reason"}
 _TASK |= {"depends_on": "propose: task ids to be done first", "priority": "", "state": "list: only these"}
 _TASK |= {"wait": f"next: seconds, up to {MAX_TOOL_WAIT}", **_LIMIT}
 _LOCK = {"paths": "relative to the project's root; release: none means all", "mode": "", "ttl": None}
@@ -5539,7 +5552,8 @@ _CHANNEL = {"channel": None, "with": "history: with this agent", **_LIMIT, "befo
 # What the tools with an `action` do for each.
 _TASK_ACTIONS: dict[str, Row] = {"propose": Operations.propose_task, "list": Operations.tasks, "show": Operations.task}
 _TASK_ACTIONS |= {"next": Operations.take_task, "accept": Operations.accept_task, "complete": Operations.complete_task}
-_TASK_ACTIONS |= {"release": Operations.release_task, "cancel": Operations.cancel_task}
+_TASK_ACTIONS |= {"release": Operations.release_task, "cancel": Operations.cancel_task, "fail": Operations.fail_task}
+_TASK_ACTIONS |= {"progress": Operations.progress_task, "assign": Operations.assign_task}
 _LOCK_ACTIONS: dict[str, Row] = {"take": Operations.take_lock, "release": Operations.release_lock}
 _LOCK_ACTIONS |= {"list": Operations.locks}
 _CHANNEL_ACTIONS: dict[str, Row] = {"join": Operations.join_channel, "leave": Operations.leave_channel}
@@ -5624,7 +5638,7 @@ def _ask_tool(call: McpCall, row: Row, values: Json) -> Steps[Json]:
 
 def _task_tool(call: McpCall, row: Row, values: Json) -> Steps[Json]:
     """Share work. propose (to, message): one agent will accept it. next takes the best open one. accept has one winner;
-    then complete with the result as message, or release it."""
+    then complete with the result as message; or release (words for who goes on) or fail it. progress: how far it is."""
     values |= {"limit": values.get("limit", TOOL_PAGE)} if row is Operations.tasks else {}
     answer = yield from call_operation(call, row, **values)
     for task in answer.get("tasks", ()):  # `show` has the whole of one
@@ -9428,7 +9442,7 @@ class Identity:
         if not self.session:
             with contextlib.suppress(OSError, AttributeError):  # a script or an agent's shell has no terminal
                 self.session = os.ttyname(0)  # where a person types, so that two of them are two agents
-        self.client = Client(args.url, cacert=args.cacert, patience=patience)
+        self.client = args.caller = Client(args.url, cacert=args.cacert, patience=patience)
         self.client.on_wait = lambda seconds, reason: self._tell(f"{reason} (trying again in {seconds:.1f} s)")
         self.chosen = args.identity or os.environ.get("AGENTHUB_AGENT") or self.client.token.rpartition(".")[0]
         self.saved_token, self._path = "", os.path.join(folder_path("STATE"), "identity.json")
@@ -9686,22 +9700,28 @@ def _channel_text(channel: Json) -> str:
 
 
 def task_line(task: Json) -> str:
-    """A task in one line."""
-    text = f"{task['task_id']} {task['state']}"
+    """A task in one line, with the words of its newest step."""
+    text = f"{short_id(task['task_id'], task['seq'])} {task['state']}"
     text += f" by {task['holder']}" if "holder" in task else ""
     text += f" until {task['lease_until'][11:19]} unless heard of" if "lease_until" in task else ""
     text += f", waits for {', '.join(task['waits_for'])}" if "waits_for" in task else ""
     text += f", due {to_second(task['deadline_at'])}" if "deadline_at" in task and "result" not in task else ""
     text += f" ({task['reason']})" if "reason" in task else ""
+    step = task["history"][-1] if "history" in task else {"words": ""}
+    text += f', {step["agent_id"]} {step["what"]}: "{title_of(step["words"])}"' if step["words"] else ""
     to = task["to"] if isinstance(task["to"], str) else ", ".join(task["to"])
     return f"{text}; {task['proposer']} to {to}: {indented(title_of(task['message'])) if 'message' in task else '...'}"
 
 
 def task_text(answer: Json) -> str:
-    """A task with its result, or that of an answer."""
+    """A task with its history and its result, or that of an answer."""
     task = answer.get("task") or answer
-    result = f"\n    result: {indented(value_text(task['result']))}" if "result" in task else ""
-    return task_line(task) + result
+    lines = [task_line({name: value for name, value in task.items() if name != "history"})]
+    for step in task.get("history", ()):
+        words = f": {step['words']}" if step["words"] else ""
+        lines.append(f"{to_second(step['at'])} {step['agent_id'] or 'the hub'} {step['what']}{words}")
+    lines += [f"result: {value_text(task['result'])}"] if "result" in task else []
+    return "\n    ".join(map(indented, lines))
 
 
 def lock_line(lock: Json) -> str:
@@ -9742,14 +9762,27 @@ def no_hub_guide(url: str) -> Json:
 _AFTER_MESSAGE = {  # by the type of the message; `about` is the message or task it answers, or else itself
     "task_proposal": ("task accept {about}", "task show {about}"),
     **dict.fromkeys(("task_accept", "task_complete", "task_release", "task_cancel"), ("task show {about}",)),
+    **dict.fromkeys(("task_fail", "task_progress"), ("task show {about}",)),
+    "task_assign": ("task show {about}", 'task complete {about} "…"'),
     **dict.fromkeys(("error", "ack"), ("trace {reply_to}",)),
     "response": ("history --thread {thread}",),
     "ping": (),
 }
 _REPLY = ('reply {id} "…"',)  # where the type of a message is not above
-_SHOW = ("task show {task_id}",)
-_AFTER_TASK = {"open": ("task accept {task_id}",), "blocked": _SHOW, "accepted": (*_SHOW, 'send {holder} "…"')}
+_HOLD = ('task complete {task_id} "…"', 'task progress {task_id} "…"', 'task release {task_id} "…"')
+_CANCEL = 'task cancel {task_id} "…"'
 _AFTER_CHECK = {"identity": ("register",), "queue": ("recv",), "recipient": ("agents",)}
+
+
+def _after_task(task: Json) -> tuple[str, ...]:
+    """What the caller, `me`, can do with a task: as its holder, as who proposed it, or as any other."""
+    proposes = task["me"] in (task["proposer"], OPERATOR)
+    if task["state"] == "accepted":
+        return _HOLD if task["me"] == task["holder"] else ('send {holder} "…"', *([_CANCEL] if proposes else []))
+    if task["state"] not in ("open", "blocked"):
+        return ()
+    accept = ("task accept {task_id}",) if task["state"] == "open" else ("task show {task_id}",)
+    return ("task assign {task_id} AGENT", _CANCEL) if proposes and task["state"] == "open" else accept
 
 
 def _after_status(state: Json) -> tuple[str, ...]:
@@ -9764,8 +9797,8 @@ NEXT: dict[str, tuple[str, ...] | Callable[[Json], tuple[str, ...]]] = {
     **dict.fromkeys(("backup", "bench", "hook", "mcp", "plugin", "uninstall"), ()),
     **dict.fromkeys(("send", "reply"), ("trace {message_id}", "recv --wait 60")),
     **dict.fromkeys(("history", "search"), ("trace {id}", "history --thread {thread}")),
-    **dict.fromkeys(("task list", "task show"), lambda task: _AFTER_TASK.get(task["state"], ())),
-    **dict.fromkeys(("task next", "task accept"), ('task complete {task_id} "…"', 'task release {task_id} "…"')),
+    **dict.fromkeys(("task list", "task show"), _after_task),
+    **dict.fromkeys(("task next", "task accept", "task progress"), _HOLD),
     **dict.fromkeys(("ping", "locks"), ('send {agent_id} "…"',)),
     **dict.fromkeys(("note set", "note list"), ("note get {key}",)),
     "register": ('status --set "…"', "agents", "recv --wait 60"),
@@ -9780,7 +9813,8 @@ NEXT: dict[str, tuple[str, ...] | Callable[[Json], tuple[str, ...]]] = {
     "channels": ("join {channel}",),
     "task propose": ("task show {task_id}", "recv --wait 60"),
     "task complete": ("task next", "recv --wait 60"),
-    "task release": ("task next", "task list --state open"),
+    **dict.fromkeys(("task release", "task fail"), ("task next", "task list --state open")),
+    "task assign": ("task show {task_id}", "recv --wait 60"),
     "task cancel": ("task list --state open",),
     "lock": ("unlock {paths}",),
     "unlock": ("locks",),
@@ -9798,11 +9832,12 @@ def next_commands(args: argparse.Namespace, answer: Json) -> list[str]:
     """What to type after that answer, for the same agent and hub."""
     options = (("--as", "identity"), ("--url", "url"), ("--cacert", "cacert"))
     typed = [f" {option} {shell_quote(getattr(args, at))}" for option, at in options if getattr(args, at, None)]
-    fields = {"about": answer.get("reply_to") or answer.get("id"), **answer}
+    me = args.caller.agent_id if args.caller else None
+    fields = {"about": answer.get("reply_to") or answer.get("id"), "me": me, **answer}
     words = {name: value if isinstance(value, list) else [value] for name, value in fields.items()}
     quoted = {name: " ".join([shell_quote(str(word)) for word in several]) for name, several in words.items()}
     row, commands = NEXT.get(args.called, ()), []
-    templates = row(answer) if callable(row) else row
+    templates = row(fields) if callable(row) else row
     for template in templates:
         with contextlib.suppress(KeyError):
             asks_hub = template.split()[0] not in ("serve", "demo", "bench")  # else it takes neither --as nor --url
@@ -10201,14 +10236,20 @@ operation_line(Operations.agents, _agent_text, "who is here", "agents --status a
 
 
 @command_line("task propose", "propose a task", example='agenthub task propose ALL "review PR 7"')
-@arguments(TO_WHOM, THE_TEXT, AS_JSON)
+@arguments(TO_WHOM, AS_JSON)
+@argument("text", "what is to be done; - reads stdin", nargs="?")
 @argument("--lease", f"seconds its holder may be silent, default {TASK_LEASE}", type=duration, metavar="S")
 @argument("--depends-on", "a task to be completed first; may be repeated", action="append", metavar="ID")
-@arguments(from_operation(Operations.propose_task, "deadline", "priority"))
+@arguments(from_operation(Operations.propose_task, "deadline", "priority", "attempts"))
 @argument("--id", "an id of your choice, which others can depend on")
 def _propose_command(args: argparse.Namespace) -> None:
+    if args.text is None:
+        missing = "TEXT" if isinstance(args.to, list) or is_group(args.to) else "TO"
+        what = "say who may take it and what to do" if missing == "TO" else "say what to do"
+        raise Misuse(f'{missing} is missing: {what}, e.g. {program()} task propose ALL "review PR 7"')
     message = read_text(args.text, args.json_message)
-    more = cast(Planning, {name: getattr(args, name) for name in ("lease", "deadline", "depends_on", "priority")})
+    names = ("lease", "deadline", "depends_on", "priority", "attempts")
+    more = cast(Planning, {name: getattr(args, name) for name in names})
     show(args, Identity(args).act(lambda client: client.propose(args.to, message, args.id, **more)), task_text)
 
 
@@ -10233,16 +10274,19 @@ def _next_task_command(args: argparse.Namespace) -> None:
     show(args, task, task_text)
 
 
-for _verb, _help, _text, _words in (
-    ("accept", "take a task", "a word to its proposer", ""),
-    ("complete", "say that a task is done", "its result; - reads stdin", ' "merged as 4f2a"'),
-    ("release", "give a task back", "why", ' "no GPU here"'),
-    ("cancel", "cancel a task you proposed", "why", ""),
+for _verb, _fields, _help, _text, _example in (
+    ("accept", "[MESSAGE]", "take a task", "a word to its proposer", "m42"),
+    ("complete", "[MESSAGE]", "say that a task is done", "its result; - reads stdin", 'm42 "merged as 4f2a"'),
+    ("progress", "MESSAGE", "say how far a task is", "how far; - reads stdin", 'm42 "tests pass, docs left"'),
+    ("release", "[MESSAGE]", "give a task back, for others", "why, what is done; - reads stdin", 'm42 "no GPU here"'),
+    ("fail", "MESSAGE", "say that you could not do a task", "why; - reads stdin", 'm42 "does not build"'),
+    ("assign", "TO [MESSAGE]", "give your task, or one you hold, to one agent", "words to it", "m42 beta"),
+    ("cancel", "[MESSAGE]", "cancel a task you proposed", "why", "m42"),
 ):
-    _row, _example = OPERATIONS[f"{_verb}_task"], f"task {_verb} 01a2…-4fe2{_words}"
-    _command, _id = f"task {_verb} ID [MESSAGE]", "the task's id, as recv and `task list` show it"
+    _row, _id = OPERATIONS[f"{_verb}_task"], "the task's id, as recv and `task list` show it"
+    _command, _example = f"task {_verb} ID {_fields}", f"task {_verb} {_example}"
     operation_line(_row, task_text, _help, _example, command=_command, id=_id, message=_text)
-operation_line(Operations.task, task_text, "one task, with its result", "task show 01a2…-4fe2")
+operation_line(Operations.task, task_text, "one task, with its history and its result", "task show m42")
 
 
 @command_line("lock", _LOCK_HELP, example="agenthub lock src/api --wait 60 -- make generate")
@@ -10923,7 +10967,8 @@ def _demo_command(args: argparse.Namespace) -> None:
             show(args, value, f"{number:2}. {words}\n    $ {typed}\n    {indented(text)}")
             time.sleep(DEMO_PAUSE if sys.stdout.isatty() else 0)
     task = results[7]["task"]  # as alpha took it
-    text = f"{task['holder']} did task {task['task_id']}, not {task['proposer']}, and this hub is gone. For yours: "
+    name = short_id(task["task_id"], task["seq"])
+    text = f"{task['holder']} did task {name}, not {task['proposer']}, and this hub is gone. For yours: "
     show(args, {"task_id": task["task_id"], "winner": task["holder"]}, f"{text}{program()} serve")
 
 
@@ -11036,7 +11081,7 @@ def make_parser(first: str | None) -> argparse.ArgumentParser:
         for each in (*row.arguments, *(CLIENT_ARGUMENTS if row.client else ())):
             for one in [each] if isinstance(each, argument) else each():
                 sub.add_argument(one.name, **one.options)
-        sub.set_defaults(run=row.run, command=None, called=name, shown=None)
+        sub.set_defaults(run=row.run, command=None, called=name, shown=None, caller=None)
     return parser
 
 

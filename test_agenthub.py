@@ -4738,6 +4738,29 @@ def test_the_task_routes_send_messages_and_return_the_task(crew: World) -> None:
     assert call("POST", "/api/v1/messages", {"from": "boss", "to": "w1", "message": 1, "lease": 5})[0] == 400
 
 
+def test_a_tasks_history_is_shown_whole_and_in_lists_its_newest_step(crew: World) -> None:
+    made = {"from": "boss", "to": "w1", "message": "port", "attempts": 2}
+    task = crew.call("POST", "/api/v1/tasks", made)[1]["task_id"]
+    do = lambda who, verb, **body: crew.call("POST", f"/api/v1/tasks/{task}/{verb}", {"agent_id": who, **body})
+    do("w1", "accept"), do("w1", "progress", message="half " + "x" * 100)
+    (listed,) = crew.call("GET", "/api/v1/tasks?agent_id=boss")[1]["tasks"]
+    assert [step["what"] for step in listed["history"]] == ["progress"] and len(listed["history"][0]["words"]) == 80
+    status, given = do("boss", "assign", to="w2")
+    assert status == 200 and [row["agent_id"] for row in given["recipients"]] == ["w2", "w1"]
+    got = crew.call("GET", "/api/v1/messages?agent_id=w2")[1]["messages"][-1]
+    assert (got["type"], got["to"], got["message"], got["reply_to"]) == ("task_assign", "w2", "port", task)
+    assert do("w2", "fail", reason={"task_id": task, "code": 7})[1]["task"]["failed"] == 1
+    shown = crew.call("GET", f"/api/v1/tasks/{task}?agent_id=boss")[1]
+    assert [(s["agent_id"], s["what"], s["words"]) for s in shown["history"]][1:] == [
+        ("w1", "progress", "half " + "x" * 100), ("boss", "assign", "to w2"), ("w2", "fail", '{"code":7}'),
+    ]  # fmt: skip
+    assert shown["history"][0]["at"] == ah.timestamp(crew.clock()) and (shown["attempts"], shown["failed"]) == (2, 1)
+    do("w1", "accept"), do("w1", "complete", result="ok")
+    ended = crew.call("GET", f"/api/v1/tasks/{task}?agent_id=boss")[1]
+    assert len(ended["history"]) == 6 and ended["result"] == "ok", "of one that has ended it is read from the store"
+    assert do("w1", "fail")[0] == 400 and do("w1", "progress")[0] == 400 and do("boss", "assign")[0] == 400
+
+
 def test_a_task_and_its_result_are_any_json(crew: World) -> None:
     words = {"title": "x", "priority": "high", "deadline": "Friday", "lease": [], "depends_on": {"a": 1}, "task_id": 7}
     made = crew.call("POST", "/api/v1/tasks", {"from": "boss", "message": words})[1]
@@ -9538,6 +9561,18 @@ def test_commands_that_json_answers_suggest_can_be_typed(shared_hub: LiveHub) ->
     for words in (("task", "show", task), ("task", "accept", task), ("task", "complete", task, "so")):
         run(*words, "--as", "next-b")
     assert f"agenthub task show {task} --as next-a" in run("recv")["next"]
+    job = run("task", "propose", "next-b", "more")["task_id"]
+    by_proposer, by_other = run("task", "show", job)["next"], run("task", "show", job, "--as", "next-b")["next"]
+    assert by_proposer[1].startswith(f"agenthub task cancel {job} ") and by_other[0].split()[1:3] == ["task", "accept"]
+    run("task", "accept", job, "--as", "next-b")
+    holds = run("task", "list", "--state", "accepted", "--as", "next-b")["next"]
+    assert holds[0] == f'agenthub task complete {job} "…" --as next-b', "the holder is shown how to complete"
+    assert run("task", "show", job)["next"] == [
+        'agenthub send next-b "…" --as next-a', f'agenthub task cancel {job} "…" --as next-a'
+    ]  # fmt: skip
+    run("task", "progress", job, "half", "--as", "next-b"), run("task", "fail", job, "no", "--as", "next-b")
+    run("task", "assign", job, "next-b"), run("task", "complete", job, "--as", "next-b"), run("recv")
+    run("recv", "--as", "next-b")
     assert run("lock", "next/**", "it's", "next/a b")["next"] == [
         """agenthub unlock 'next/**' 'it'"'"'s' 'next/a b' --as next-a"""
     ]
@@ -9701,6 +9736,15 @@ def test_teamwork_from_the_shell(live: object) -> None:
     assert "merge accepted" in run("task", "list", "--mine", "--as", "beta")
     assert "released by beta" in run("task", "release", "merge", "conflicts", "--as", "beta")
     run("task", "next", "--as", "beta", code=1), run("task", "next", "--wait", "0.01", "--as", "beta", code=4)
+    shown = run("task", "assign", "merge", "beta", "yours after all", "--as", "alpha")
+    assert shown.startswith("merge accepted by beta until") and "Z beta release: conflicts\n" in shown
+    assert "alpha assign: to beta: yours after all" in shown
+    assert "Z beta progress: half of it" in run("task", "progress", "merge", "half of it", "--as", "beta")
+    assert 'beta progress: "half of it"; alpha to beta' in run("task", "list", "--mine", "--as", "beta")
+    assert "(failed by beta)" in run("task", "fail", "merge", "no rights", "--as", "beta")
+    for words, missing in ((("x",), "TO"), (("ALL",), "TEXT"), (("a,b",), "TEXT"), (("do it all",), "TO")):
+        done = hub.here("task", "propose", *words)
+        assert done.returncode == 2 and f"{missing} is missing" in done.stderr and 'propose ALL "' in done.stderr
     assert (
         "cancelled by alpha" in run("task", "cancel", "merge", "--as", "alpha")
         and len(run("task", "list").splitlines()) == 2
@@ -9708,7 +9752,7 @@ def test_teamwork_from_the_shell(live: object) -> None:
     assert json.loads(run("task", "show", "pr7", "--json"))["result"] == "looks good"
     run("task", code=2), run("task", "nonsense", code=2), run("task", "show", "none", code=1)
     assert [m["type"] for m in map(json.loads, run("recv", "--as", "alpha", "--json").splitlines())] == [
-        "message", "task_accept", "task_complete", "task_accept", "task_release",
+        "message", "task_accept", "task_complete", "task_accept", "task_release", "task_progress", "task_fail",
     ]  # fmt: skip
 
     lock = json.loads(run("lock", "src/{a,b}", "--ttl", "5m", "--note", "moving", "--as", "alpha", "--json"))
@@ -10114,10 +10158,10 @@ def test_the_demo_shows_what_really_happened_and_leaves_nothing(
     first, *steps, last = map(json.loads, shared_hub.here("demo", "--json").stdout.splitlines())
     text, errors = demo.communicate(timeout=30)
     assert (demo.returncode, errors) == (0, ""), text
-    task = re.search(r"\$ python3 \S+ task accept (\S+) --as alpha\n +\1 accepted by alpha", text)[1]
+    task = re.search(r"\$ python3 \S+ task accept \S+ --as alpha\n +(m\d+) accepted by alpha", text)[1]
     assert f"refused, task_taken: task {task} is held by alpha" in text
     assert "refused, lock_held: src/** is locked by alpha (exclusive, src/net.py)" in text
-    assert f"\n    {task} completed by alpha" in text and f"alpha to beta (task_complete {task}): " in text
+    assert f"\n    {task} completed by alpha" in text and "alpha to beta (task_complete " in text
     for typed in re.findall(r"\$ python3 (.+)", text):
         assert ah.read_command(shlex.split(typed)[1:]).identity in ("alpha", "beta")
     for line in (text, first["hub"]):
