@@ -184,9 +184,12 @@ TASK_ATTEMPTS = 3  # tries that may fail before a task has failed: a third agent
 MAX_TASK_STEPS = 20  # of a task's history; of more, the oldest progress goes, then the oldest step
 MAX_STEP_WORDS = 2_000  # characters of what one step says, e.g. to hand over; the message of it is kept whole
 LOCK_TTL = 600  # seconds a lock outlives its holder's last sign of life: the contract's figure
+KILL_SECONDS = 5  # that a command under a lock has to end after SIGTERM: less than its lock lasts without its client
 COMMAND_LOCK_TTL = 30  # seconds the lock of `lock … -- COMMAND` outlives the command line when that is killed
 POSITION_SECONDS = 10  # an agent that waits for a lock in several requests keeps its position this long between two
 MAX_LOCK_PATHS = 64  # paths in one lock, after its braces are written out
+NOTICE_SECONDS = 300  # between two messages to a lock's holder that the same agent wants it: time to finish an edit
+MAX_NOTICES = 10_000  # of these that are remembered, 2 MB; beyond, all are forgotten, and one may come again
 MAX_PATH = 256  # characters of one of them
 MAX_PATTERNS = 16_384  # pairs of patterns of which it is remembered whether they overlap, 5 MB
 MAX_WAITS = 16  # locks that one agent may wait for, or frames of one connection without an answer
@@ -692,8 +695,8 @@ def expand_braces(text: str) -> list[str]:
 
 
 def normal_path(text: str) -> str:
-    """The one spelling of a path or glob: with slashes, without `.`, `..` and needless slashes; the root is `.` or `/`.
-    Raises ValueError where it leads out of the root."""
+    """The one spelling of a path or glob: with slashes, without `.`, `..` and needless slashes; `.` or `/` is the whole
+    project. Raises ValueError where it leads out of the root."""
     text = text.replace("\\", "/")
     parts: list[str] = []
     for part in text.split("/"):
@@ -702,9 +705,35 @@ def normal_path(text: str) -> str:
                 raise ValueError("a path inside the project's root, with no `..` behind a wildcard")
         elif part not in ("", "."):
             parts.append(part)
-    root = "/" if text.startswith("/") else ""
+    root = "/" if text.startswith("/") and parts else ""
     folder = bool(parts) and text.endswith("/") and bool(_WILD.search(parts[-1]))  # else that says nothing more
     return root + "/".join(parts) + ("/" if folder else "") or "."
+
+
+def project_root(folder: str) -> str:
+    """The root of the project that a folder is in: the folder with version control that it is in, or itself."""
+    root = folder = os.path.abspath(folder)
+    while not any(os.path.exists(os.path.join(root, name)) for name in (".git", ".hg", ".jj", ".svn")):
+        if root == os.path.dirname(root):
+            return folder
+        root = os.path.dirname(root)
+    return root
+
+
+def project_path(path: str, folder: str, root: str, resolve: Callable[[str], str] = os.path.realpath) -> str:
+    """How locks name a path or glob, however it is written by one who stands in `folder`: relative to the project's
+    root, with links resolved; absolute if it lies outside; `/` is the whole project. Raises ValueError."""
+    if path == "/":
+        return "."
+    parts = normal_path(os.path.join(os.path.abspath(folder), path)).split("/")
+    literal = next((i for i, part in enumerate(parts) if _WILD.search(part)), len(parts))
+    head, inside = resolve("/".join(parts[:literal]) or "/"), os.path.join(resolve(root), "")
+    whole = os.path.join(head, *parts[literal:])
+    if not f"{whole}/".startswith(inside):
+        if inside.startswith(os.path.join(head, "")):
+            raise ValueError(f"a path in the project, which is {inside}, or beside it, and not above it")
+        return whole
+    return whole[len(inside) :] or "."
 
 
 def exact_pattern(path: str) -> str:
@@ -1900,6 +1929,11 @@ class Locks(Table[Lock]):
         """The requests that wait at that time, in order; one whose time is over may still be there."""
         return [want for want in self.waiting.values() if want.wait_until > at]
 
+    def waiting_for(self, lock: Lock, at: int) -> list[LockRequest]:
+        """The requests that a lock keeps waiting, in order."""
+        over = [want for want in self.waiting_at(at) if lock.lock_id in self._over[want.id]]
+        return [want for want in over if "exclusive" in (want.mode, lock.mode)]
+
     def of(self, agent_id: str) -> list[Lock]:
         """The locks of an agent, in the order in which they were taken."""
         return sorted([self[lock_id] for lock_id in self.find("agent", agent_id)], key=lambda lock: lock.token)
@@ -1973,6 +2007,7 @@ class Hub:
         self.connections: dict[str, int] = {}
         self.seen: dict[str, int] = {}  # the last sign of life of each agent, in milliseconds since 1970
         self.locks = Locks(self.lock_ends)
+        self._notices: dict[tuple[str, str], int] = {}  # by lock and agent that wants it: not again before then
         self.close_to = functools.lru_cache(1_000)(self._close_to)
         self.load(snapshot, at)
 
@@ -2974,6 +3009,7 @@ class Hub:
         if len(mine) >= MAX_WAITS:
             raise RateLimited(f"{want.agent_id} waits for {len(mine)} locks: wait until it has some", retry_after=5)
         locks.queue(want)
+        self.notify_holders(at, want)
         return None
 
     def _lock_of(self, want: LockRequest) -> Lock | None:
@@ -3024,6 +3060,27 @@ class Hub:
         if circle:
             fix = f"and waiting would never end, because {circle} waits for you: release what you hold first"
         return LockHeld(f"{words}: {fix}", **details)
+
+    def notify_holders(self, at: int, want: LockRequest) -> list[str]:
+        """Have those whose locks keep an agent from these paths hear that it was refused them, or waits for them: of
+        each lock once in NOTICE_SECONDS. Returns who was notified."""
+        self.expect(want.agent_id)
+        notified = []
+        for lock, theirs, mine in self.locks.against(want, at):
+            holder, key = lock.agent_id, (lock.lock_id, want.agent_id)
+            full = self.unread(holder) >= self.limits.max_inbox
+            if holder == want.agent_id or full or self._notices.get(key, 0) > at:
+                continue
+            if len(self._notices) >= MAX_NOTICES:
+                self._notices.clear()
+            self._notices[key] = at + NOTICE_SECONDS * 1000
+            words = f"{want.agent_id} {'waits for' if want.wait_until > at else 'was refused'} {mine}, which you have"
+            words += f" locked ({theirs}): release it as soon as you can (`unlock`), or say how long it takes"
+            payload = {"lock_id": lock.lock_id, "path": mine, "message": words}
+            message = Message(0, "", "lock_wanted", want.agent_id, "", dump(payload), 0, via="hub")
+            self._deliver(at, message, dump(holder), (holder,), ())
+            notified.append(holder)
+        return notified
 
     def leave_lock_queue(self, at: int, agent_id: str, id: str) -> None:
         """An agent does not wait for that lock any more."""
@@ -3144,6 +3201,7 @@ class Hub:
         for one in [one for one in seen if self.tables[Seen].get(one.agent_id) != one]:
             self._put(one)
         self.pace.sweep(at)
+        self._notices = {key: until for key, until in self._notices.items() if until > at}
         self.elapse(at)
         if self.next_at < NEVER or self.delayed:  # the next start must know how much of it has passed
             self.seen[""] = at  # the hub's own sign of life
@@ -4902,15 +4960,21 @@ class Operations:
 
     # locks
 
-    @operation("GET", "/api/v1/locks", access="any", frame="locks", items="locks", command="locks [PATH]")
+    @operation("GET", "/api/v1/locks", access="any", frame="locks", items="locks")
     def locks(call: Call, path: Overlapping = None, holder: OneAgent = None) -> Response:
-        """The locks that are held, and who waits; with `path` only what overlaps with it."""
+        """The locks that are held, and who waits for each; with `path` only what overlaps with it."""
         hub, at = call.api.hub, call.at
-        held = [lock for lock, *_ in hub.locks.overlapping(tuple(path))] if path else hub.locks.values()
+        held = [lock for lock, *_ in hub.locks.overlapping(in_project(call, path))] if path else hub.locks.values()
         chosen = [lock for lock in held if holder in (None, lock.agent_id) and hub.lock_ends(lock, at) > at]
-        waiting = [{"agent_id": w.agent_id, "paths": w.paths, "mode": w.mode} for w in hub.locks.waiting_at(at)]
         rows = [lock_json(call, lock) for lock in sorted(chosen, key=lambda lock: lock.token)]
+        waiting = list(map(waiting_json, hub.locks.waiting_at(at)))
         return Response({"locks": rows, "total": len(rows), "waiting": waiting})
+
+    @operation("POST", "/api/v1/locks/ask")
+    def ask_for_lock(call: Call, paths: Paths) -> Steps[Response]:
+        """Have those who have locked these paths notified that this agent was kept from editing them."""
+        want = LockRequest(call.agent_id, "", in_project(call, paths), "exclusive", 0)
+        return Response({"success": True, "notified": (yield from do(Hub.notify_holders, want))})
 
     @operation("POST", "/api/v1/locks", frame="lock")
     def take_lock(
@@ -4929,7 +4993,7 @@ class Operations:
         name, over, ends_at = call.agent_id, not wait, call.at + int((wait or 0) * 1000)
         wait_until = ends_at + POSITION_SECONDS * 1000 if wait else 0
         lock_id, ttl_ms = id or call.api.mint()[:12], int((ttl or LOCK_TTL) * 1000)
-        want = LockRequest(name, lock_id, tuple(paths), mode or "exclusive", ttl_ms, note or "", wait_until)
+        want = LockRequest(name, lock_id, in_project(call, paths), mode or "exclusive", ttl_ms, note or "", wait_until)
         want = want._replace(follows=auto_renew is not False, reentrant=reentrant is not False)
         leave = make_command(Hub.leave_lock_queue, name, want.id)
         while True:
@@ -4941,6 +5005,7 @@ class Operations:
             except LockHeld:
                 if not keep_until:
                     yield leave
+                yield from do(Hub.notify_holders, want)
                 raise
             if lock is not None:
                 break
@@ -4963,7 +5028,7 @@ class Operations:
         """Release a lock by its id, paths of any locks, or all that this agent has."""
         if sum(map(bool, (lock_id, paths, all))) != 1:
             raise InvalidRequest("`lock_id`, `paths` or `all` is needed, one of them: say what to release")
-        freed = yield from do(Hub.unlock, call.agent_id, lock_id or "", tuple(paths or ()))
+        freed = yield from do(Hub.unlock, call.agent_id, lock_id or "", in_project(call, paths or ()))
         rows = [{"lock_id": lock.lock_id, "token": lock.token, "paths": lock.paths} for lock in freed]
         return Response({"success": True, "released": rows})
 
@@ -5257,13 +5322,36 @@ def tasks_json(call: Call, tasks: list[Task], whole: bool = False) -> list[Json]
     return rows
 
 
+def in_project(call: Call, paths: Sequence[str]) -> tuple[str, ...]:
+    """Paths as locks name them: an absolute one is taken against the folder that the caller works in. Raises
+    InvalidRequest for one of a model's that is not in there: no lock by a relative name would meet it."""
+    agent = call.api.hub.agents.get(call.agent_id)
+    about = json.loads(agent.metadata) if agent and agent.metadata else {}
+    folder = str(about.get("project") or about.get("folder") or "").rstrip("/")
+    names = []
+    for path in paths:
+        if folder.startswith("/") and f"{path}/".startswith(f"{folder}/"):
+            path = path[len(folder) + 1 :] or "."
+        elif path.startswith("/") and call.via == "mcp":
+            why = f"outside of your project's folder, {folder}" if folder else "absolute, and your folder is not known"
+            raise InvalidRequest(f"{path} is {why}: give it relative to the project's root, e.g. src/api.py")
+        names.append(path)
+    return tuple(dict.fromkeys(names))
+
+
+def waiting_json(want: LockRequest) -> Json:
+    """Who waits for a lock of which paths."""
+    return {"agent_id": want.agent_id, "paths": want.paths, "mode": want.mode}
+
+
 def lock_json(call: Call, lock: Lock) -> Json:
-    """A lock, and how long it lasts."""
+    """A lock, how long it lasts, and who waits for it."""
     ends = call.api.hub.lock_ends(lock, call.at)
     row: Json = {"lock_id": lock.lock_id, "token": lock.token, "agent_id": lock.agent_id, "paths": lock.paths}
     row |= {"mode": lock.mode, "ttl": lock.ttl / 1000, "taken_at": timestamp(lock.taken_at)}
     row |= {"expires_at": timestamp(ends), "remaining": max(0, ends - call.at) / 1000}
-    return row | present(note=lock.note)
+    waiting = list(map(waiting_json, call.api.hub.locks.waiting_for(lock, call.at)))
+    return row | present(note=lock.note, waiting=waiting)
 
 
 def note_json(note: Note) -> Json:
@@ -9435,6 +9523,7 @@ class Identity:
 
     otherwise: str | None = None  # the agent to be where none was chosen or saved
     name = ""  # for a new agent, instead of the user's name
+    folder = ""  # that the agent works in; empty: where the command is run
     keeps = False  # whether an agent that was chosen is saved, too
 
     def __init__(self, args: argparse.Namespace, session: str = "", patience: float = RETRY_SECONDS) -> None:
@@ -9453,7 +9542,23 @@ class Identity:
         or by AGENTHUB_NAME."""
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", os.path.basename(os.path.abspath(folder))).strip("-._")
         self.name = os.environ.get("AGENTHUB_NAME") or name[:50] or "agent"
+        self.folder, root = folder, project_root(folder)
         self.client.metadata = {"folder": folder, "host": socket.gethostname(), **more}
+        self.client.metadata |= {"project": root} if root != os.path.abspath(folder) else {}
+
+    def lock_paths(self, paths: Iterable[str]) -> list[str]:
+        """Paths and globs, as they are written here, by the names that locks have for them: hooks, the command line and
+        MCP name them so. Raises InvalidRequest."""
+        here = self.folder or os.getcwd()
+        root = project_root(here)
+        if root == here and not self.folder and self.client.agent_id:  # perhaps in a folder of the session's project
+            with contextlib.suppress(HubError):
+                known = str(self.client.agent(self.client.agent_id).get("metadata", {}).get("folder", ""))
+                root = known if known and here.startswith(os.path.join(known, "")) else root
+        try:
+            return [project_path(path, here, root) for text in paths for path in expand_braces(text)]
+        except ValueError as error:
+            raise InvalidRequest(f"a path to lock must be {error}") from None
 
     def another_client(self) -> Client:
         """A client for another thread, as the same agent."""
@@ -9728,6 +9833,7 @@ def lock_line(lock: Json) -> str:
     """A lock in one line."""
     note = f' "{lock["note"]}"' if "note" in lock else ""
     paths, left = ", ".join(lock["paths"]), ago(lock["remaining"])
+    note += f"; waiting: {', '.join(want['agent_id'] for want in lock['waiting'])}" if "waiting" in lock else ""
     return f"{lock['lock_id']} {lock['agent_id']} {lock['mode']} {paths}, {left} left, token {lock['token']}{note}"
 
 
@@ -9766,6 +9872,7 @@ _AFTER_MESSAGE = {  # by the type of the message; `about` is the message or task
     "task_assign": ("task show {about}", 'task complete {about} "…"'),
     **dict.fromkeys(("error", "ack"), ("trace {reply_to}",)),
     "response": ("history --thread {thread}",),
+    "lock_wanted": ("locks", 'reply {id} "…"'),
     "ping": (),
 }
 _REPLY = ('reply {id} "…"',)  # where the type of a message is not above
@@ -9816,7 +9923,7 @@ NEXT: dict[str, tuple[str, ...] | Callable[[Json], tuple[str, ...]]] = {
     **dict.fromkeys(("task release", "task fail"), ("task next", "task list --state open")),
     "task assign": ("task show {task_id}", "recv --wait 60"),
     "task cancel": ("task list --state open",),
-    "lock": ("unlock {paths}",),
+    "lock": ("unlock {typed}",),
     "unlock": ("locks",),
     "note get": ('note set {key} "…" --if-version {version}',),
     "note delete": ("note list",),
@@ -9833,7 +9940,8 @@ def next_commands(args: argparse.Namespace, answer: Json) -> list[str]:
     options = (("--as", "identity"), ("--url", "url"), ("--cacert", "cacert"))
     typed = [f" {option} {shell_quote(getattr(args, at))}" for option, at in options if getattr(args, at, None)]
     me = args.caller.agent_id if args.caller else None
-    fields = {"about": answer.get("reply_to") or answer.get("id"), "me": me, **answer}
+    typed_here = {"me": me, "typed": getattr(args, "paths", None)}
+    fields = {"about": answer.get("reply_to") or answer.get("id"), **typed_here, **answer}
     words = {name: value if isinstance(value, list) else [value] for name, value in fields.items()}
     quoted = {name: " ".join([shell_quote(str(word)) for word in several]) for name, several in words.items()}
     row, commands = NEXT.get(args.called, ()), []
@@ -10290,7 +10398,7 @@ operation_line(Operations.task, task_text, "one task, with its history and its r
 
 
 @command_line("lock", _LOCK_HELP, example="agenthub lock src/api --wait 60 -- make generate")
-@argument("paths", "paths and globs, relative to the project's root", nargs="+")
+@argument("paths", "paths and globs in the project; / is all of it", nargs="+")
 @arguments(from_operation(Operations.take_lock, "note", "wait"))
 @argument("--ttl", _LOCK_TTL_HELP, type=duration, metavar="S")
 @argument("--shared", "together with others that share it", action="store_true")
@@ -10299,7 +10407,8 @@ def _lock_command(args: argparse.Namespace) -> int:
     ttl = args.ttl if alone or args.ttl is not None else COMMAND_LOCK_TTL
     mode, wait = "shared" if args.shared else "exclusive", args.wait or 0
     more = Locking(note=args.note, auto_renew=alone, reentrant=alone)
-    lock = identity.act(lambda client: client.lock(args.paths, ttl, mode, wait, **more))
+    paths = identity.lock_paths(args.paths)
+    lock = identity.act(lambda client: client.lock(paths, ttl, mode, wait, **more))
     if alone:
         show(args, lock, f"locked {lock_line(lock)}")
         return 0
@@ -10308,17 +10417,19 @@ def _lock_command(args: argparse.Namespace) -> int:
 
 def _run_under_lock(client: Client, lock: Json, command: list[str]) -> int:
     """Run a command while its lock is renewed, and return its exit status: 128 plus the number of a signal that ended
-    it, 127 if there is none. Should this process be killed, the lock ends by its ttl."""
+    it, 127 if there is none. It ends when its lock is lost or this process is killed, with all that it has started; but
+    at a terminal it stays in our process group, which the terminal interrupts and stops, and ends alone."""
     child: subprocess.Popen[bytes] | None = None
     early: list[int] = []  # signals that came before we knew the child
+    alone = not os.isatty(0)  # in a session of its own
 
     def _pass_on(number: int, frame: object) -> None:
         """Send the command a signal that came to us; a terminal's interrupt has gone to both."""
         with contextlib.suppress(OSError, AttributeError):
-            if number == signal.SIGINT and os.tcgetpgrp(0) == os.getpgrp():
+            if number == signal.SIGINT and not alone and os.tcgetpgrp(0) == os.getpgrp():
                 return
         if child:
-            child.send_signal(number)
+            _send_signal(child.pid, number, alone)
         else:
             early.append(number)
 
@@ -10327,10 +10438,11 @@ def _run_under_lock(client: Client, lock: Json, command: list[str]) -> int:
     before = {number: signal.signal(number, _pass_on) for number in heeded}
     about = {"AGENTHUB_LOCK_ID": lock["lock_id"], "AGENTHUB_LOCK_TOKEN": str(lock["token"])}
     try:
-        child = subprocess.Popen(command, env=os.environ | about)
+        child = subprocess.Popen(command, env=os.environ | about, start_new_session=alone)
         for number in early:
-            child.send_signal(number)
-        code = _wait_and_renew(child, client, lock)
+            _send_signal(child.pid, number, alone)
+        with _guarded(child, alone) as end_command:
+            code = _wait_and_renew(child, client, lock, end_command)
         return code if code >= 0 else 128 - code
     except OSError as error:
         say(f"can't run {command[0]}: {error.strerror or error}")
@@ -10344,25 +10456,73 @@ def _run_under_lock(client: Client, lock: Json, command: list[str]) -> int:
             signal.signal(number, handler)
 
 
-def _wait_and_renew(child: subprocess.Popen[bytes], client: Client, lock: Json) -> int:
-    lost = False
+def _send_signal(pid: int, number: int, whole_group: bool) -> bool:
+    """Send a process a signal, or all of its group. Returns whether there was one."""
+    try:
+        (os.killpg if whole_group and hasattr(os, "killpg") else os.kill)(pid, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _guarded(child: subprocess.Popen[bytes], whole_group: bool) -> Iterator[Callable[[], None]]:
+    """While a command runs, another process waits to end it: with the function that this gives, or when this process is
+    gone, however that was killed. It waits at a pipe, whose other end only we have."""
+    if not hasattr(os, "fork"):  # Windows
+        yield child.terminate
+        return
+    reading, writing = os.pipe()
+    guard = os.fork()
+    if not guard:
+        try:
+            os.setsid()
+            os.dup2(reading, 0)
+            os.closerange(1, 256)  # also the output: who reads that waits for its end
+            if not os.read(0, 1) and _send_signal(child.pid, signal.SIGTERM, whole_group):
+                end = time.monotonic() + KILL_SECONDS
+                while time.monotonic() < end and _send_signal(child.pid, 0, whole_group):
+                    time.sleep(0.02)  # a process that is no child of ours can't be waited for
+                _send_signal(child.pid, signal.SIGKILL, whole_group)
+        finally:
+            os._exit(0)
+    os.close(reading)
+    try:
+        with open(writing, "wb", 0) as pipe:
+            yield pipe.close
+            if not pipe.closed:  # the command has ended by itself
+                pipe.write(b"0")
+    finally:
+        os.waitpid(guard, 0)
+
+
+def _wait_and_renew(child: subprocess.Popen[bytes], client: Client, lock: Json, end_command: Callable[[], None]) -> int:
+    """Wait for a command's end; where the hub says that its lock is lost, end it. A hub that is away gives the lock to
+    no other."""
+    warned = False
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return child.wait(lock["ttl"] / 3)
         try:
             client.renew_lock(lock["lock_id"])
+        except (NotFound, UnknownAgent, Unauthorized, Forbidden) as error:
+            say(f"the lock is lost, so the command is ended: {error.message}")
+            end_command()
+            return child.wait()
         except HubError as error:
-            if not lost:
-                say(f"the lock could not be renewed, others may take it: {error.message}")
-            lost = True
+            if not warned:
+                say(f"the lock could not be renewed yet: {error.message}")
+            warned = True
 
 
 @command_line("unlock", "release locks", example="agenthub unlock src/api")
-@argument("what", "a lock's id, or paths as they were locked", nargs="*")
+@argument("what", "a lock's id, or paths that were locked", nargs="*")
 @argument("--all", "all that you have", action="store_true")
 def _unlock_command(args: argparse.Namespace) -> None:
     if bool(args.what) == args.all:
         raise Misuse("name a lock's id or the paths to release, or say --all")
+
+    identity = Identity(args)
 
     def _release(client: Client) -> list[Json]:
         if args.all:
@@ -10370,20 +10530,25 @@ def _unlock_command(args: argparse.Namespace) -> None:
         ids = {lock["lock_id"] for lock in client.locks()}
         freed = [lock for word in args.what if word in ids for lock in client.unlock(word)]
         if paths := [word for word in args.what if word not in ids]:
-            freed += client.unlock(paths=paths)
+            freed += client.unlock(paths=identity.lock_paths(paths))
         return freed
 
-    freed = Identity(args).act(_release)
+    freed = identity.act(_release)
     show_all(args, freed, lambda lock: f"released {', '.join(lock['paths'])}")
     if not freed and not args.all:
         raise NotFound("you hold no such lock: see `agenthub locks`")
 
 
-def _no_lock(args: argparse.Namespace) -> str:
-    return f"nothing is locked that overlaps with {args.path}" if args.path else "nothing is locked"
+@command_line("locks", "who has locked what, and who waits for it", example="agenthub locks src/api/x.py")
+@argument("path", "only what overlaps with this path or glob", nargs="?")
+@arguments(from_operation(Operations.locks, "holder"))
+def _locks_command(args: argparse.Namespace) -> None:
+    identity = Identity(args)
+    paths = identity.lock_paths([args.path]) if args.path else [None]
+    locks = {lock["lock_id"]: lock for path in paths for lock in identity.client.locks(path, args.holder)}
+    nothing = f"nothing is locked that overlaps with {args.path}" if args.path else "nothing is locked"
+    show_all(args, list(locks.values()), lock_line, nothing)
 
-
-operation_line(Operations.locks, lock_line, "who has locked what", "locks src/api/x.py", _no_lock)
 
 _SET_TEXT = "{key} is at version {version}, {size} bytes".format_map
 _NO_NOTE = "there is no such note: `agenthub note set KEY VALUE` makes one"
@@ -11412,14 +11577,18 @@ class Hook:
         path = typed_at(str, tool_input, "file_path") or typed_at(str, tool_input, "notebook_path")
         if self.input.get("tool_name") not in EDITS or not path:
             return
-        absolute, inside = self._lock_names(os.path.join(typed_at(str, self.input, "cwd") or os.getcwd(), path))
+        here = typed_at(str, self.input, "cwd") or os.getcwd()
+        absolute, inside = self._lock_names(os.path.join(here, path))
         names, client = inside + absolute, self.identity.client
         locks = [lock for lock in self.identity.act(lambda client: client.locks()) if _covers(lock["paths"], names)]
         for lock in locks:
             if lock["agent_id"] == client.agent_id:
                 continue
-            if _covers(lock["paths"], absolute) or self._in_same_project(lock["agent_id"]):
-                self._deny(names[0], lock)
+            by_root = [one for one in lock["paths"] if one.startswith("/")]
+            if _covers(by_root, absolute) or self._in_same_project(lock["agent_id"]):
+                self._deny(names[0], os.path.relpath(absolute[0], here), lock)
+                client.patience = ACK_SECONDS
+                client.ask_for_lock([exact_pattern(name) for name in names])
                 return
         if self.args.auto_lock and not any(lock["remaining"] > AUTO_LOCK_SECONDS for lock in locks):
             try:
@@ -11430,25 +11599,23 @@ class Hook:
     def _lock_names(self, path: str) -> tuple[list[str], list[str]]:
         """The names by which a lock may mean a file: its absolute ones, with links as they are and resolved; and those
         from the project's folder, if it is inside."""
-        absolute, inside = [], []
-        for spelling in (os.path.normpath, os.path.realpath):
-            file, folder = spelling(path), spelling(self.identity.folder)
-            absolute.append(file)
-            if file.startswith(os.path.join(folder, "")):
-                inside.append(os.path.relpath(file, folder))
-        return absolute, inside
+        absolute, root = [os.path.realpath(path), os.path.normpath(path)], project_root(self.identity.folder)
+        names = [project_path(absolute[1], "/", root, resolve) for resolve in (os.path.realpath, os.path.normpath)]
+        return absolute, [name for name in names if not name.startswith("/")]
 
     def _in_same_project(self, agent_id: str) -> bool:
         """Whether another agent's relative paths may be ours: in another project of this machine they are not."""
         other, own = self.identity.client.agent(agent_id).get("metadata", {}), self.identity.client.metadata or {}
-        folders = [os.path.realpath(typed_at(str, metadata, "folder") or "/") for metadata in (own, other)]
+        folders = [typed_at(str, about, "project") or typed_at(str, about, "folder") for about in (own, other)]
+        folders = [os.path.realpath(folder or "/") for folder in folders]
         return other.get("host") != own["host"] or os.path.commonpath(folders) in folders
 
-    def _deny(self, name: str, lock: Json) -> None:
+    def _deny(self, name: str, here: str, lock: Json) -> None:
+        """Refuse the edit of a file, which from the session's folder is called `here`."""
         holder = lock["agent_id"]
         note = f', for "{harmless(indented(lock["note"]))[:SHOWN_LINE]}"' if "note" in lock else ""
         about = f"{', '.join(lock['paths'])[:SHOWN_LINE]}, {lock['mode']}, {ago(lock['remaining'])} left{note}"
-        ways = f'ask: {program()} send {holder} "…", or wait: {program()} lock {shell_quote(name)} --wait 60'
+        ways = f'ask: {program()} send {holder} "…", or wait: {program()} lock {shell_quote(here)} --wait 60'
         self.show(f"agenthub: {name} is locked by {holder} ({about}). Work on something else, {ways}")
 
 
@@ -11687,8 +11854,17 @@ class Stdio:
             with self._joining:  # the hub's tool makes a token that nobody keeps, and the oldest of an agent's end
                 self._identity.register()
         self._join(request.client)
+        if request.is_tool and request.name == "lock":
+            self._name_paths(typed_at(dict, request.params, "arguments"))
         with instead_of_waiter(self._identity.client) if request.is_tool else contextlib.nullcontext():  # may read mail
             return self._ask_hub(request)
+
+    def _name_paths(self, arguments: Json) -> None:
+        """Have paths in the arguments of a tool by the names that hooks and the command line have for them."""
+        paths = arguments.get("paths")
+        paths = [paths] if isinstance(paths, str) else paths
+        if isinstance(paths, list) and all(isinstance(path, str) for path in paths):
+            arguments["paths"] = self._identity.lock_paths(paths)
 
     def _ask_hub(self, request: StdioRequest) -> Json | None:
         """The hub's answer. An agent that it has forgotten registers again, once. What it has not got, or may get

@@ -571,7 +571,7 @@ def test_a_path_has_one_spelling_and_stays_inside_the_root() -> None:
         "./a//b": "a/b",
         "a/../b/": "b",
         "": ".",
-        "/": "/",
+        "/": ".",
         "//x": "/x",
         "a\\b": "a/b",
         "a/./": "a",
