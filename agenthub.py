@@ -4973,7 +4973,7 @@ class Operations:
     @operation("POST", "/api/v1/locks/ask")
     def ask_for_lock(call: Call, paths: Paths) -> Steps[Response]:
         """Have those who have locked these paths notified that this agent was kept from editing them."""
-        want = LockRequest(call.agent_id, "", in_project(call, paths), "exclusive", 0)
+        want = LockRequest(call.agent_id, "", (*in_project(call, paths), *paths), "exclusive", 0)
         return Response({"success": True, "notified": (yield from do(Hub.notify_holders, want))})
 
     @operation("POST", "/api/v1/locks", frame="lock")
@@ -9771,8 +9771,16 @@ def message_line(envelope: Json) -> str:
     elif envelope["type"].startswith("task_"):
         kind = f" ({envelope['type']} {envelope.get('reply_to') or envelope['id']})"
     to = envelope["to"] if isinstance(envelope["to"], str) else ", ".join(envelope["to"])
-    text = indented(value_text(envelope["message"]))
+    text = indented(value_text(envelope["message"]) + _task_note(envelope))
     return f"{envelope['timestamp'][11:19]} {envelope['from']} to {to}{kind}: {text}"
+
+
+def _task_note(envelope: Json) -> str:
+    """What an envelope says of its task, beside the message: its title, who gave it back and why, and how it is."""
+    back, why = envelope.get("released_by"), f": {envelope['reason']}" if "reason" in envelope else ""
+    notes = [envelope.get("task"), f"given back by {back}{why}" if back else "", envelope.get("state")]
+    notes += [f"try {envelope['attempt']}"] if "attempt" in envelope else []
+    return f" [{'; '.join(filter(None, notes))}]" if any(notes) else ""
 
 
 def _sent_text(receipt: Json) -> str:
@@ -11588,7 +11596,7 @@ class Hook:
             if _covers(by_root, absolute) or self._in_same_project(lock["agent_id"]):
                 self._deny(names[0], os.path.relpath(absolute[0], here), lock)
                 client.patience = ACK_SECONDS
-                client.ask_for_lock([exact_pattern(name) for name in names])
+                client.ask_for_lock(list(dict.fromkeys(one for name in names for one in (name, exact_pattern(name)))))
                 return
         if self.args.auto_lock and not any(lock["remaining"] > AUTO_LOCK_SECONDS for lock in locks):
             try:

@@ -588,6 +588,30 @@ def test_a_path_has_one_spelling_and_stays_inside_the_root() -> None:
         ah.expand_braces("{a,b}" * 7)
 
 
+def test_a_file_has_one_name_however_and_wherever_it_is_written(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "proj", tmp_path / "else"
+    for folder in (root / ".git", root / "src" / "api", elsewhere):
+        folder.mkdir(parents=True)
+    (root / "src" / "real.py").touch()
+    (root / "link.py").symlink_to("src/real.py")
+    (tmp_path / "way").symlink_to(root)
+    assert ah.project_root(str(root / "src" / "api")) == str(root)
+    assert ah.project_root(str(elsewhere)) == str(elsewhere), "without version control it is the folder itself"
+    names = {
+        ("src/a.py", "."): "src/a.py", ("./a.py", "src"): "src/a.py", ("../a//b/../c", "src"): "a/c",
+        (f"{root}/src/a.py", "src/api"): "src/a.py", (f"{tmp_path}/way/src/a.py", "."): "src/a.py",
+        ("link.py", "."): "src/real.py", ("/", "src"): ".", (str(root), "."): ".", ("..", "src"): ".",
+        ("*.py", "src"): "src/*.py", ("**/x/", "src"): "src/**/x", ("a*/", "src"): "src/a*/",
+        (f"{elsewhere}/x", "."): f"{elsewhere}/x", ("../../else/*", "src"): f"{elsewhere}/*",
+    }  # fmt: skip
+    for (path, folder), name in names.items():
+        for here in (root, tmp_path / "way"):
+            assert ah.project_path(path, str(here / folder), str(here)) == name, path
+    for above in ("..", f"{tmp_path}/*/src", "src/../.."):
+        with pytest.raises(ValueError, match="not above it"):
+            ah.project_path(above, str(root), str(root))
+
+
 def test_long_patterns_with_many_wildcards_are_compared_in_little_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """What would take ages to try out in all its ways is counted here: each place with each kind of character, once."""
     calls, common = 0, ah._common
@@ -1329,6 +1353,43 @@ def test_a_holder_may_lock_more_of_what_others_wait_for(crew: World) -> None:
     lock(crew, "w1", "src")
     assert lock(crew, "w2", "src/a", id="w2", wait=60) is None
     assert lock(crew, "w1", "src/a/x.py")
+
+
+def wanted(world: World, name: str) -> list[tuple[str, str]]:
+    """Who wants which path of an agent's locks, by the messages that lie unread there."""
+    rows = [(sender, json.loads(payload)) for kind, sender, payload in inbox(world, name) if kind == "lock_wanted"]
+    return [(sender, payload["path"]) for sender, payload in rows]
+
+
+def test_a_holder_hears_once_in_a_while_who_wants_its_lock(crew: World) -> None:
+    lock(crew, "w1", "src", id="mine"), lock(crew, "w3", "lib", mode="shared")
+    ask = lambda who, *paths, **more: crew.apply(
+        "notify_holders", ah.LockRequest(who, "", paths, more.pop("mode", "exclusive"), 0, **more)
+    )
+    assert ask("w2", "src/a", "lib/b") == ["w1", "w3"] and ask("w2", "src/c") == []
+    assert ask("w2", "lib", mode="shared") == ask("w1", "src/a") == [], "neither stands in the way"
+    assert lock(crew, "boss", "src/d", wait=60) is None and lock(crew, "boss", "src/d", wait=60) is None
+    assert wanted(crew, "w1") == [("w2", "src/a"), ("boss", "src/d")] and wanted(crew, "w3") == [("w2", "lib/b")]
+    texts = [json.loads(payload)["message"] for _, _, payload in inbox(crew, "w1")]
+    assert "w2 was refused src/a, which you have locked (src)" in texts[0] and "boss waits for src/d" in texts[1]
+    crew.clock.advance(ah.NOTICE_SECONDS)
+    assert ask("w2", "src/a") == ["w1"] and len(crew.hub._notices) == 3
+    crew.clock.advance(ah.NOTICE_SECONDS)
+    crew.apply("sweep")
+    assert not crew.hub._notices
+
+
+def test_notices_about_locks_fill_no_inbox_and_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ah, "MAX_NOTICES", 3)
+    world = World(max_inbox=6)
+    world.register("w1"), world.register("w2")
+    for n in range(5):
+        lock(world, "w1", f"f{n}", id=f"l{n}")
+        world.apply("notify_holders", ah.LockRequest("w2", "", (f"f{n}",), "exclusive", 0))
+        assert len(world.hub._notices) <= 3
+    world.send("w2", "w1")
+    assert world.apply("notify_holders", ah.LockRequest("w2", "", ("f0",), "exclusive", 0)) == []
+    assert world.hub.unread("w1") == 6
 
 
 def test_paths_are_released_singly_or_all_by_their_agent_only(crew: World) -> None:
@@ -4889,6 +4950,43 @@ def test_locks_over_http_say_who_has_what(crew: World) -> None:
         {"auto_renew": 3},
     ):
         assert crew.call("POST", "/api/v1/locks", {"agent_id": "w1", "paths": ["x"], **bad})[0] == 400, bad
+
+
+def test_who_is_refused_and_who_waits_is_shown_and_reaches_the_holder(crew: World) -> None:
+    lock(crew, "w1", "src")
+    post = lambda who, path, **more: crew.call("POST", "/api/v1/locks", {"agent_id": who, "paths": [path], **more})
+    assert post("w2", "src/a")[0] == 409 and post("w2", "src/b")[0] == 409
+    body = b'{"agent_id":"w3","paths":["src/c"],"wait":9}'
+    waits = crew.raw("POST", "/api/v1/locks", body, Content_Type="application/json")
+    assert crew.call("POST", "/api/v1/locks/ask", {"agent_id": "boss", "paths": "src/d"})[1]["notified"] == ["w1"]
+    assert wanted(crew, "w1") == [("w2", "src/a"), ("w3", "src/c"), ("boss", "src/d")]
+    listed = crew.call("GET", "/api/v1/locks")[1]
+    assert listed["locks"][0]["waiting"] == listed["waiting"] == [
+        {"agent_id": "w3", "paths": ["src/c"], "mode": "exclusive"}
+    ]  # fmt: skip
+    assert waits.resume(ah.OVER, crew.clock()).status == 409
+    assert "waiting" not in crew.call("GET", "/api/v1/locks")[1]["locks"][0] and len(wanted(crew, "w1")) == 3
+    assert crew.is_what_the_store_says()
+
+
+def test_an_absolute_path_is_taken_against_the_agents_folder(crew: World) -> None:
+    about = {"agent_id": "al", "metadata": {"folder": "/work/proj/pkg", "project": "/work/proj"}}
+    crew.call("POST", "/api/v1/agents/register", about)
+    crew.call("POST", "/api/v1/agents/register", {"agent_id": "bo", "metadata": {"folder": "/work/proj/"}})
+    post = lambda who, *paths: crew.call("POST", "/api/v1/locks", {"agent_id": who, "paths": [*paths]})
+    assert post("al", "/work/proj/src/a.py", "src/a.py")[1]["paths"] == ["src/a.py"]
+    assert post("bo", "/work/proj/src//a.py")[1]["error"]["holder"] == "al"
+    assert post("al", "/work/project/x", "/etc/hosts")[1]["paths"] == ["/work/project/x", "/etc/hosts"]
+    assert post("bo", "/work/proj")[1]["error"]["path"] == post("bo", "/")[1]["error"]["path"] == "."
+    taken = crew.tool("lock", "bo", action="take", paths=["/work/proj/lib/**"])
+    assert taken["paths"] == ["lib/**"]
+    assert crew.tool("lock", "bo", action="list", paths=["/work/proj/lib/x"])["locks"][0]["agent_id"] == "bo"
+    refusal = lambda who, path: crew.tool("lock", who, action="take", paths=path)["error"]["message"]
+    assert "outside of your project's folder, /work/proj" in refusal("bo", "/x")
+    assert "your folder is not known: give it relative" in refusal("w1", ["/work/proj/x"])
+    for odd in ("x/y", 5, ["/"], ""):
+        crew.call("POST", "/api/v1/agents/register", {"agent_id": "bo", "metadata": {"folder": odd}})
+        assert post("bo", f"/odd/{odd}")[0] == 200, odd
 
 
 def test_only_a_request_that_comes_again_keeps_its_position(crew: World) -> None:
@@ -9841,6 +9939,83 @@ def test_a_lock_is_released_however_its_command_ends(live: object, tmp_path: Pat
     assert hub.here("watch", "--url", "http://127.0.0.1:1").returncode == 3
 
 
+def test_spellings_of_a_file_meet_from_any_folder(
+    live: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = live("--rate-limit", "0")
+    root = tmp_path / "proj"
+    for folder in (root / ".git", root / "src", tmp_path / "bare" / "src"):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(root)
+    assert hub.here("lock", "src/a.py", "--as", "alpha").returncode == 0
+    monkeypatch.chdir(root / "src")
+    for path in ("a.py", "./a.py", "../src//a.py", f"{root}/src/a.py", "*.py", "..", "/"):
+        assert "locked by alpha" in hub.here("lock", path, "--as", "beta").stderr, path
+        assert " src/a.py," in hub.here("locks", path).stdout, path
+    assert "not above it" in hub.here("lock", "../..", "--as", "beta").stderr and hub.here("locks", "b.py").stdout == ""
+    typed = json.loads(hub.here("lock", "b.py", "--as", "beta", "--json").stdout)
+    assert typed["paths"] == ["src/b.py"] and typed["next"] == ["agenthub unlock b.py --as beta"]
+    assert hub.here("unlock", "b.py", "--as", "beta").stdout == "released src/b.py\n"
+    hub.client("gamma").lock("src/c.py")
+    waiting = ah.Client(hub.url, "delta")
+    waiting.register()
+    thread = threading.Thread(target=lambda: waiting.lock("src/c.py", wait=30))
+    thread.start()
+    until(lambda: "; waiting: delta" in hub.here("locks").stdout)
+    assert [m["type"] for m in hub.client("gamma").messages(unread=True)] == ["lock_wanted"]
+    assert hub.here("unlock", "c.py", "--as", "gamma").returncode == 0
+    thread.join(30)
+    monkeypatch.chdir(tmp_path / "bare" / "src")  # nothing shows the project's root, but the session's folder
+    hub.client("sam", metadata={"folder": f"{tmp_path}/bare"})
+    assert "locked src/x.py" not in hub.here("lock", "x.py", "--as", "alpha").stdout
+    assert " src/x.py," in hub.here("lock", "x.py", "--as", "sam").stdout
+
+
+HELD = """
+import os, signal, subprocess, sys
+stays = "import signal; signal.signal(15, signal.SIG_IGN); print(0, flush=True); signal.pause()"
+child = subprocess.Popen([sys.executable, "-c", stays], stdout=subprocess.PIPE)
+child.stdout.readline()
+signal.signal(signal.SIGTERM, lambda *_: (print("ended", flush=True), os._exit(7)))
+print(child.pid, os.getpid(), flush=True)
+signal.pause()
+"""
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended; one that is not waited for by its parent counts as ended."""
+    try:
+        return ") Z " in Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="it is seen in /proc whether a process is there")
+@pytest.mark.parametrize("how", ["killed", "terminated", "lost"])
+def test_a_locked_command_ends_with_its_client_or_its_lock(how: str, live: object, tmp_path: Path) -> None:
+    hub = live("--rate-limit", "0")
+    maker = hub.client("maker")
+    (tmp_path / "held.py").write_text(HELD)
+    short = PROGRAM.format({"KILL_SECONDS": 0.3})
+    words = ["lock", "src", "--ttl", "0.6", "--as", "maker", "--", sys.executable, str(tmp_path / "held.py")]
+    env = hub.compiled_env() | {"AGENTHUB_TOKEN": maker.token}
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", short, *words], text=True, env=env, **pipes) as client:
+        below, command = map(int, client.stdout.readline().split())
+        if how == "killed":
+            client.kill()
+        elif how == "terminated":
+            client.terminate()
+        else:
+            maker.unlock()
+        assert client.stdout.readline() == "ended\n", "it could tidy up"
+        if how == "terminated":  # its own children are then its own affair
+            os.kill(below, signal.SIGKILL)
+        until(lambda: is_gone(below) and is_gone(command))
+        assert client.wait(20) == (-signal.SIGKILL if how == "killed" else 7)
+        assert ("the lock is lost" in client.stderr.read()) is (how == "lost")
+
+
 def test_the_lock_of_a_killed_command_line_ends_by_itself(live: object) -> None:
     hub = live("--rate-limit", "0")
     maker = hub.client("maker")
@@ -10647,6 +10822,9 @@ def test_an_edit_of_what_another_agent_has_locked_is_denied(hooked: LiveHub) -> 
         (f"{root}/by hand", "Edit", "file_path"),
     ]:
         assert edit(path, tool=tool, key=key)["permissionDecision"] == "deny", path
+    heard = [m for m in beta.messages(unread=True) if m["type"] == "lock_wanted"]
+    assert [m["message"]["path"] for m in heard] == ["src/a b.py", "app/[id].py", f"{root}/by hand"]
+    assert {m["from"] for m in heard} == {"alpha"}, "once for each lock, however often an edit was refused"
     hooked.client("alpha").lock("mine")
     for path, tool in [
         (f"{root}/mine", "Edit"),
@@ -10664,6 +10842,11 @@ def test_an_edit_of_what_another_agent_has_locked_is_denied(hooked: LiveHub) -> 
         patch.setattr(ah.Client, "locks", lambda self, **more: [])
         denied = edit(f"{root}/src/a.py", "--auto-lock")
         assert "src/a.py is locked by beta (exclusive, src/**)" in denied["permissionDecisionReason"]
+    beta.unlock(), hooked.client("alpha").unlock()
+    gamma = hooked.client("gamma", metadata={"folder": "/another/project", "host": socket.gethostname()})
+    gamma.lock("/")
+    assert edit(f"{root}/free") == {}, "all of another project is nothing of this one"
+    gamma.leave()
 
 
 def test_a_cleared_session_goes_on_as_the_same_agent(hooked: LiveHub) -> None:
@@ -10851,6 +11034,19 @@ def test_over_stdio_a_waiting_call_blocks_no_other_and_can_be_cancelled(shared_h
         asked = sender.messages(unread=True)[-1]
         sender.reply(asked, "!")
         assert model.next()["result"]["structuredContent"]["answer"]["message"] == "!"
+
+
+def test_over_stdio_paths_are_named_from_the_projects_root(shared_hub: LiveHub) -> None:
+    with McpProcess(shared_hub, "--as", "stdio-9") as model:
+        here, root = os.getcwd(), ah.project_root(os.getcwd())
+        inside = os.path.relpath(here, root).removeprefix(".")
+        taken = model.tool("lock", action="take", paths=[f"{here}/stdio/../stdio9.py", "./stdio9/{a,b}"])
+        assert taken["paths"] == [os.path.join(inside, path) for path in ("stdio9.py", "stdio9/a", "stdio9/b")]
+        assert len(model.tool("lock", id=2, action="list", paths=f"{here}/stdio9/a")["locks"]) == 1
+        assert "not above it" in model.tool("lock", id=3, action="take", paths=[f"{root}/.."])["error"]["message"]
+        assert "outside of your project" in model.tool("lock", id=4, action="take", paths="/etc/x")["error"]["message"]
+        assert "`paths` must be" in model.tool("lock", id=5, action="take", paths=[5])["error"]["message"]
+        assert model.tool("lock", id=6, action="release")["released"]
 
 
 def test_over_stdio_without_a_hub_a_result_says_what_to_do(live: object, tmp_path: Path) -> None:
