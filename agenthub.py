@@ -30,15 +30,22 @@ end of its row, and a test holds it to that.
 
 from __future__ import annotations
 
+import os
+import sys
+
+if __name__ == "__main__":  # an interrupt ends the start, which takes 40 ms from here, without a traceback
+    import signal
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+
 import collections
 import contextlib
 import functools
 import itertools
 import json
 import math
-import os
 import re
-import sys
 import time
 from array import array
 from bisect import bisect_left, bisect_right
@@ -241,6 +248,8 @@ READ_AHEAD = 64 * 1024  # bytes taken in from a connection that waits for its an
 MAX_ANSWER = 4 << 20  # bytes of messages in one answer; what is left comes with the next cursor
 MAX_GATHERED = 20_000  # changes that may wait for a stalled disk before senders are not read any more
 STOP_SECONDS = 1.5  # a clean end takes no longer than this, whatever the clients do
+CONNECT_SECONDS = 2  # for a connection to be taken, which the system does for a hub that is busy
+ANSWER_SECONDS = 10  # for the first byte of an answer that waits for nothing: a disk that stalls is back by then
 RETRY_SECONDS = 10  # how long clients try again after a connection broke in mid-call, before they give up
 GC_THRESHOLD = 50_000  # allocations between two looks for cycles: the hub makes few, and looking cost it 8 %
 BACKLOG = 1_024  # connections waiting to be accepted: a whole team reconnects at once after a restart
@@ -258,6 +267,7 @@ class HubError(Exception):
 
     code, status, exit_code = "internal", 500, 1
     at_once = False  # of Unreachable: there was no connection, so that it makes no sense to try again
+    silent = False  # of Unreachable: the hub took the connection, and hangs
 
     def __init__(self, message: str, **details: Any) -> None:
         super().__init__(message)
@@ -1168,7 +1178,8 @@ class Response(NamedTuple):
     """An answer. `body` is bytes, JSON text, another JSON value, or a function giving one when the answer leaves. A
     `settled` one shows nothing that is still on its way to the disk, and need not wait for it. Where a commit fails, a
     GET is answered again, but not one whose answer `changes` something. `undo` is the command that takes back what the
-    answer gave, if its client is gone before it leaves."""
+    answer gave, if its client is gone before it leaves. JSON ends with a line end. The `reason` in the status line is
+    what a WebSocket's client may show of a refusal, if anything; default: the usual phrase."""
 
     body: Any = b""
     status: int = 200
@@ -1177,22 +1188,24 @@ class Response(NamedTuple):
     changes: bool = False
     content_type: str = "application/json"
     undo: Command | None = None
+    reason: str = ""
 
     def encode(self, date: str, keep: bool = True, head_only: bool = False, extra: Headers = ()) -> bytes:
         """The bytes on the wire, with `extra` headers. Raises HubError where the body's function does."""
         body = self.body() if callable(self.body) else self.body
         if not isinstance(body, bytes):
             body = (body if isinstance(body, str) else dump(body)).encode()
+        end = b"\n" if body and self.content_type == "application/json" else b""  # a terminal's prompt comes after it
         rest = "".join([f"{name}: {value}\r\n" for name, value in extra])
-        rest += f"Content-Length: {len(body)}\r\n\r\n" if self.status != 204 else "\r\n"
-        head = plain_head(self.status, self.content_type, self.headers, date, keep).removesuffix(b"\r\n")
-        return head + rest.encode("latin-1", "replace") + (b"" if head_only else body)
+        rest += f"Content-Length: {len(body) + len(end)}\r\n\r\n" if self.status != 204 else "\r\n"
+        head = plain_head(self.status, self.content_type, self.headers, date, keep, self.reason).removesuffix(b"\r\n")
+        return b"".join((head, rest.encode("latin-1", "replace"), *(() if head_only else (body, end))))
 
 
 @functools.lru_cache(64)
-def plain_head(status: int, kind: str, headers: Headers, date: str, keep: bool = True) -> bytes:
+def plain_head(status: int, kind: str, headers: Headers, date: str, keep: bool = True, reason: str = "") -> bytes:
     """The head of an answer, without the length of a body, as a stream has it: it changes once a second."""
-    reason = http.HTTPStatus(status).phrase
+    reason = reason or http.HTTPStatus(status).phrase
     lines = [f"HTTP/1.1 {status} {reason}", f"Content-Type: {kind}", f"Date: {date}", *HARDENING]
     lines += [f"{name}: {value}" for name, value in headers]
     lines += ["\r\n"] if keep else ["Connection: close", "\r\n"]
@@ -3665,8 +3678,21 @@ class Store:
             raise StoreError(
                 f"{self.path} is in use by another hub (process {pid}): stop that one, or name another file with --db"
             ) from None
+        self._see_other_names()
         self._lock.truncate(0)
         print(os.getpid(), end="", file=self._lock, flush=True)
+
+    def _see_other_names(self) -> None:
+        """See that no hub has the file under another name, a hard link: each name would have a log of its own. While a
+        database in WAL mode is open, SQLite holds a lock on these bytes of the file itself."""
+        with contextlib.suppress(FileNotFoundError), open(self.path, "r+b") as store:
+            if os.fstat(store.fileno()).st_nlink == 1:
+                return
+            try:
+                fcntl.lockf(store, fcntl.LOCK_EX | fcntl.LOCK_NB, 510, 0x40000002)
+            except OSError:
+                other = f"{self.path} is a hard link to a store that is in use"
+                raise StoreError(f"{other}: stop that hub, or name another file with --db") from None
 
     def _open_tables(self) -> None:
         """See whose database it is before anything is changed; make the tables of a new one, in one transaction."""
@@ -4427,10 +4453,11 @@ class Operation(ClientAttribute[P, R]):
     `charged` to its caller's rate; one that `writes` needs the disk. `also` is a second path. `frame` is the type of
     the WebSocket frame that asks the same, `command` its command line. `headers` stand for a field (with `headers_win`
     over the field itself: a browser that reconnects repeats the address it has). A `raw` body is the message itself.
+    One with a `wait` `awaits` that field of its answer.
     `aliases` are other words for fields. On a client, it is the method that makes the request and returns the answer,
     or its list `items`."""
 
-    also = frame = command = items = ""
+    also = frame = command = items = awaits = ""
     access, charged = "agent", True
     default_actor: str | None = None
     headers: tuple[tuple[str, str], ...] = ()
@@ -4712,7 +4739,7 @@ class Operations:
                 raise InvalidRequest("the body must be text in UTF-8, or JSON with that Content-Type") from None
         return cast("Steps[Response]", Operations.send.handler(call, recipient, message, type, **more))
 
-    @operation("GET", "/api/v1/messages", items="messages")
+    @operation("GET", "/api/v1/messages", items="messages", awaits="messages")
     def read_inbox(
         call: Call,
         after: Cursor = None,
@@ -4892,7 +4919,7 @@ class Operations:
         receipt = yield from do(Hub.send, draft_of(call, to or EVERYONE, message, "task_proposal", more))
         return task_answer(call, receipt)
 
-    @operation("POST", "/api/v1/tasks/next", aliases=FROM, frame="task_next")
+    @operation("POST", "/api/v1/tasks/next", aliases=FROM, frame="task_next", awaits="task")
     def take_task(call: Call, wait: WaitSeconds | None = None, id: ChangeId = None) -> Steps[Response]:
         """Accept the best open task there is for this agent; within `wait` seconds."""
         api, name, over, ends_at = call.api, call.agent_id, not wait, call.at + int((wait or 0) * 1000)
@@ -4976,7 +5003,7 @@ class Operations:
         want = LockRequest(call.agent_id, "", (*in_project(call, paths), *paths), "exclusive", 0)
         return Response({"success": True, "notified": (yield from do(Hub.notify_holders, want))})
 
-    @operation("POST", "/api/v1/locks", frame="lock")
+    @operation("POST", "/api/v1/locks", frame="lock", awaits="lock_id")
     def take_lock(
         call: Call,
         paths: Annotated[Paths, "paths and globs, relative to the project's root"],
@@ -5893,14 +5920,19 @@ def _ask_tool(call: McpCall, row: Row, values: Json) -> Steps[Json]:
     while not result["answer"]:  # other mail is left alone
         left = max(0, ends_at - call.at) / 1000
         query = {"after": after, "thread": thread, "wait": left, "claim": TOOL_CLAIM}
-        page = yield from call_operation(call, Operations.read_inbox, **query)
+        try:
+            page = yield from call_operation(call, Operations.read_inbox, **query)
+        except ShuttingDown:  # the request is sent: an error would have it sent again
+            words = "the hub restarts, and no answer yet: it will come to your inbox, see read_messages"
+            result |= sent | {"warning": words}
+            break
         after = page["next"]
         for envelope, shown in zip(page["messages"], _fresh_messages(call, page), strict=True):  # each was claimed
             if answers(envelope, receipt) and not result["answer"]:
                 result["answer"] = shown
             else:
                 result.setdefault("messages", []).append(shown)
-        if not result["answer"] and not (left and page["messages"]):  # its time is over, or the hub stops
+        if not result["answer"] and not (left and page["messages"]):  # its time is over
             result |= sent | {"warning": f"no answer within {wait:g} s: it will come to your inbox, see read_messages"}
             break
     return _with_notice(call, result) if result["answer"] or "messages" in result else result
@@ -6927,7 +6959,10 @@ def dispatch(api: Api, head: Head, body: bytes, peer: Peer, at: int) -> Reply:
         is_paid = call is not None or isinstance(error, (Unauthorized, RateLimited, BadHost, BadOrigin))
         who = {"address": peer.address, "agent_id": call.agent_id if call else ""}
         who["route"] = f"{row.method} {row.path}" if row else ""
-        answer = error_response(refuse(api, error, None if is_paid else ("address", peer.address), at, **who))
+        error = refuse(api, error, None if is_paid else ("address", peer.address), at, **who)
+        answer = error_response(error)
+        if row is OPERATIONS["open_socket"]:
+            answer = answer._replace(reason=re.sub("[^ -~]", "?", cut_short(error.message, 200)))
     except Exception:
         answer = error_response(failed_at(f"{head.method} {head.path}"))
     payer = call.payer if call else ("address", peer.address)
@@ -6935,7 +6970,8 @@ def dispatch(api: Api, head: Head, body: bytes, peer: Peer, at: int) -> Reply:
 
 
 def refuse(api: Api, error: HubError, payer: Payer | None, at: int, **who: str) -> HubError:
-    """Charge a refusal to a caller that has not paid yet, and note it. Returns what to refuse with."""
+    """Charge a refusal to a caller that has not paid yet, and note it, but for an agent that comes for the first time
+    and finds out that way that it is to register. Returns what to refuse with."""
     try:
         if payer:
             api.hub.pace.charge(payer, at)
@@ -7431,6 +7467,7 @@ def counts_json(server: Server) -> Json:
 # --- Running ----------------------------------------------------------------------------------------------------------
 
 Done = Callable[[Any], None]  # called with the result of what takes time
+STOPPING = "the hub is shutting down: try again in a moment"
 
 
 class StepRunner(Reader):
@@ -7460,7 +7497,7 @@ class StepRunner(Reader):
             self.closed = True
             self._done(answer)
         elif isinstance(answer.step, Until) and self.server.closing:
-            self._continue(OVER)
+            self._continue(ShuttingDown(STOPPING))
         elif isinstance(answer.step, Until):
             self.until, self.topic, self.agent_id = answer.step, answer.step.topic, answer.step.agent_id
             seconds = max(0, self.until.until_at - self.server.clock()) / 1000
@@ -7486,10 +7523,10 @@ class StepRunner(Reader):
         self.wake(OLDER)
 
     def end(self) -> None:
-        """Time is over, the agent left, or the hub stops: answer with what there is."""
+        """Time is over, or the agent left: answer with what there is."""
         self.wake(OVER, lock=True)
 
-    def wake(self, why: int, lock: bool = False) -> None:
+    def wake(self, why: int | HubError, lock: bool = False) -> None:
         """Go on, because there may be something to answer with. That ends no wait for a `lock` unless it says so."""
         until = self.until
         if until is None or (until.topic == "lock" and not lock):
@@ -7788,7 +7825,8 @@ class HttpConnection:
         elif isinstance(stream, Subscription):
             self.work = Subscriber(self.server, stream, self.transport)
         else:
-            self.transport.write(self._comment)
+            if stream.format == "sse":  # lines of JSON have no comments, and an empty line would be a strange first one
+                self.transport.write(self._comment)
             self.work = InboxReader(self.server, stream, self.transport)
 
     def _alone(self, what: str) -> bool:
@@ -8678,7 +8716,7 @@ class Server:
     def process_request(self, request: Request, peer: Peer) -> Reply:
         """Answer a request."""
         if self.closing:
-            return Reply(error_response(ShuttingDown("the hub is shutting down: try again in a moment")))
+            return Reply(error_response(ShuttingDown(STOPPING)))
         return dispatch(self.api, request.head, request.body, peer, self.clock())
 
     async def stop(self) -> None:
@@ -8689,7 +8727,7 @@ class Server:
             await asyncio.wait([self.listener.library], timeout=STOP_SECONDS / 2)
         self.listener.close()
         for runner in [runner for name in self.readers for runner in self._runners(name)]:
-            runner.end()
+            runner.wake(ShuttingDown(STOPPING), lock=True)  # so that it asks again, and does not hear that nothing came
         while self.committer.busy and self.loop.time() < deadline:
             self.schedule()
             await asyncio.sleep(0.005)
@@ -8823,10 +8861,10 @@ class AsyncConnection:
         self.outgoing.write(data)
 
     async def receive(self, seconds: float | None) -> bytes:
-        """The next bytes, none at the end. Raises EOFError where none come in time."""
+        """The next bytes, none at the end. Raises TimeoutError where none come in time."""
         if seconds is None:
             return await self.incoming.read(RECEIVE)
-        silence = EOFError("the hub is silent")  # a timer, because asyncio.wait_for would make a task
+        silence = TimeoutError("the hub is silent")  # a timer, because asyncio.wait_for would make a task
         timer = asyncio.get_running_loop().call_later(seconds, self.incoming.set_exception, silence)
         try:
             return await self.incoming.read(RECEIVE)
@@ -8910,8 +8948,9 @@ def pause_after(tries: int) -> float:
 
 class ClientBase(Operations):
     """What both clients can do: every operation, under its name, and the methods below. All raise the hub's errors as
-    classes, and Unreachable. A request is repeated for `patience` seconds where that may help (`on_wait(seconds,
-    reason)` hears of it); with 0 it is made once. `agent_id` is who asks."""
+    classes, and Unreachable: also where a hub takes a request and sends nothing for `timeout` seconds. A request is
+    repeated for `patience` seconds where that may help (`on_wait(seconds, reason)` hears of it, and `on_back()` when
+    the hub is there again); with 0 it is made once. `agent_id` is who asks."""
 
     def __init__(
         self,
@@ -8925,6 +8964,7 @@ class ClientBase(Operations):
         key: str | None = None,
         cacert: str | None = None,
         patience: float = RETRY_SECONDS,
+        timeout: float | None = None,
     ) -> None:
         self.address = hub_address(server_url or os.environ.get("AGENTHUB_URL") or DEFAULT_URL)
         self.url, host = self.address.url, self.address.host
@@ -8935,13 +8975,15 @@ class ClientBase(Operations):
         self.key = environment_secret("AGENTHUB_KEY", key)
         self.cacert = cacert or os.environ.get("AGENTHUB_CACERT") or ""
         self.patience = patience
-        self.timeout = MAX_WAIT + 15.0  # seconds without a byte: longer than any poll
+        self.timeout = seconds_to_answer(timeout)
         self.on_wait: Callable[[float, str], None] = lambda seconds, reason: None
+        self.on_back: Callable[[], None] = lambda: None
         self._seen: dict[str, None] = {}
         self._idle: list[Connection] = []  # kept for the next requests
         self._in_use: set[Connection] = set()  # on which a request waits
         self._streams: set[Connection] = set()  # on which something comes without end
         self._closed = self._left = self._lost = self._met = False
+        self.away = False  # the hub, since `on_wait` was called
 
     def request(self, operation: Row, /, *args: Any, **named: Any) -> Any:
         """The method of an operation: makes its request, and returns the answer, or the list `items` in it."""
@@ -8964,7 +9006,7 @@ class ClientBase(Operations):
         about |= {"capabilities": able, "metadata": self.metadata}
         values = values_of(Operations.register_agent, (), about)
         request = self._encode("POST", Operations.register_agent.path, values, self.key)
-        answer: Json = await self._repeat(request)
+        answer: Json = await self._repeat(lambda: request)
         self.agent_id, self.session_id, self.token = answer["agent_id"], answer["session_id"], answer["token"]
         self._lost = self._left = False
         return answer
@@ -8998,10 +9040,10 @@ class ClientBase(Operations):
         return cast(Json, await self._ask(Operations.send, (to, message, type), cast(Json, more)))
 
     @client_method
-    async def reply(self, to: Json | str, message: Any, type: str | None = "response") -> Json:
+    async def reply(self, to: Json | str, message: Any, type: str | None = "response", id: str | None = None) -> Json:
         """Answer a message, by its envelope or its id. Returns the receipt."""
         envelope = to if isinstance(to, dict) else (await self._do(Operations.trace, to))
-        return await self._do(Operations.send, envelope["from"], message, type, reply_to=envelope["id"])
+        return await self._do(Operations.send, envelope["from"], message, type, reply_to=envelope["id"], id=id)
 
     @client_method
     async def ask(self, to: str | Sequence[str], message: Any, wait: float = 60, ttl: float | None = None) -> Json:
@@ -9028,7 +9070,7 @@ class ClientBase(Operations):
         thread, end = receipt.get("thread", receipt["message_id"]), time.monotonic() + wait
         query = {"after": receipt["seq"], "thread": thread, "claim": SHOWING}  # a waiting hook must not show it, too
         while (left := end - time.monotonic()) > 0:
-            query["wait"] = min(MAX_WAIT, round(left + 0.001, 3))
+            query["wait"] = left
             page = await self._ask(Operations.read_inbox, (), query)
             query["after"] = page["next"]
             for envelope in [one for one in page["messages"] if answers(one, receipt, type)]:
@@ -9136,12 +9178,7 @@ class ClientBase(Operations):
     @client_method
     async def next_task(self, wait: float = 0) -> Json | None:
         """Take the best open task there is for this agent, and return it; None where none is within `wait` seconds."""
-        end, id = time.monotonic() + wait, new_message_id()
-        while True:
-            left = max(0.0, end - time.monotonic())
-            answer = await self._do(Operations.take_task, min(MAX_WAIT, round(left, 3)), id)
-            if answer["task"] or left <= MAX_WAIT:
-                return cast("Json | None", answer["task"])
+        return cast("Json | None", (await self._do(Operations.take_task, wait))["task"])
 
     # locks
 
@@ -9157,16 +9194,7 @@ class ClientBase(Operations):
         """Lock paths and globs, all or none; within `wait` seconds, in the order of asking. Returns the lock, with its
         `lock_id` and `token`. It ends by `unlock`, `ttl` seconds after this agent's last sign of life (without
         `auto_renew`: after it was taken or renewed), or when the agent leaves. Raises LockHeld."""
-        end = time.monotonic() + wait
-        more["id"] = more.get("id") or new_message_id()  # its position in the queue is kept under it
-        while True:
-            left = max(0.0, end - time.monotonic())
-            again, seconds = left > MAX_WAIT, min(MAX_WAIT, round(left, 3))
-            try:
-                return await self._do(Operations.take_lock, paths, mode, ttl, wait=seconds, again=again, **more)
-            except LockHeld:
-                if not again:
-                    raise
+        return await self._do(Operations.take_lock, paths, mode, ttl, wait=wait, **more)
 
     @client_method
     async def unlock(self, lock_id: str | None = None, paths: str | Sequence[str] | None = None) -> list[Json]:
@@ -9181,22 +9209,24 @@ class ClientBase(Operations):
     async def guide(self) -> str:
         """The hub's page on how to use it, for a model; as this agent, with the key where this client has it."""
         query = {"agent_id": self.agent_id, "format": "json"}
-        answer = await self._repeat(self._encode("GET", "/guide", query, self.key or None))
-        return str(answer["guide"])
+        request = self._encode("GET", "/guide", query, self.key or None)
+        return str((await self._repeat(lambda: request))["guide"])
 
     @client_method
     async def call(self, method: str, path: str, fields: Json) -> Json:
         """Any route, by its method and path; `fields` are those of the request, with those in the path."""
-        return cast(Json, await self._repeat(self._route(method, path, re.findall(r"\{(\w+)\}", path), dict(fields))))
+        request = self._route(method, path, re.findall(r"\{(\w+)\}", path), dict(fields))
+        return cast(Json, await self._repeat(lambda: request, MAX_WAIT if "wait" in fields else 0))
 
     @client_method
     async def backup(self, path: str) -> int:
         """Write a consistent copy of the hub's store to a new file, and return its size in bytes. The file is there
         only when it is whole. Raises FileExistsError, or the hub's error."""
+        await self._do(Operations.health)  # a hub that hangs is noticed now: how long the copy takes has no limit
         handle, part = tempfile.mkstemp(".part", os.path.basename(path) + ".", os.path.dirname(os.path.abspath(path)))
         try:
             with open(handle, "w+b") as file:
-                await self._exchange(self._encode("POST", Operations.copy_store.path, {}, self.key or None), file)
+                await self._exchange(self._encode("POST", Operations.copy_store.path, {}, self.key or None), file=file)
                 file.flush()
                 os.fsync(file.fileno())
             _put_in_place(part, path)
@@ -9237,6 +9267,7 @@ class ClientBase(Operations):
                         if self._is_over(inbox):
                             break
             except (OSError, EOFError, HubError) as error:
+                self._drop()  # or the first request on another connection would be told as one more outage
                 if not self._is_over(inbox):
                     await self._pause(self._mend(error, tries))
                 tries += 1
@@ -9280,13 +9311,21 @@ class ClientBase(Operations):
         """The seconds to wait before a stream that failed is opened again. Raises an error that would come again."""
         if isinstance(error, (UnknownAgent, Unauthorized)) and not self._lost:
             self._lost, self.token = True, ""
-            reason = f"{self.url} has lost its store, or has another: unread messages are gone"
+            reason = HubError(f"{self.url} has lost its store, or has another: unread messages are gone")
             pause = pause_after(tries)
         else:
-            failure, pause = self._retry(error, tries)
-            reason = failure.message
-        self.on_wait(pause, reason)
+            reason, pause = self._retry(error, tries)
+        self._tell_wait(pause, reason)
         return pause
+
+    def _tell_wait(self, pause: float, reason: HubError) -> None:
+        self.on_wait(pause, reason.message)
+        self.away = self.away or isinstance(reason, (ShuttingDown, Unreachable))
+
+    def _tell_back(self) -> None:
+        if self.away:
+            self.away = False
+            self.on_back()
 
     def _retry(self, error: Exception, tries: int) -> tuple[HubError, float]:
         """Why a request failed, and the seconds before it is repeated. Raises an error that would come again."""
@@ -9306,7 +9345,39 @@ class ClientBase(Operations):
         values = values_of(operation, args, named)
         if operation.actor and (self.agent_id or operation.default_actor is None):
             values[operation.actor] = self._me()
-        return await self._repeat(self._route(operation.method, operation.path, operation.in_path, values), items)
+        route = functools.partial(self._route, operation.method, operation.path, operation.in_path)
+        try:
+            if operation.awaits and isinstance(wait := values.get("wait"), (int, float)) and wait > 0:
+                answer = await self._wait(operation, wait, lambda now: route(values | now))
+            else:
+                answer = await self._repeat(lambda: route(dict(values)))
+        except Unreachable as error:
+            if error.at_once or operation not in (Operations.send, Operations.propose_task):
+                raise
+            again = f"send it again with --id {values['id']} (id=…), and it is stored once"
+            raise _unreachable(f"{error.message}; what you sent may be stored: {again}", error.silent) from error
+        return answer[items] if items else answer
+
+    async def _wait(self, operation: Row, seconds: float, request: Callable[[Json], bytes]) -> Json:
+        """The answer to a call that waits, cut into requests of COMMENT_SECONDS: so a hub that hangs is noticed soon.
+        After an outage it waits for the rest. A request that the hub ends early, with nothing, is the last one."""
+        end = time.monotonic() + seconds
+
+        def _request() -> bytes:
+            left = max(0.0, round(end - time.monotonic(), 3))
+            keep = {"again": True} if left > COMMENT_SECONDS and operation is Operations.take_lock else {}
+            return request({"wait": min(COMMENT_SECONDS, left), **keep})
+
+        while True:
+            until = time.monotonic() + COMMENT_SECONDS
+            try:
+                answer: Json = await self._repeat(_request, min(COMMENT_SECONDS, seconds))
+            except LockHeld:
+                if until >= end or time.monotonic() < until - 1:
+                    raise
+            else:
+                if answer[operation.awaits] or until >= end or time.monotonic() < until - 1:
+                    return answer
 
     def _me(self) -> str:
         if not self.agent_id:
@@ -9339,27 +9410,31 @@ class ClientBase(Operations):
             head += f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\n"
         return f"{head}\r\n".encode() + text
 
-    async def _repeat(self, request: bytes, items: str = "") -> Any:
-        """The answer to a request, or the `items` in it. Repeats it where that helps, unless no hub was ever there."""
-        end, tries = 0.0, 0
+    async def _repeat(self, request: Callable[[], bytes], wait: float = 0) -> Any:
+        """The answer to a request that may `wait` so long. Repeats it, made anew, where that helps; not where no hub
+        was ever there, or one hangs, unless its patience has no end."""
+        end, tries, sent = 0.0, 0, False
         while True:
             try:
-                answer = await self._exchange(request)
+                answer = await self._exchange(request(), wait)
                 self._met = True
-                return answer[items] if items else answer
+                self._tell_back()
+                return answer
             except StorageFull:
                 raise
             except (HubError, OSError, EOFError) as error:
                 reason, pause = self._retry(error, tries)
+            sent = sent or (isinstance(reason, Unreachable) and not reason.at_once)
             end = end or time.monotonic() + self.patience  # from the first failure on: a poll may have waited long
-            never_there = tries == 0 and not self._met and reason.at_once
-            if never_there or self._closed or time.monotonic() + pause > end:
+            in_vain = reason.silent or (tries == 0 and not self._met and reason.at_once)
+            if self._closed or time.monotonic() + pause > end or (in_vain and end < math.inf):
+                reason.at_once = reason.at_once and not sent
                 raise reason
             tries += 1
-            self.on_wait(pause, reason.message)
+            self._tell_wait(pause, reason)
             await self._pause(pause)
 
-    async def _exchange(self, request: bytes, file: IO[bytes] | None = None) -> Any:
+    async def _exchange(self, request: bytes, wait: float = 0, file: IO[bytes] | None = None) -> Any:
         """Send a request, on a connection of its own while it waits, and read its answer, a JSON value or a `file`. The
         connection is kept only when the answer was read to its end."""
         connection = (None if file else self._kept()) or await self._connect()  # a file is asked for once
@@ -9369,7 +9444,7 @@ class ClientBase(Operations):
             await connection.send(request)
             while not answer.done:
                 # the head of a file comes when the hub has made it
-                data = await connection.receive(self.timeout if answer.status or not file else None)
+                data = await connection.receive(self.timeout + wait if answer.status or not file else None)
                 if not data:
                     raise EOFError("the connection broke")
                 part = answer.feed(data)
@@ -9413,12 +9488,17 @@ class ClientBase(Operations):
             if self._closed:  # meanwhile, by another thread that did not see this connection yet
                 raise EOFError("the client is closed")
             await connection.send(request)
-            while not reader.done and (data := await connection.receive(3 * COMMENT_SECONDS)):
+            while not reader.done:
+                data = await connection.receive(3 * COMMENT_SECONDS if reader.status else self.timeout)
                 *lines, rest = (rest + reader.feed(data)).split(b"\n")
+                if not data:
+                    break
+                if reader.status == 200:
+                    self._tell_back()
                 if reader.done:
-                    if reader.status != 200 and not rest.startswith(b'{"jsonrpc"'):
-                        json_result(reader.status, rest)
                     lines.append(rest)
+                    if reader.status != 200 and not b"".join(lines).startswith(b'{"jsonrpc"'):
+                        json_result(reader.status, b"".join(lines))
                 for item in map(parse, lines):
                     if item is not None:
                         yield item
@@ -9447,15 +9527,35 @@ class ClientBase(Operations):
             reason = f"no TLS: {reason}; if it has none, write http://"
         elif isinstance(error, EOFError) and not (self._met or self.address.tls or self.address.path):
             reason += "; if it has TLS, write https://"
+        hangs = isinstance(error, TimeoutError) and not at_once
+        reason = f"no connection within {CONNECT_SECONDS} s" if isinstance(error, TimeoutError) else reason
         message = f"no hub answers at {self.url} ({reason}): start one with `agenthub serve`, or set AGENTHUB_URL"
+        if hangs:
+            message = f"the hub at {self.url} takes connections and does not answer (within {self.timeout:g} s, see"
+            message += " --timeout): it may be stopped, swapped out or waiting for its disk, see `doctor`"
         if self._closed:
             message = "this client was closed while it waited: make a new one"
         elif distrust:
             advice = "name its certificate, or its issuer's, with --cacert or AGENTHUB_CACERT"
             message = f"the certificate of {self.url} can't be trusted ({distrust}): {advice}"
-        unreachable = Unreachable(message)
-        unreachable.at_once = at_once
-        return unreachable
+        return _unreachable(message, hangs, at_once)
+
+
+def _unreachable(message: str, silent: bool = False, at_once: bool = False) -> HubError:
+    error = Unreachable(message)
+    error.silent, error.at_once = silent, at_once
+    return error
+
+
+def seconds_to_answer(timeout: float | None) -> float:
+    """How long a hub may send nothing: as an argument or AGENTHUB_TIMEOUT says. Raises InvalidRequest."""
+    try:
+        seconds = float(os.environ.get("AGENTHUB_TIMEOUT") or ANSWER_SECONDS) if timeout is None else timeout
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise InvalidRequest("the timeout (AGENTHUB_TIMEOUT) must be a number of seconds above 0, such as 10")
+    return seconds
 
 
 def _query_value(value: Any) -> str:
@@ -9544,20 +9644,21 @@ class Client(ClientBase):
         time.sleep(seconds)
 
     async def _connect(self) -> BlockingConnection:
+        address, there = self.address, False
         try:
-            if self.address.path:
+            if address.path:
                 connection = socket.socket(socket.AF_UNIX)
-                connection.settimeout(self.timeout)
-                connection.connect(self.address.path)
-                return BlockingConnection(connection)
-            host = self.address.host
-            connection = socket.create_connection((host, self.address.port), timeout=self.timeout)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self.address.tls:
-                connection = self.tls_context.wrap_socket(connection, server_hostname=host)
+                connection.settimeout(CONNECT_SECONDS)
+                connection.connect(address.path)
+            else:
+                connection = socket.create_connection((address.host, address.port), timeout=CONNECT_SECONDS)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.settimeout(self.timeout)
+            if there := address.tls:
+                connection = self.tls_context.wrap_socket(connection, server_hostname=address.host)
             return BlockingConnection(connection)
-        except OSError as error:
-            raise self._unreachable(error, at_once=True) from error
+        except OSError as error:  # of TLS: a hub that hangs, or one that can't be used
+            raise self._unreachable(error, at_once=not (there and isinstance(error, TimeoutError))) from error
 
 
 def _run_to_end(function: Callable[..., Coroutine[Any, Any, R]], /, *args: Any, **named: Any) -> R:
@@ -9660,9 +9761,11 @@ class AgentClient(ClientBase):
                 opening = asyncio.open_connection(
                     address.host, address.port, ssl=self.tls_context if address.tls else None
                 )
-            return AsyncConnection(*await asyncio.wait_for(opening, self.timeout))
+            most = self.timeout if address.tls else CONNECT_SECONDS
+            return AsyncConnection(*await asyncio.wait_for(opening, most))
         except (OSError, asyncio.TimeoutError) as error:
-            raise self._unreachable(error, at_once=True) from error
+            late = isinstance(error, asyncio.TimeoutError)  # no OSError before Python 3.11
+            raise self._unreachable(TimeoutError() if late else error, not (late and address.tls)) from error
 
     def _inbox(self) -> AsyncGenerator[Json, None]:
         return self._read_socket() if has_websockets() else super()._inbox()
@@ -9676,12 +9779,13 @@ class AgentClient(ClientBase):
         token, path = self.token or self.key, self.address.path
         options: Json = {"additional_headers": {"Authorization": f"Bearer {token}"} if token else {}}
         options |= {"ssl": self.tls_context} if self.address.tls else {}
-        options |= {"unix": True, "path": path} if path else {}
+        options |= {"open_timeout": self.timeout, **({"unix": True, "path": path} if path else {})}
         base = "ws://localhost" if path else f"ws{self.url[4:]}"
         try:
             opening = connect(f"{base}/ws/{quote(self._me())}?ack=explicit", compression=None, max_size=None, **options)
             opening.proxy = None  # HTTP_PROXY is not for it, as it is not for our other connections
             async with opening as connection:
+                self._tell_back()
                 async for text in connection:
                     envelope = envelope_in(text)
                     if envelope is not None:
@@ -9754,8 +9858,9 @@ class Identity:
         if not self.session:
             with contextlib.suppress(OSError, AttributeError):  # a script or an agent's shell has no terminal
                 self.session = os.ttyname(0)  # where a person types, so that two of them are two agents
-        self.client = args.caller = Client(args.url, cacert=args.cacert, patience=patience)
-        self.client.on_wait = lambda seconds, reason: self._tell(f"{reason} (trying again in {seconds:.1f} s)")
+        self.client = Client(args.url, cacert=args.cacert, patience=patience, timeout=args.timeout)
+        self.client.on_wait, args.caller = self._tell_wait, self.client
+        self.client.on_back = lambda: self._tell("connected again")
         self.chosen = args.identity or os.environ.get("AGENTHUB_AGENT") or self.client.token.rpartition(".")[0]
         self.saved_token, self._path = "", os.path.join(folder_path("STATE"), "identity.json")
         self._recall(self._load().get(self.client.url, {}))
@@ -9786,7 +9891,8 @@ class Identity:
     def another_client(self) -> Client:
         """A client for another thread, as the same agent."""
         mine = self.client
-        return Client(mine.url, mine.agent_id, token=mine.token or None, key=mine.key or None, cacert=mine.cacert)
+        token, key = mine.token or None, mine.key or None
+        return Client(mine.url, mine.agent_id, token=token, key=key, cacert=mine.cacert, timeout=mine.timeout)
 
     def act(self, do: Callable[[Client], R]) -> R:
         """Do something as this agent, which is registered first where it is not yet."""
@@ -9877,6 +9983,10 @@ class Identity:
 
     def _tell(self, text: str) -> None:
         say(text)
+
+    def _tell_wait(self, seconds: float, reason: str) -> None:
+        if not self.client.away:  # of one outage only how it began
+            self._tell(f"{reason} (trying again)")
 
 
 def folder_session(folder: str = "") -> str:
@@ -10347,6 +10457,7 @@ def recipient(text: str) -> str | list[str]:
 
 TO_WHOM = argument("to", "an agent_id, a name, ALL, #channel, @capability, or several with commas", type=recipient)
 THE_TEXT = argument("text", "the message; - reads stdin")
+OWN_ID = argument("--id", "its id, to send it again without doubling it", dest="message_id", metavar="ID")
 AS_JSON = argument("--json-message", "the text is JSON", action="store_true")
 OF_TYPE = argument("--type", "the message's type, e.g. request")
 WITH_TTL = argument("--ttl", "seconds after which it is not delivered any more", type=float, metavar="S")
@@ -10396,10 +10507,12 @@ def _send_command(args: argparse.Namespace) -> None:
 @command_line("ask", "send a request and print its answer", example='agenthub ask alpha "is main green?" --wait 120')
 @arguments(TO_WHOM, THE_TEXT, AS_JSON, WITH_TTL)
 @argument("--wait", "seconds to wait for the answer, default 60", type=amount, default=60, metavar="S")
+@OWN_ID
 def _ask_command(args: argparse.Namespace) -> None:
     identity, message = Identity(args), read_text(args.text, args.json_message)
     with instead_of_waiter(identity.client):
-        receipt = identity.act(lambda client: client.send_message(args.to, message, "request", ttl=args.ttl))
+        more = Sending(id=args.message_id, ttl=args.ttl)
+        receipt = identity.act(lambda client: client.send_message(args.to, message, "request", **more))
         if receipt["recipients"]:  # else `answer_to` says so
             warn(receipt)
         show(args, identity.client.answer_to(receipt, args.wait), message_line)
@@ -10409,9 +10522,10 @@ def _ask_command(args: argparse.Namespace) -> None:
 @argument("id", "the id of the message, as recv --json and status show it")
 @THE_TEXT
 @argument("--type", "default response", choices=("response", "error", "ack"), default="response")
+@OWN_ID
 def _reply_command(args: argparse.Namespace) -> None:
-    message = read_text(args.text, args.json_message)
-    show(args, Identity(args).act(lambda client: client.reply(args.id, message, args.type)), _sent_text)
+    message, own = read_text(args.text, args.json_message), args.message_id
+    show(args, Identity(args).act(lambda client: client.reply(args.id, message, args.type, own)), _sent_text)
 
 
 @command_line("ping", "how long an agent takes to acknowledge", example="agenthub ping alpha")
@@ -10424,7 +10538,7 @@ def _ping_command(args: argparse.Namespace) -> None:
 
 
 @command_line("recv", "print what is unread and acknowledge it", example="agenthub recv --as alpha --wait 30")
-@argument("--wait", f"wait up to S seconds (at most {MAX_WAIT}) for something", type=float, metavar="S")
+@argument("--wait", "wait up to S seconds for something", type=float, metavar="S")
 @argument("--peek", "acknowledge nothing", action="store_true")
 @argument("--limit", f"at most N messages, default {DEFAULT_LIMIT}", type=whole_number, metavar="N")
 def _recv_command(args: argparse.Namespace) -> None:
@@ -10442,6 +10556,9 @@ def _recv_command(args: argparse.Namespace) -> None:
 @command_line("listen", "print messages as they come, for ever", example="agenthub listen --as alpha --json")
 def _listen_command(args: argparse.Namespace) -> None:
     identity = Identity(args)
+    patience, identity.client.patience = identity.client.patience, math.inf
+    identity.client.health()  # for which it waits for ever
+    identity.client.patience = patience
     identity.act(lambda client: client.heartbeat())
     for envelope in identity.client.listen():
         show(args, envelope, message_line(envelope))
@@ -10495,8 +10612,14 @@ def _status_command(args: argparse.Namespace) -> None:
         return
     health, me = identity.client.health(), identity.client.agent_id or None
     state = {"url": identity.client.url, **health, "agent_id": me, "unread": 0, "requests": []}
+    try:
+        if me:
+            state["unread"] = identity.act(lambda client: client.heartbeat())["unread"]
+        else:
+            identity.client.channels()  # which only who is let in may see
+    except Unauthorized as error:
+        raise Unauthorized(f"{state['url']} answers, but does not let you in: {error.message}") from None
     if me:
-        state["unread"] = identity.act(lambda client: client.heartbeat())["unread"]
         state["requests"], agent = identity.client.requests(), identity.client.agent(me)
         state |= {key: agent[key] for key in ("doing", "away_until", "tasks", "locks") if key in agent}
     who = f"you are {me}, {state['unread']} unread" if me else "you are not registered yet: any command does that"
@@ -10821,7 +10944,13 @@ class Doctor:
 
     def _hub(self) -> tuple[str, str]:
         url, started = self.client.url, time.time()
-        health, took = self.client.health(), time.time() - started
+        try:
+            health, took = self.client.health(), time.time() - started
+        except Unreachable as error:
+            if error.silent and (words := process_words(self.client.address)):
+                silence = f"the hub at {url} takes connections and does not answer within {self.client.timeout:g} s"
+                raise Unreachable(f"{silence}: {words}") from None
+            raise
         if not {"status", "version", "time"} <= health.keys():
             raise HubError(f"what answers at {url} is not an agenthub: check the address")
         theirs = datetime.datetime.fromisoformat(health["time"].replace("Z", "+00:00")).timestamp()
@@ -10886,6 +11015,58 @@ class Doctor:
         started = time.time()
         self.client.open_stream(self.after)
         return "ok", f"the event stream began after {(time.time() - started) * 1000:.0f} ms: live messages get through"
+
+
+_IN_DISK = "waits for its disk"
+_PROCESS_STATES = {"T": "is stopped: `kill -CONT {}` lets it go on", "D": _IN_DISK, "U": _IN_DISK}
+
+
+def process_words(address: HubAddress) -> str:
+    """What can be learned of the process that listens at an address of this machine; empty for another machine's."""
+    if not (address.path or is_loopback(address.host)):
+        return ""
+    pid = _listening_pid(address)
+    if not pid:
+        return "its process can't be seen from here: it may be another user's, or in a container"
+    about = {row[0]: row[1] for row in _rows_of(f"/proc/{pid}/status") if len(row) > 1}
+    state = about.get("State:") or _output_of("ps", "-o", "state=", "-p", str(pid))[:1]
+    swapped = f", and {about['VmSwap:']} kB of it are swapped out" if about.get("VmSwap:", "0") != "0" else ""
+    words = _PROCESS_STATES.get(state, f"is in state {state or 'unknown'} (see `man ps`)").format(pid)
+    return f"process {pid}, which listens there, {words}{swapped}"
+
+
+def _listening_pid(address: HubAddress) -> int:
+    """The process that listens there, 0 where it can't be seen: from Linux' /proc, else from lsof."""
+    if address.path:
+        inodes = [row[6] for row in _rows_of("/proc/net/unix") if row[-1] == address.path]
+    else:  # 0A: it listens
+        rows, at = _rows_of("/proc/net/tcp") + _rows_of("/proc/net/tcp6"), f":{address.port:04X}"
+        inodes = [row[9] for row in rows if row[3] == "0A" and row[1].endswith(at)]
+    sockets = {f"socket:[{inode}]" for inode in inodes}
+    for pid in filter(str.isdecimal, os.listdir("/proc") if sockets else ()):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if not sockets.isdisjoint([os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")]):
+                return int(pid)
+    where = (address.path,) if address.path else ("-nP", f"-iTCP:{address.port}", "-sTCP:LISTEN")
+    return int(_output_of("lsof", "-t", *where).partition("\n")[0] or 0)
+
+
+def _rows_of(path: str) -> list[list[str]]:
+    """The words of each line of a table in /proc; none where that is not there."""
+    try:
+        with open(path) as file:
+            return [line.split() for line in file]
+    except OSError:
+        return []
+
+
+def _output_of(*command: str) -> str:
+    """What a program prints; nothing where it is not there or takes long."""
+    try:
+        options: Json = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True, "timeout": 2}
+        return subprocess.run(command, **options).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 @command_line("doctor", "find out why something does not work", example="agenthub doctor alpha")
@@ -11442,10 +11623,12 @@ BENCHES = ((1, "HTTP, one connection", _http_rate), (BENCH_GROUP, f"WebSocket, {
 
 # --- Main -------------------------------------------------------------------------------------------------------------
 
+_TIMEOUT_HELP = f"for the first byte of an answer; else AGENTHUB_TIMEOUT, else {ANSWER_SECONDS} s"
 CLIENT_ARGUMENTS = (
     argument("--as", "who you are; else AGENTHUB_AGENT", dest="identity", metavar="ID"),
     argument("--url", f"the hub; else AGENTHUB_URL, else {DEFAULT_URL}"),
     argument("--cacert", "a certificate (PEM) to trust, too; else AGENTHUB_CACERT", metavar="FILE"),
+    argument("--timeout", _TIMEOUT_HELP, type=duration, metavar="S"),
     JSON_OPTION,
 )
 
@@ -11503,6 +11686,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_process() -> None:
     """Run a command as a whole process, which ends with it."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on `main` ends it
     status = main()
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: it was closed when we came
         try:
@@ -12704,7 +12889,9 @@ def edit_file(path: str, mode: int, *edits: Callable[[str], str]) -> Change:
 LAUNCHER = '''\
 #!{python}
 """Runs agenthub.py where it lies. Written by `agenthub install`, removed by the last `agenthub uninstall`."""
-import os, sys
+import os, signal, sys
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
 sys.path.insert(0, {folder})
 sys.dont_write_bytecode, sys.pycache_prefix = False, {cache}  # compiled once, whatever the environment says
 try:

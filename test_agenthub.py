@@ -334,6 +334,16 @@ class LiveHub:
         self.errors.close()
         return self.process.returncode
 
+    @contextlib.contextmanager
+    def hanging(self) -> Iterator[None]:
+        """It takes connections, as the system does for it, and does not answer."""
+        self.process.send_signal(signal.SIGSTOP)
+        os.waitpid(self.process.pid, os.WUNTRACED)  # until it has stopped
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
+
     def end(self) -> None:
         """End it after a test: nobody keeps a connection, and it has run into no bug."""
         for client in self.clients:
@@ -837,7 +847,7 @@ def test_an_answer_is_read_as_written_also_behind_a_100_continue() -> None:
         for start in range(0, len(whole), size):
             body += reader.feed(whole[start : start + size])
         assert (reader.status, reader.done, reader.keep, reader.headers["x-b"]) == (409, True, False, "c")
-        assert body == '{"a":"é"}'.encode()
+        assert body == '{"a":"é"}\n'.encode(), "a shell's prompt does not stand behind it"
 
 
 def test_paths_and_queries_are_decoded_as_utf8_and_only_so() -> None:
@@ -3877,6 +3887,16 @@ def test_a_store_is_the_same_behind_a_link(tmp_path: Path) -> None:
     with pytest.raises(ah.StoreError, match="symbolic"):
         ah.Store(str(link))
     assert victim.read_text() == "mine"
+
+
+def test_a_hard_link_to_a_store_in_use_is_refused(live: object, tmp_path: Path) -> None:
+    hub, link = live(), tmp_path / "link.db"
+    link.hardlink_to(hub.db)
+    done = hub.here("serve", "--port", "0", "--db", str(link))
+    assert done.returncode == 1 and "is a hard link to a store that is in use" in done.stderr
+    hub.client("a").send_message("a", 1)
+    hub.stop()
+    ah.Store(str(link)).close()
 
 
 @pytest.mark.parametrize("how", ["log removed", "file emptied", "file replaced"])
@@ -7370,13 +7390,17 @@ def test_a_subscription_gets_each_change_once(shared_hub: LiveHub) -> None:
 
 def test_a_hub_that_stops_answers_who_waits_and_says_that_subscriptions_end(live: object) -> None:
     hub = live()
-    with RpcLine(hub, "/mcp/alpha") as line, RpcLine(hub, "/mcp/alpha") as waiting:
+    lines = (RpcLine(hub, "/mcp/alpha") for _ in range(3))
+    with next(lines) as line, next(lines) as waiting, next(lines) as asking:
+        assert asking.call("ask_agent", to="alpha-2", message="?", wait=50).head() == 200
         line.ask("subscriptions/listen", {"notifications": {"resourceSubscriptions": ["hub://agents"]}}, id=7)
         assert line.event()["method"] == "notifications/subscriptions/acknowledged"
         assert waiting.call("read_messages", wait=50).head() == 200
         until(lambda: hub.client().agents() and hub.client().agent("alpha")["connected"])
         assert hub.stop() == 0
-        assert waiting.answer()["result"]["structuredContent"]["messages"] == []
+        assert waiting.answer()["result"]["structuredContent"]["error"]["code"] == "shutting_down"
+        asked = asking.answer()["result"]["structuredContent"]
+        assert asked["id"] and "will come to your inbox" in asked["warning"], "or it would be asked twice"
         last = line.event()
         while "result" not in last:
             last = line.event()
@@ -8170,6 +8194,28 @@ def test_a_message_in_pieces_that_never_ends_is_cut_off(live: object) -> None:
         dribbling.join()
 
 
+def test_a_refused_websocket_says_why_in_its_status_line_and_body(pair: World) -> None:
+    options = {"Upgrade": "websocket", "Connection": "upgrade", "Sec_WebSocket_Version": "13"}
+    options["Sec_WebSocket_Key"] = "dGhlIHNhbXBsZSBub25jZQ=="
+    for name, status in (("absent", 404), ("alpha-1?token=wrong", 401), ("a%0d%0aX:y%C3%A4", 400)):
+        answer = pair.raw("GET", f"/ws/{name}", **options)
+        head, _, body = answer.encode("now").partition(b"\r\n\r\n")
+        line, message = head.partition(b"\r\n")[0].decode("ascii"), json.loads(body)["error"]["message"]
+        assert line.startswith(f"HTTP/1.1 {status} ") and answer.status == status and b"\r\nX:" not in head
+        assert line[13:] == message[: len(line) - 13] or status == 400, "the reason, which libraries show"
+
+
+def test_a_stream_of_json_begins_with_json(shared_hub: LiveHub) -> None:
+    shared_hub.client("first-line").send_message("first-line", 1)
+    for target in ("/api/v1/stream?agent_id=first-line&format=json", "/api/v1/events?format=json"):
+        with socket.create_connection(("127.0.0.1", shared_hub.port), timeout=20) as line:
+            line.sendall(f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            reader, body = ah.ResponseReader(), b""
+            while b"\n" not in body:
+                body += reader.feed(line.recv(65536))
+        assert json.loads(body.partition(b"\n")[0])
+
+
 def test_a_browser_sends_its_token_as_a_subprotocol(live: object) -> None:
     pytest.importorskip("websockets")
     from websockets.exceptions import InvalidStatus
@@ -8585,9 +8631,15 @@ def test_a_second_hub_on_the_same_file_is_refused(live: object) -> None:
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_hub_cleanly_with_polls_answered_and_lines_closed(how: int, live: object) -> None:
     hub = live()
-    me = hub.client("waiter")
+    me = hub.client("waiter", patience=0)
     got: list = []
-    waiting = threading.Thread(target=lambda: got.append(me.messages(unread=True, wait=50)))
+
+    def wait() -> None:
+        with pytest.raises(ah.ShuttingDown) as refusal:  # and not an empty page: nobody knows what would have come
+            me.messages(unread=True, wait=50)
+        got.append(refusal.value)
+
+    waiting = threading.Thread(target=wait)
     waiting.start()
     until(lambda: hub.client().agents()[0]["connected"])
     with contextlib.ExitStack() as lines:
@@ -8596,7 +8648,7 @@ def test_a_signal_ends_the_hub_cleanly_with_polls_answered_and_lines_closed(how:
             next_frame(line, "welcome")
         assert hub.stop(how) == 0
         waiting.join(20)
-        assert got == [[]]
+        assert "try again" in got[0].message
         if ah.has_websockets():
             with pytest.raises(Exception, match="1012"):
                 while True:
@@ -9139,7 +9191,7 @@ def test_a_send_whose_answer_is_lost_is_repeated_and_stored_once(live: object) -
         assert asyncio.run(send(url))["duplicate"]
     with swallowing(hub.port, 2) as url:
         done = hub.cli("send", "sink", "3", "--json", "--url", url)
-        assert json.loads(done.stdout)["duplicate"] and "trying again in" in done.stderr
+        assert json.loads(done.stdout)["duplicate"] and "trying again" in done.stderr
     assert [m["message"] for m in hub.client("sink").messages()] == [1, 2, "3"]
 
 
@@ -9156,9 +9208,116 @@ def test_one_id_over_many_lines_and_a_restart_is_one_message(live: object) -> No
         thread.join(30)
     hub.stop(signal.SIGKILL)
     answers.append(live("--rate-limit", "0").talk(post))
-    got = [json.loads(part) for part in re.findall(rb'\{"success".*?\}(?=HTTP|$)', b"".join(answers), re.S)]
+    got = [json.loads(part) for part in re.findall(rb'\{"success".*\}(?=\n)', b"".join(answers))]
     assert len(got) == 501 and {answer["seq"] for answer in got} == {1}
     assert sum("duplicate" not in answer for answer in got) == 1 and "duplicate" in got[-1]
+
+
+def test_a_hub_that_hangs_is_noticed_and_what_was_sent_is_stored_once(live: object) -> None:
+    hub = live()
+    for name in ("asleep", "sink"):
+        hub.client(name)
+    client, ids = hub.client("sender", timeout=0.1), []
+
+    async def send() -> None:
+        async with ah.AgentClient(hub.url, "sender-2") as agent:
+            with hub.hanging():
+                agent.timeout = 0.1
+                with pytest.raises(ah.Unreachable, match="takes connections and does not answer") as error:
+                    await agent.propose("sink", "hi")
+                ids.append(error.value.message)
+
+    asyncio.run(send())
+    with hub.hanging():
+        for call, to in ((client.reply, {"from": "sink", "id": "x"}), (client.send_message, "sink")):
+            with pytest.raises(ah.Unreachable, match="takes connections and does not answer") as error:
+                call(to, "hi")
+            ids.append(error.value.message)
+        done = hub.here("send", "sink", "hi", "--as", "sender", "--timeout", "0.1")
+        assert done.returncode == 3 and done.stderr.count("\n") == 1
+        ids.append(done.stderr)
+        with pytest.raises(ah.Unreachable, match="does not answer") as error:
+            client.heartbeat()
+        assert "may be stored" not in error.value.message
+    ids = [re.search(r"--id (\S+) \(id", words)[1] for words in ids]
+    assert len(set(ids)) == 4
+    client.timeout = 20
+    assert hub.client("sender-2").propose("sink", "hi", id=ids[0])["task_id"]
+    client.reply({"from": "sink", "id": "x"}, "hi", id=ids[1]), client.send_message("sink", "hi", id=ids[2])
+    assert hub.here("send", "sink", "hi", "--as", "sender", "--id", ids[3]).returncode == 0
+    assert sorted(m["id"] for m in hub.client("sink").messages()) == sorted(ids)
+
+
+def test_a_wait_on_a_hub_that_hangs_ends_soon(live: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = live()
+    client, asked = hub.client("waits", timeout=0.1), []
+    monkeypatch.setattr(ah, "COMMENT_SECONDS", 0.2)
+    ends: list[str] = []
+
+    def wait() -> None:
+        with pytest.raises(ah.Unreachable) as error:
+            client.messages(unread=True, wait=600)
+        ends.append(error.value.message)
+
+    exchange = ah.Client._exchange
+    counted = lambda self, *args, **more: asked.append(1) or exchange(self, *args, **more)
+    monkeypatch.setattr(ah.Client, "_exchange", counted)
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    until(lambda: len(asked) > 3)  # a long wait is several requests
+    with hub.hanging():
+        waiting.join(20)
+    assert "does not answer" in ends[0]
+
+
+def test_a_wait_goes_on_after_an_outage_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    client, now, waits = ah.Client("http://127.0.0.1:9", "patient"), [100.0], []
+    monkeypatch.setattr(ah.time, "monotonic", lambda: now[0])
+
+    async def pause(seconds: float) -> None:
+        now[0] += 2
+
+    async def exchange(request: bytes, wait: float) -> dict:
+        waits.append(float(re.search(rb"wait=([\d.]+)", request)[1]))
+        if len(waits) == 1:
+            now[0] += 5
+            raise ah.ShuttingDown("the hub stops")
+        now[0] += waits[-1]
+        return {"messages": []}
+
+    monkeypatch.setattr(client, "_pause", pause)
+    monkeypatch.setattr(client, "_exchange", exchange)
+    assert client.messages(unread=True, wait=30) == [] and now == [130.0]
+    assert waits == [15, 15, 8]
+
+
+def test_who_waits_does_so_through_a_stop_and_a_start_of_the_hub(live: object) -> None:
+    hub = live(port=steady_port())
+    peer = hub.client("peer")
+    peer.lock("busy", auto_renew=False, ttl=3600)
+    waits = {
+        "reads": lambda client: client.messages(unread=True, wait=60)[0]["message"],
+        "asks": lambda client: client.ask("peer", "?", wait=60)["message"],
+        "works": lambda client: client.next_task(wait=60)["message"],
+        "locks": lambda client: client.lock("busy", wait=60)["paths"],
+    }
+    got: dict[str, object] = {}
+    threads = []
+    for name, wait in waits.items():
+        client = hub.client(name)
+        threads.append(threading.Thread(target=lambda n=name, w=wait, c=client: got.update({n: w(c)})))
+        threads[-1].start()
+    connected = lambda: {agent["agent_id"] for agent in peer.agents() if agent["connected"]} == set(waits)
+    until(connected)
+    assert hub.stop() == 0
+    hub = live(port=str(hub.port))
+    until(connected)
+    assert got == {}, "nobody heard that nothing came"
+    peer.send_message("reads", "mail"), peer.propose("works", "task"), peer.unlock(paths=["busy"])
+    peer.reply(peer.messages(unread=True, type="request")[0], "answer")
+    for thread in threads:
+        thread.join(20)
+    assert got == {"reads": "mail", "asks": "answer", "works": "task", "locks": ["busy"]}
 
 
 def test_a_poll_that_breaks_late_is_asked_again(live: object, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -9257,7 +9416,7 @@ def test_a_wait_for_a_lock_that_takes_several_requests_keeps_its_place(
     monkeypatch: pytest.MonkeyPatch, shared_hub: LiveHub
 ) -> None:
     hub = shared_hub
-    monkeypatch.setattr(ah, "MAX_WAIT", 0.1)
+    monkeypatch.setattr(ah, "COMMENT_SECONDS", 0.1)
     holder, waiter, later = hub.client("long-1"), hub.client("long-2"), hub.client("long-3")
     holder.lock("long")
     got: list[dict] = []
@@ -10312,6 +10471,46 @@ def test_the_doctor_says_what_is_wrong_and_changes_nothing(live: object) -> None
     assert away.returncode == 3 and "agenthub serve" in away.stderr and away.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("where", ["tcp", "unix"])
+def test_the_doctor_says_what_the_process_of_a_hub_that_hangs_does(where: str, live: object, tmp_path: Path) -> None:
+    hub = live("--unix", str(tmp_path / "hub"), port="") if where == "unix" else live()
+    with hub.hanging():
+        done = hub.here("doctor", "--timeout", "0.1")
+        assert done.returncode == 3 and f"`kill -CONT {hub.process.pid}`" in done.stderr, done.stderr
+        assert "takes connections and does not answer" in done.stderr and done.stderr.count("\n") == 1
+    assert "ok   hub" in hub.here("doctor").stdout
+    assert hub.here("doctor", AGENTHUB_TIMEOUT="soon").stderr.count("AGENTHUB_TIMEOUT") == 1
+
+
+def test_status_says_where_a_hub_answers_and_lets_nobody_in(live: object) -> None:
+    hub = live("--key", "the-right-key-it-is")
+    for key in ({}, {"AGENTHUB_KEY": "wrong"}, {"AGENTHUB_TOKEN": "a.b"}):
+        done = hub.here("status", **key)
+        assert done.returncode == 1 and f"{hub.url} answers, but does not let you in: " in done.stderr
+    assert hub.here("status", AGENTHUB_KEY="the-right-key-it-is").returncode == 0
+
+
+def test_a_first_command_is_no_refusal_in_the_log(live: object) -> None:
+    hub = live()
+    assert hub.here("send", "alpha", "hi", "--as", "beta").returncode == 0
+    hub.stop()
+    log = Path(hub.errors.name).read_text()
+    assert " register " in log and "refused" not in log
+
+
+def test_an_interrupt_during_the_start_is_silent() -> None:
+    code = """import builtins, os, runpy, signal
+real = builtins.__import__
+def hook(name, *args):
+    if name == "json":
+        os.kill(os.getpid(), signal.SIGINT)
+    return real(name, *args)
+builtins.__import__ = hook
+runpy.run_path("agenthub.py", run_name="__main__")"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=FILE.parent, capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_the_doctor_finds_a_key_that_is_missing_or_wrong(live: object) -> None:
     hub = live("--key", "the-right-key-it-is")
     for key, code in (({}, 1), ({"AGENTHUB_KEY": "wrong"}, 1), ({"AGENTHUB_KEY": "the-right-key-it-is"}, 0)):
@@ -10693,7 +10892,7 @@ def test_the_exit_status_says_what_happened(live: object) -> None:
     for words, code in [
         (("send",), 2), (("nonsense",), 2), ((), 2), (("agents", "--status", "x"), 2), (("--version",), 0),
         (("send", "--help"), 0), (("send", "#UP", "x"), 1), (("send", "a", "{", "--json-message"), 1),
-        (("recv", "--wait", "0.01"), 4), (("recv", "--wait", "99"), 1), (("status", "--url", "http://127.0.0.1:1"), 3),
+        (("recv", "--wait", "0.01"), 4), (("recv", "--wait", "-1"), 1), (("status", "--url", "http://127.0.0.1:1"), 3),
         (("status", "--url", "nonsense"), 1), (("serve", "--port", str(hub.port), "--db", ":memory:"), 1),
         (("serve", "--db", "/proc/none/hub.db"), 1), (("serve", "--max-inbox", "-1"), 2),
         (("serve", "--port", "99999"), 2), (("send", "a", "b", "--ttl", "nan"), 1),
@@ -10719,8 +10918,11 @@ def test_without_a_hub_the_guide_says_how_to_start_one(shared_hub: LiveHub) -> N
 
 def test_listen_survives_a_restart_and_is_interrupted_with_130(live: object) -> None:
     hub = live(port=steady_port())
+    hub.stop()
     command, env = [sys.executable, "-m", "agenthub", "listen", "--as", "ear"], hub.compiled_env()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as ear:
+        assert "no hub answers" in ear.stderr.readline()  # it waits for one
+        hub = live(port=str(hub.port))
         until(lambda: any(agent["connected"] for agent in hub.client().agents()))
         hub.cli("send", "ear", "one \x1b[31mred", "--as", "mouth")
         assert ear.stdout.readline().endswith(" mouth to ear: one \\x1b[31mred\n")
@@ -10730,6 +10932,8 @@ def test_listen_survives_a_restart_and_is_interrupted_with_130(live: object) -> 
         assert ear.stdout.readline().endswith(" mouth to ear: two\n")
         ear.send_signal(signal.SIGINT)
         assert ear.wait(20) == 130
+        words = [line.rpartition("(")[2].split(":")[-1].strip() for line in ear.stderr]
+        assert words == ["connected again", "trying again)", "connected again"], "each outage is told once"
 
 
 # === 8. In a coding agent =============================================================================================
@@ -11448,7 +11652,7 @@ def test_over_stdio_a_call_whose_answer_is_lost_is_never_made_twice(
     monkeypatch.setattr(ah.Client, "mcp_messages", losing)
     for name, value in (shared_hub.env | {"AGENTHUB_SESSION": "lossy"}).items():
         monkeypatch.setenv(name, value)
-    identity = ah.Identity(types.SimpleNamespace(url=None, cacert=None, identity="lossy"))
+    identity = ah.Identity(types.SimpleNamespace(url=None, cacert=None, timeout=None, identity="lossy"))
     server = ah.Stdio(identity, lambda line: answers.append(json.loads(line)["result"]))
 
     def call(name: str, **arguments: object) -> dict:
