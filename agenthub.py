@@ -9267,7 +9267,7 @@ class ClientBase(Operations):
                         if self._is_over(inbox):
                             break
             except (OSError, EOFError, HubError) as error:
-                self._drop()  # or the first request on another connection would be told as one more outage
+                self._drop()  # or the first request on another connection would count as one more outage
                 if not self._is_over(inbox):
                     await self._pause(self._mend(error, tries))
                 tries += 1

@@ -5001,7 +5001,7 @@ def test_an_absolute_path_is_taken_against_the_agents_folder(crew: World) -> Non
     assert post("bo", "/work/proj")[1]["error"]["path"] == post("bo", "/")[1]["error"]["path"] == "."
     taken = crew.tool("lock", "bo", action="take", paths=["/work/proj/lib/**"])
     assert taken["paths"] == ["lib/**"]
-    assert crew.tool("lock", "bo", action="list", paths=["/work/proj/lib/x"])["locks"][0]["agent_id"] == "bo"
+    assert crew.tool("lock", "bo", action="list", paths=["/work/proj/lib/x"])["locks"][0]["holder"] == "bo"
     refusal = lambda who, path: crew.tool("lock", who, action="take", paths=path)["error"]["message"]
     assert "outside of your project's folder, /work/proj" in refusal("bo", "/x")
     assert "your folder is not known: give it relative" in refusal("w1", ["/work/proj/x"])
@@ -7392,6 +7392,7 @@ def test_a_hub_that_stops_answers_who_waits_and_says_that_subscriptions_end(live
     hub = live()
     lines = (RpcLine(hub, "/mcp/alpha") for _ in range(3))
     with next(lines) as line, next(lines) as waiting, next(lines) as asking:
+        hub.client("alpha-2")
         assert asking.call("ask_agent", to="alpha-2", message="?", wait=50).head() == 200
         line.ask("subscriptions/listen", {"notifications": {"resourceSubscriptions": ["hub://agents"]}}, id=7)
         assert line.event()["method"] == "notifications/subscriptions/acknowledged"
@@ -9213,11 +9214,13 @@ def test_one_id_over_many_lines_and_a_restart_is_one_message(live: object) -> No
     assert sum("duplicate" not in answer for answer in got) == 1 and "duplicate" in got[-1]
 
 
-def test_a_hub_that_hangs_is_noticed_and_what_was_sent_is_stored_once(live: object) -> None:
+def test_a_hub_that_hangs_is_noticed_and_sends_are_stored_once(live: object) -> None:
     hub = live()
     for name in ("asleep", "sink"):
         hub.client(name)
-    client, ids = hub.client("sender", timeout=0.1), []
+    client, ids = hub.client("sender", timeout=20), []
+    to_sender = hub.client("sink").send_message("sender", "hello")["message_id"]
+    client.timeout = 0.1
 
     async def send() -> None:
         async with ah.AgentClient(hub.url, "sender-2") as agent:
@@ -9229,7 +9232,7 @@ def test_a_hub_that_hangs_is_noticed_and_what_was_sent_is_stored_once(live: obje
 
     asyncio.run(send())
     with hub.hanging():
-        for call, to in ((client.reply, {"from": "sink", "id": "x"}), (client.send_message, "sink")):
+        for call, to in ((client.reply, {"from": "sink", "id": to_sender}), (client.send_message, "sink")):
             with pytest.raises(ah.Unreachable, match="takes connections and does not answer") as error:
                 call(to, "hi")
             ids.append(error.value.message)
@@ -9243,7 +9246,7 @@ def test_a_hub_that_hangs_is_noticed_and_what_was_sent_is_stored_once(live: obje
     assert len(set(ids)) == 4
     client.timeout = 20
     assert hub.client("sender-2").propose("sink", "hi", id=ids[0])["task_id"]
-    client.reply({"from": "sink", "id": "x"}, "hi", id=ids[1]), client.send_message("sink", "hi", id=ids[2])
+    client.reply({"from": "sink", "id": to_sender}, "hi", id=ids[1]), client.send_message("sink", "hi", id=ids[2])
     assert hub.here("send", "sink", "hi", "--as", "sender", "--id", ids[3]).returncode == 0
     assert sorted(m["id"] for m in hub.client("sink").messages()) == sorted(ids)
 
@@ -9291,7 +9294,7 @@ def test_a_wait_goes_on_after_an_outage_for_the_rest(monkeypatch: pytest.MonkeyP
     assert waits == [15, 15, 8]
 
 
-def test_who_waits_does_so_through_a_stop_and_a_start_of_the_hub(live: object) -> None:
+def test_who_waits_goes_on_waiting_over_a_restart(live: object) -> None:
     hub = live(port=steady_port())
     peer = hub.client("peer")
     peer.lock("busy", auto_renew=False, ttl=3600)
