@@ -2554,11 +2554,14 @@ class Hub:
         self._inbox(agent_id).claims.update(dict.fromkeys(seqs, until))
         self.changes.append(Claimed(agent_id, seqs, at, until))
 
-    def unclaim(self, at: int, agent_id: str, seqs: tuple[int, ...], until: int) -> None:
-        """End the claims on these that still end then: the reader that got them is gone."""
+    def unclaim(self, at: int, agent_id: str, seqs: tuple[int, ...], until: int = 0) -> int:
+        """End the claims on these, or those that still end then: the reader that got them is gone, or gives them back.
+        Returns how many."""
         claims = self.mail(agent_id).claims
-        if held := tuple([seq for seq in seqs if claims.get(seq) == until]):
+        held = tuple([seq for seq in seqs if claims.get(seq, 0) > at and until in (0, claims[seq])])
+        if held:
             self.claim(at, agent_id, held, at)
+        return len(held)
 
     def expire(self, at: int, messages: tuple[tuple[int, str, tuple[str, ...]], ...]) -> None:
         """These messages, as (seq, id, inboxes), are past their own time."""
@@ -4417,9 +4420,16 @@ class InboxQuery(NamedTuple):
             undo = make_command(Hub.unclaim, name, seqs, until)
         if seqs and (self.claim or wait):
             yield from do(Hub.push, name, seqs, "poll")
+        extra += self._claimed_text(hub, seqs, at)
         rest = f'"next":{following},"unread":{hub.unread(name)}{previous}{extra}'
         text = f'{{"messages":[{",".join(texts)}],{rest}}}'
         return Response(text.encode(), settled=not self.claim, changes=bool(self.claim), undo=undo)
+
+    def _claimed_text(self, hub: Hub, seqs: tuple[int, ...], at: int) -> str:
+        """How many unread messages other readers have claimed, and until when at most (JSON text)."""
+        claims = hub.mail(self.name).claims if self.claim else {}
+        ends = [until for seq, until in claims.items() if until > at and seq not in seqs]
+        return f',"claimed":{len(ends)},"claimed_until":"{timestamp(max(ends))}"' if ends else ""
 
 
 # --- Operations -------------------------------------------------------------------------------------------------------
@@ -4557,6 +4567,7 @@ PageSize = PageLimit | None
 AtMost = Annotated[MaxBytes | None, "of messages in one answer, or the first of them if that is larger"]
 UpTo = Annotated[Seq | None, "everything up to this seq was received"]
 Received = Annotated[MessageIds | None, "these were received"]
+GivenBack = Annotated[Flag | None, "with ids: these were not received; claims on them end"]
 Words = Annotated[str, printable(256), 'words, "phrases" and prefix*, all of which must be there', Wire("q")]
 OneStream = Annotated[StreamFormat | None, "sse (default), or json: one a line"]
 Acks = Annotated[AckMode | None, "auto (default): on receipt; explicit: when an ack frame says so"]
@@ -4787,8 +4798,8 @@ class Operations:
         return query.answer(call, wait or 0, "" if recovered else ',"recovered":false')
 
     @operation("POST", "/api/v1/messages/ack", charged=False)
-    def acknowledge(call: Call, up_to: UpTo = None, ids: Received = None) -> Steps[Response]:
-        """Acknowledge everything up to a seq, or these ids."""
+    def acknowledge(call: Call, up_to: UpTo = None, ids: Received = None, release: GivenBack = None) -> Steps[Response]:
+        """Acknowledge everything up to a seq, or these ids; or give back what was read with a claim."""
         if (up_to is None) == (ids is None):
             raise InvalidRequest("`up_to` or `ids` is needed, one of them: the newest seq you have, or a list of ids")
         hub, name, seqs = call.api.hub, call.agent_id, {}
@@ -4797,7 +4808,10 @@ class Operations:
             for id in ids:
                 fresh = hub.fresh(id)
                 seqs.setdefault(id, fresh.message.seq if fresh else hub.seq_of(id) or hub.short_seq(id))
-        count = yield from do(Hub.ack, name, up_to or 0, tuple(sorted(filter(None, seqs.values()))), call.via)
+        known = tuple(sorted(filter(None, seqs.values())))
+        if release:
+            return Response({"success": True, "released": (yield from do(Hub.unclaim, name, known))})
+        count = yield from do(Hub.ack, name, up_to or 0, known, call.via)
         call.api.metrics["acknowledged_total"] += count
         return Response({"success": True, "acknowledged": count, "unread": hub.unread(name)})
 
@@ -10170,6 +10184,11 @@ def task_text(answer: Json) -> str:
     return "\n    ".join(map(indented, lines))
 
 
+def _task_receipt(answer: Json) -> str:
+    """What a task is after its caller has changed it: who did it knows the history."""
+    return task_text({name: value for name, value in answer["task"].items() if name != "history"})
+
+
 def lock_line(lock: Json) -> str:
     """A lock in one line."""
     note = f' "{lock["note"]}"' if "note" in lock else ""
@@ -10747,7 +10766,8 @@ for _verb, _fields, _help, _text, _example in (
 ):
     _row, _id = OPERATIONS[f"{_verb}_task"], "the task's id, as recv and `task list` show it"
     _command, _example = f"task {_verb} ID {_fields}", f"task {_verb} {_example}"
-    operation_line(_row, task_text, _help, _example, command=_command, id=_id, message=_text)
+    _shown = task_text if _verb == "accept" else _task_receipt
+    operation_line(_row, _shown, _help, _example, command=_command, id=_id, message=_text)
 operation_line(Operations.task, task_text, "one task, with its history and its result", "task show m42")
 
 
@@ -10845,7 +10865,8 @@ def _guarded(child: subprocess.Popen[bytes], whole_group: bool) -> Iterator[Call
         with open(writing, "wb", 0) as pipe:
             yield pipe.close
             if not pipe.closed:  # the command has ended by itself
-                pipe.write(b"0")
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.write(b"0")
     finally:
         os.waitpid(guard, 0)
 

@@ -4094,6 +4094,23 @@ def test_a_claimed_message_is_hidden_until_its_claim_runs_out(pair: World) -> No
     assert claim("") == [(1, True), (2, True), (3, None)] and claim("") == []
 
 
+def test_a_reader_hears_of_others_claims_and_gives_its_own_back(pair: World) -> None:
+    sent = [pair.send("beta-2", "alpha-1", str(n)).message.id for n in range(3)]
+    pair.commit()
+    read = lambda more: pair.call("GET", f"/api/v1/messages?agent_id=alpha-1&claim=30{more}")[1]
+    assert "claimed" not in read("&limit=1")
+    pair.clock.advance(10)
+    second = read("&limit=1")
+    assert (second["claimed"], second["unread"]) == (1, 3) and second["claimed_until"][:19] == "2023-11-14T22:13:50"
+    assert [read("")["claimed"], read("")["claimed"]] == [2, 3]
+    give_back = lambda ids: pair.call(
+        "POST", "/api/v1/messages/ack", {"agent_id": "alpha-1", "ids": ids, "release": True}
+    )
+    assert give_back(sent[:2]) == (200, {"success": True, "released": 2}) and give_back(sent[:2])[1]["released"] == 0
+    assert [message["message"] for message in read("")["messages"]] == [0, 1]
+    assert pair.hub.unread("alpha-1") == 3 and pair.is_what_the_store_says()
+
+
 def test_a_trace_says_when_and_how_each_recipient_got_it(pair: World) -> None:
     sent = pair.call("POST", "/api/v1/messages", {"from": "beta-2", "to": ["alpha-1", "nobody-1"], "message": "hi"})[1]
     target, at = f"/api/v1/messages/{sent['message_id']}", lambda: ah.timestamp(pair.clock())
@@ -10209,10 +10226,11 @@ def test_teamwork_from_the_shell(live: object) -> None:
     assert "merge accepted" in run("task", "list", "--mine", "--as", "beta")
     assert "released by beta" in run("task", "release", "merge", "conflicts", "--as", "beta")
     run("task", "next", "--as", "beta", code=1), run("task", "next", "--wait", "0.01", "--as", "beta", code=4)
-    shown = run("task", "assign", "merge", "beta", "yours after all", "--as", "alpha")
-    assert shown.startswith("merge accepted by beta until") and "Z beta release: conflicts\n" in shown
-    assert "alpha assign: to beta: yours after all" in shown
-    assert "Z beta progress: half of it" in run("task", "progress", "merge", "half of it", "--as", "beta")
+    given = run("task", "assign", "merge", "beta", "yours after all", "--as", "alpha")
+    assert given.startswith("merge accepted by beta until") and given.count("\n") == 1
+    shown = run("task", "show", "merge", "--as", "beta")
+    assert "Z beta release: conflicts\n" in shown and "Z alpha assign: to beta: yours after all\n" in shown
+    run("task", "progress", "merge", "half of it", "--as", "beta")
     assert 'beta progress: "half of it"; alpha to beta' in run("task", "list", "--mine", "--as", "beta")
     assert "(failed by beta)" in run("task", "fail", "merge", "no rights", "--as", "beta")
     for words, missing in ((("x",), "TO"), (("ALL",), "TEXT"), (("a,b",), "TEXT"), (("do it all",), "TO")):
@@ -10348,9 +10366,10 @@ def test_spellings_of_a_file_meet_from_any_folder(
 
 HELD = """
 import os, signal, subprocess, sys
-stays = "import signal; signal.signal(15, signal.SIG_IGN); print(0, flush=True); signal.pause()"
+stays = "import signal; signal.alarm(20); signal.signal(15, signal.SIG_IGN); print(0, flush=True); signal.pause()"
 child = subprocess.Popen([sys.executable, "-c", stays], stdout=subprocess.PIPE)
 child.stdout.readline()
+signal.alarm(20)  # for a test that fails
 signal.signal(signal.SIGTERM, lambda *_: (print("ended", flush=True), os._exit(7)))
 print(child.pid, os.getpid(), flush=True)
 signal.pause()
