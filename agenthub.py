@@ -322,6 +322,7 @@ Unreachable = error("unreachable", 0, "No hub answers.", exit_code=3)
 TimedOut = error("timed_out", 0, "Nothing came within the time limit.", exit_code=4)
 Unanswered = error("unanswered", 0, "A request will not be answered; `answer` is the envelope that says so, if any.")
 Misuse = error("misuse", 0, "The options of a command do not go together, or one has a wrong value.", exit_code=2)
+Failed = error("failed", 0, "This machine refused something to a command: a file, a pipe, the store.")
 
 
 def error_from_wire(body: Any, status: int = 500) -> HubError:
@@ -10040,25 +10041,40 @@ def instead_of_waiter(client: Client) -> Iterator[None]:
 # --- Output -----------------------------------------------------------------------------------------------------------
 
 
+SHOWN_CHARACTERS = 8_000  # of one message in text: what is longer is cut, with how to get all of it
+SHOWN_BYTES = 80_000  # of messages that one command prints as text, 20,000 tokens: others come with the next
+
+
 def say(text: str) -> None:
     """Something for people, on stderr."""
-    print(f"agenthub: {harmless(indented(text))}", file=sys.stderr, flush=True)
+    print(f"agenthub: {harmless(indented(spelt(text)))}", file=sys.stderr, flush=True)
+
+
+def spelt(text: str) -> str:
+    """Words of our own, in which each command (`agenthub recv`) is spelt as it can be typed here."""
+    return re.sub(r"(^|`)agenthub(?= [A-Za-z-])", lambda match: match[1] + program(), text)
+
+
+def did_you_mean(answer: Json) -> str:
+    """What is close to a name that nobody has, where an answer says so."""
+    close = answer.get("did_you_mean")
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
 def warn(receipt: Json) -> None:
     """Say on stderr what a sender should know, where this is the receipt of a message."""
     for row in receipt.get("recipients", ()):
         if row["state"] == "unknown":
-            close = f" (did you mean {' or '.join(row['did_you_mean'])}?)" if "did_you_mean" in row else ""
-            say(f"nobody is registered as {row['agent_id']} yet{close}: the message waits for them")
+            say(f"nobody is registered as {row['agent_id']} yet{did_you_mean(row)}: the message waits for them")
     if "warning" in receipt:
-        say(receipt["warning"])
+        say(receipt["warning"] + did_you_mean(receipt))
 
 
 def show(args: argparse.Namespace, value: Json, text: str | Callable[[Json], str]) -> None:
     """Print a result: for people, or with --json as an object on one line, with what to type then as `next`. For the
     demo it is put with those of `shown`."""
-    warn(value)
+    if not args.json:  # which has it in the receipt
+        warn(value)
     text = text if isinstance(text, str) else text(value)
     if args.shown is not None:
         args.shown.append((value, text))
@@ -10067,6 +10083,8 @@ def show(args: argparse.Namespace, value: Json, text: str | Callable[[Json], str
         text = dump(value | {"next": value.get("next", next_commands(args, value))})
         if not text.isprintable():  # a terminal would obey what is not
             text = "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+    if sys.stdout is None:
+        raise OSError("stdout is closed: nothing can be printed")
     try:
         print(text if args.json else harmless(text), flush=True)
     except BrokenPipeError:
@@ -10083,13 +10101,23 @@ def show_all(args: argparse.Namespace, items: list[Json], text: Callable[[Json],
 
 
 def program() -> str:
-    """How this program was called, so that it can be called so again: `agenthub`, if not by its file."""
-    path = sys.argv[0]
-    if path.endswith(".py") and os.path.abspath(path) == os.path.abspath(__file__):
-        return f"python3 {shell_quote(path)}"
+    """How this program is called where it prints: `agenthub` where that is on the PATH and is the launcher of this file
+    that `install` writes; else that launcher by its path, if it runs this; else this file by its path."""
+    called = sys.argv[0]
     names = [os.path.join(folder, "agenthub") for folder in os.environ.get("PATH", "").split(os.pathsep)]
-    hidden = os.path.basename(path) == "agenthub" and not any(os.access(name, os.X_OK) for name in names)
-    return shell_quote(os.path.abspath(path)) if hidden else "agenthub"  # the launcher that `install` writes
+    first = next((name for name in names if os.access(name, os.X_OK) and os.path.isfile(name)), "")
+    for name, typed in ((first, "agenthub"), (called, shell_quote(os.path.abspath(called)))):
+        if os.path.basename(name) == "agenthub" and _starts_this_file(name):
+            return typed
+    by_name = os.path.abspath(called) == os.path.abspath(__file__)
+    return f"python3 {shell_quote(called if by_name else os.path.abspath(__file__))}"
+
+
+def _starts_this_file(launcher: str) -> bool:
+    folder = os.path.dirname(os.path.realpath(__file__))
+    with contextlib.suppress(OSError), open(launcher, encoding="utf-8", errors="replace") as file:
+        return repr(folder) in file.read(4096)
+    return False
 
 
 def ago(seconds: float) -> str:
@@ -10098,6 +10126,12 @@ def ago(seconds: float) -> str:
         if seconds >= length:
             return f"{seconds // length:.0f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def age_of(text: str) -> str:
+    """How long ago a time of the hub was: `12 s ago`."""
+    then = datetime.datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+    return f"{ago(max(0.0, time.time() - then))} ago"
 
 
 def to_second(text: str) -> str:
@@ -10110,16 +10144,53 @@ def value_text(value: Any) -> str:
     return value if isinstance(value, str) else dump(value)
 
 
-def message_line(envelope: Json) -> str:
-    """When, who to whom, of what kind (with the id that `reply` or `task accept` needs), and the text, indented."""
-    kind = "" if envelope["type"] in ("message", "broadcast") else f" ({envelope['type']})"
-    if envelope["type"] == "request":
-        kind = f" (request {envelope['id']})"
-    elif envelope["type"].startswith("task_"):
-        kind = f" ({envelope['type']} {envelope.get('reply_to') or envelope['id']})"
+_SAID = {  # by the type of a message: what its sender does with it, {} being the task it is about
+    **{"message": "", "broadcast": "", "request": "asks", "response": "answers", "ping": "pings"},
+    **{"ack": "has seen it", "task_proposal": "proposes {}"},
+    **{"task_accept": "took {}", "task_complete": "completed {}", "task_release": "gave {} back"},
+    **{"task_cancel": "cancelled {}", "task_fail": "failed at {}", "task_progress": "is at work on {}"},
+    **{"task_assign": "assigns {}", "lock_wanted": "wants what you have locked"},
+}
+
+
+def message_words(envelope: Json) -> str:
+    """What a message says, as a person reads it: where the hub wrote an object, the sentence in that."""
+    value, type = envelope["message"], envelope["type"]
+    if type == "ping" or (type == "ack" and value == "pong"):
+        return ""
+    if isinstance(value, dict) and type.startswith(("task_", "lock_", "error", "presence")):
+        said = next((value[name] for name in ("message", "reason", "words") if isinstance(value.get(name), str)), None)
+        if said is not None or value.keys() <= {"task_id"}:
+            return said or ""
+    return value_text(value)
+
+
+def message_line(envelope: Json, me: str | None = None, most: int = 0) -> str:
+    """A message as a sentence: its short id, who wrote it, to whom if not to `me` alone, what it is, how long ago; and
+    its words, indented, of which up to `most` characters are shown."""
+    id, type, words = f"m{envelope['seq']}", envelope["type"], message_words(envelope)
+    about = str(envelope.get("reply_to") or envelope["id"])
+    made = re.fullmatch("[0-9a-f]{8}-([0-9a-f]{13})", about)  # by the hub, with the seq in it
+    named = short_id(about, int(made[1], 16) if made else envelope["seq"])
+    task = "a task" if named == id else f"task {named}"
+    task += " again" if type == "task_proposal" and "reply_to" in envelope else ""
+    does = _SAID.get(type, f"({type})").format(task)
+    words += _task_note(envelope)
     to = envelope["to"] if isinstance(envelope["to"], str) else ", ".join(envelope["to"])
-    text = indented(value_text(envelope["message"]) + _task_note(envelope))
-    return f"{envelope['timestamp'][11:19]} {envelope['from']} to {to}{kind}: {text}"
+    whom = to if type in ("request", "response", "ping") else f"to {to}"  # asks beta, proposes a task to beta
+    who = " ".join(filter(None, (envelope["from"], does, whom if to != me else "")))
+    if 0 < most < len(words):
+        words = f"{words[:most]} … (cut: it has {len(words)} characters; all: {program()} trace {id} --json)"
+    line = f"{id} {who}{',' if does else ''} {age_of(envelope['timestamp'])}"
+    return f"{line}: {indented(words)}" if words else line
+
+
+def few(names: Sequence[str]) -> str:
+    """Names in a line: five of them, and how many more."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+_RECEIVED = {"pushed": "pushed to", "unknown": "waits for", "inbox_full": "has no room at", "expired": "ran out for"}
 
 
 def _task_note(envelope: Json) -> str:
@@ -10131,15 +10202,18 @@ def _task_note(envelope: Json) -> str:
 
 
 def _sent_text(receipt: Json) -> str:
+    states: dict[str, list[str]] = {}
+    for row in receipt["recipients"]:
+        states.setdefault(row["state"], []).append(row["agent_id"])
+    parts = [f"{_RECEIVED.get(state, f'{state} for')} {few(names)}" for state, names in states.items()]
     due = f", due at {to_second(receipt['due_at'])}" if "due_at" in receipt else ""
-    states = ", ".join(f"{row['agent_id']} ({row['state']})" for row in receipt["recipients"]) or "nobody"
-    return f"sent {receipt['message_id']} to {states}{due}"
+    return f"m{receipt['seq']} {', '.join(parts) or 'reached nobody'}{due}"
 
 
 def _agent_text(agent: Json) -> str:
     able = f" [{', '.join(agent['capabilities'])}]" if agent["capabilities"] else ""
     name = f" ({agent['name']})" if agent["name"] != agent["agent_id"] else ""
-    seen = "connected" if agent["connected"] else f"last seen {to_second(agent['last_heartbeat'])}"
+    seen = "connected" if agent["connected"] else f"last seen {age_of(agent['last_heartbeat'])}"
     age = f" (oldest {ago(agent['unread_age'])})" if "unread_age" in agent else ""
     text = f"{agent['agent_id']}{name} {agent['status']}, {seen}, {agent['unread']} unread{age}{able}"
     return text + engaged_text(agent)
@@ -10216,7 +10290,7 @@ def no_hub_guide(url: str) -> Json:
         start = f"serve --unix {shell_quote(url[5:])}"
     elif here and url != DEFAULT_URL:
         start = f"serve --port {here[1]}"
-    typed = f"python3 {shell_quote(os.path.abspath(__file__))}"
+    typed = program()
     lines = [f"agenthub {VERSION}: no hub answers at {url}.", ""]
     lines += ["Start one on this machine (it keeps its store in your data folder):", f"    {typed} {start} &"]
     lines += [f"    export AGENTHUB_URL={DEFAULT_URL}"] if start == "serve" and url != DEFAULT_URL else []
@@ -10227,15 +10301,14 @@ def no_hub_guide(url: str) -> Json:
 
 _AFTER_MESSAGE = {  # by the type of the message; `about` is the message or task it answers, or else itself
     "task_proposal": ("task accept {about}", "task show {about}"),
-    **dict.fromkeys(("task_accept", "task_complete", "task_release", "task_cancel"), ("task show {about}",)),
-    **dict.fromkeys(("task_fail", "task_progress"), ("task show {about}",)),
+    **dict.fromkeys([type for type in _SAID if type.startswith("task_")][1:], ("task show {about}",)),
     "task_assign": ("task show {about}", 'task complete {about} "…"'),
     **dict.fromkeys(("error", "ack"), ("trace {reply_to}",)),
     "response": ("history --thread {thread}",),
-    "lock_wanted": ("locks", 'reply {id} "…"'),
+    "lock_wanted": ("locks", 'reply {m} "…"'),
     "ping": (),
 }
-_REPLY = ('reply {id} "…"',)  # where the type of a message is not above
+_REPLY = ('reply {m} "…"',)  # where the type of a message is not above
 _HOLD = ('task complete {task_id} "…"', 'task progress {task_id} "…"', 'task release {task_id} "…"')
 _CANCEL = 'task cancel {task_id} "…"'
 _AFTER_CHECK = {"identity": ("register",), "queue": ("recv",), "recipient": ("agents",)}
@@ -10254,16 +10327,15 @@ def _after_task(task: Json) -> tuple[str, ...]:
 
 def _after_status(state: Json) -> tuple[str, ...]:
     """Read what is unread, then answer the oldest request."""
-    owed = [r["id"] for r in state.get("requests", ()) if state["agent_id"] in r["waiting_for"]]
     first = ["recv"] if state.get("unread") else []
-    return (*first, *[f'reply {id} "…"' for id in owed[:1]], "agents")
+    return (*first, *[f'reply m{request["seq"]} "…"' for request in state.get("owes", ())[:1]], "agents")
 
 
 # By command: what to type next. A template that names a field which is not in the answer is left out.
 NEXT: dict[str, tuple[str, ...] | Callable[[Json], tuple[str, ...]]] = {
     **dict.fromkeys(("backup", "bench", "hook", "mcp", "plugin", "uninstall"), ()),
-    **dict.fromkeys(("send", "reply"), ("trace {message_id}", "recv --wait 60")),
-    **dict.fromkeys(("history", "search"), ("trace {id}", "history --thread {thread}")),
+    **dict.fromkeys(("send", "reply"), ("trace {m}", "recv --wait 60")),
+    **dict.fromkeys(("history", "search"), ("trace {m}", "history --thread {thread}")),
     **dict.fromkeys(("task list", "task show"), _after_task),
     **dict.fromkeys(("task next", "task accept", "task progress"), _HOLD),
     **dict.fromkeys(("ping", "locks"), ('send {agent_id} "…"',)),
@@ -10300,8 +10372,9 @@ def next_commands(args: argparse.Namespace, answer: Json) -> list[str]:
     options = (("--as", "identity"), ("--url", "url"), ("--cacert", "cacert"))
     typed = [f" {option} {shell_quote(getattr(args, at))}" for option, at in options if getattr(args, at, None)]
     me = args.caller.agent_id if args.caller else None
-    typed_here = {"me": me, "typed": getattr(args, "paths", None)}
-    fields = {"about": answer.get("reply_to") or answer.get("id"), **typed_here, **answer}
+    seq, about = answer.get("seq"), answer.get("reply_to") or answer.get("id") or answer.get("task_id", "")
+    short = {"m": f"m{seq}", "about": short_id(about, seq)} if seq else {}
+    fields = {**short, "me": me, "typed": getattr(args, "paths", None), **answer}
     words = {name: value if isinstance(value, list) else [value] for name, value in fields.items()}
     quoted = {name: " ".join([shell_quote(str(word)) for word in several]) for name, several in words.items()}
     row, commands = NEXT.get(args.called, ()), []
@@ -10344,6 +10417,17 @@ def arguments(*shared: Arguments) -> Callable[[Run], Run]:
 OWN_ARGUMENTS: dict[Run, list[Arguments]] = {}  # by function, from its `@argument` until its `@command_line` runs
 COMMAND_LINES: dict[str, command_line] = {}  # filled by the rows over the functions, looked up when a command is run
 GROUPS = {"task": "work that one proposes and one takes", "note": "notes on the board, for all"}
+TOPICS = {  # of the help for all commands; one that is not here stands last
+    "Talk": "register send ask reply recv listen ping history search trace agents status leave",
+    "Share work": "join channels task lock unlock locks note",
+    "Run a hub": "serve guide demo doctor watch backup bench",
+    "In a coding agent": "install uninstall plugin mcp hook",
+}
+FIRST_EXAMPLES = [
+    'agenthub send alpha "hi"',
+    "agenthub recv --wait 60s",
+    'agenthub ask alpha "is main green?" --wait 2m',
+]
 
 
 class command_line:
@@ -10357,6 +10441,11 @@ class command_line:
         self.run, self.arguments = run, (*self.arguments, *OWN_ARGUMENTS.pop(run, ()))
         COMMAND_LINES[self.name] = self
         return run
+
+    def all_arguments(self) -> list[argument]:
+        """Its arguments, with those that all commands of a client have."""
+        rows = (*self.arguments, *(CLIENT_ARGUMENTS if self.client else ()))
+        return [one for row in rows for one in ([row] if isinstance(row, argument) else row())]
 
 
 def from_operation(operation: Operation[..., Any], *names: str, **options: Any) -> Callable[[], list[argument]]:
@@ -10373,8 +10462,10 @@ def field_argument(field: Field, place: str = "", **options: Any) -> argument:
     """The argument that gives a field: an option, or by position, called `place`."""
     schema, name = field.kind.schema, place or f"--{field.parameter.replace('_', '-')}"
     own = {"help": field.doc or None, **FIELD_OPTIONS.get(schema.get("type"), {})}
-    own |= {"choices": schema["enum"]} if "enum" in schema else {}
+    own |= one_of(*schema["enum"]) if "enum" in schema else {}
     own |= {"type": recipient} if "oneOf" in schema else {}
+    if schema.get("type") == "integer":
+        own["type"] = value_kind(field.kind.refusal(None), int, lambda value: not field.kind.refusal(value))
     return argument(name, **own | options)
 
 
@@ -10400,7 +10491,9 @@ def operation_line(
             short = field.parameter if field.parameter in places else field.parameter.rpartition("_")[2]
             own: Json = {"help": helps[short]} if short in helps else {}
             if short in places:
-                own |= {"place": field.parameter, "metavar": short, "nargs": "?" if "[" in places[short] else None}
+                left_out, words = "[" in places[short], field.kind.nullable  # words need no quotes
+                own |= {"place": field.parameter, "metavar": short}
+                own |= {"nargs": ("*" if left_out else "+") if words else "?" if left_out else None}
             yield field_argument(field, **own)
         if any(field.kind.nullable for field in fields):
             yield AS_JSON
@@ -10409,8 +10502,8 @@ def operation_line(
         identity, values = Identity(args), {}
         for field in operation.fields:
             value = values[field.parameter] = getattr(args, field.parameter, None)
-            if value is not None and field.kind.nullable:
-                values[field.parameter] = read_text(value, args.json_message)
+            if field.kind.nullable:  # a message, of as many words as there are
+                values[field.parameter] = read_text(value, args.json_message) if value else None
         ask = functools.partial(identity.client.request, operation, **values)
         registers = operation.actor and operation.default_actor is None
         answer = identity.act(lambda client: ask()) if registers else ask()
@@ -10434,37 +10527,60 @@ def command_lines(first: str | None = None) -> dict[str, command_line]:
     return {name: row for name, row in lines.items() if first in (None, name.partition(" ")[0])}
 
 
-def duration(text: str) -> float:
-    """A duration in seconds: 90, 90s, 30m, 2h or 1d. Raises ValueError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text.strip())
-    if not match:
-        raise ValueError
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400}[match[2]]
+_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}  # of durations
+_SIZES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}  # may also be written as k, kb
 
 
-def _kind(name: str, convert: Callable[[str], R], accepts: Callable[[R], bool]) -> Callable[[str], R]:
-    """What reads a value for argparse, which has the name in its errors. It raises ValueError."""
+def value_kind(
+    words: str, convert: Callable[[str], R], accepts: Callable[[R], bool] = lambda value: True
+) -> Callable[[str], R]:
+    """What reads a value from the command line or a variable. It raises ValueError with `words`: what is wanted."""
 
     def _read(text: str) -> R:
-        value = convert(text)
-        if not accepts(value):
-            raise ValueError
-        return value
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            value = convert(text.strip())
+            if accepts(value):
+                return value
+        raise ValueError(words)
 
-    _read.__name__ = name
     return _read
 
 
-whole_number = _kind("whole_number", int, lambda number: number >= 1)
-port_number = _kind("port_number", int, lambda number: 0 <= number < 65536)  # 0: any that is free
-amount = _kind("amount", float, lambda number: 0 <= number < math.inf)
-log_format = _kind("log_format", str, lambda text: text in ("text", "json"))
+def _measured(units: Mapping[str, int], text: str) -> float:
+    """A number with a unit of which the first letter counts; without one it is the smallest."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]?)(i?b)?", text, re.I)
+    if not match or (match[3] and units is _UNITS):
+        raise ValueError
+    letters = {unit[0].lower(): value for unit, value in units.items()}
+    return float(match[1]) * letters[match[2].lower() or next(iter(letters))]
+
+
+def in_units(number: float, units: dict[str, int]) -> str:
+    """A number in the largest unit of which it is a whole multiple: 7d, 256KiB."""
+    unit = next((name for name in reversed(units) if number and number % units[name] == 0), next(iter(units)))
+    return f"{number / units[unit]:g}{unit}"
+
+
+duration = value_kind("a duration such as 90s, 30m, 2h or 1d", functools.partial(_measured, _UNITS))
+size = value_kind("a size such as 500KiB, 1MiB or 2GiB", functools.partial(_measured, _SIZES))
+whole_number = value_kind("a whole number, 1 or more", int, lambda number: number >= 1)
+cursor = value_kind("a whole number, 0 or more", int, lambda number: number >= 0)
+port_number = value_kind("a port from 0 (any that is free) to 65535", int, lambda number: 0 <= number < 65536)
+amount = value_kind("a number, 0 or more", float, lambda number: 0 <= number < math.inf)
+log_format = value_kind("text or json", str, lambda text: text in ("text", "json"))
+METAVARS: dict[Callable[[str], Any], str] = {duration: "TIME", size: "SIZE", amount: "N", whole_number: "N"}
 FIELD_OPTIONS: dict[str | None, Json] = {  # by JSON types
     "boolean": {"action": "store_const", "const": True},
-    "integer": {"type": int, "metavar": "N"},
-    "number": {"type": duration, "metavar": "S"},
+    "integer": {"metavar": "N"},
+    "number": {"type": duration},
     "array": {"action": "append"},
 }
+
+
+def one_of(*words: str) -> Json:
+    """The options of an argument that is one of these words."""
+    kind = value_kind(f"one of {', '.join(words)}", str, words.__contains__)
+    return {"type": kind, "metavar": f"{{{','.join(words)}}}"}
 
 
 def recipient(text: str) -> str | list[str]:
@@ -10475,11 +10591,12 @@ def recipient(text: str) -> str | list[str]:
 # --- Commands ---------------------------------------------------------------------------------------------------------
 
 TO_WHOM = argument("to", "an agent_id, a name, ALL, #channel, @capability, or several with commas", type=recipient)
-THE_TEXT = argument("text", "the message; - reads stdin")
+THE_TEXT = argument("text", "the message, quoted or as several words; - reads stdin", nargs="+")
 OWN_ID = argument("--id", "its id, to send it again without doubling it", dest="message_id", metavar="ID")
 AS_JSON = argument("--json-message", "the text is JSON", action="store_true")
 OF_TYPE = argument("--type", "the message's type, e.g. request")
-WITH_TTL = argument("--ttl", "seconds after which it is not delivered any more", type=float, metavar="S")
+WITH_TTL = argument("--ttl", "time after which it is not delivered any more", type=duration)
+TO_NOBODY = argument("--allow-nobody", "exit with 0 where it reaches nobody", action="store_true")
 _LOCK_HELP = "lock paths, or run a command under a lock: lock PATH… -- COMMAND…"
 _RENEWED = f"for a command {COMMAND_LOCK_TTL}, renewed while it runs"
 _LOCK_TTL_HELP = f"seconds after your last sign of life, default {LOCK_TTL}; {_RENEWED}"
@@ -10487,9 +10604,12 @@ _NEWEST_HELP = f"the newest N, default {DEFAULT_LIMIT}"
 NEWEST = argument("--limit", _NEWEST_HELP, type=whole_number, default=DEFAULT_LIMIT, metavar="N")
 
 
-def read_text(typed: str, is_json: bool) -> Any:
-    """The value that an argument stands for; - reads stdin. Raises InvalidRequest or InvalidJson."""
+def read_text(words: Sequence[str], is_json: bool) -> Any:
+    """The value that words stand for; - reads stdin, which must not be empty. Raises InvalidRequest or InvalidJson."""
+    typed = words if isinstance(words, str) else " ".join(words)
     text = sys.stdin.buffer.read() if typed == "-" else os.fsencode(typed)
+    if typed == "-" and not text:
+        raise InvalidRequest("nothing came on stdin: nothing was sent")
     try:
         return parse_json(text, Limits.max_depth.default) if is_json else text.decode()
     except UnicodeDecodeError:
@@ -10509,38 +10629,41 @@ def _register_command(args: argparse.Namespace) -> None:
 
 
 @command_line("send", "send a message", from_operation(Operations.send), example='agenthub send alpha "hi"')
-@arguments(TO_WHOM, THE_TEXT, OF_TYPE, AS_JSON, WITH_TTL)
+@arguments(TO_WHOM, THE_TEXT, OF_TYPE, AS_JSON, WITH_TTL, TO_NOBODY)
 @arguments(from_operation(Operations.send, "id", "reply_to", metavar="ID"))
-@argument("--delay", "seconds before it is delivered", type=float, metavar="S")
+@argument("--delay", "time before it is delivered", type=duration)
 @argument("--one", "to one of a group only: the least busy, then the next", action="store_true")
-@argument("--lease", f"with --one: seconds to acknowledge in, default {JOB_LEASE}", type=duration, metavar="S")
-def _send_command(args: argparse.Namespace) -> None:
+@argument("--lease", f"with --one: time to acknowledge in, default {JOB_LEASE}s", type=duration)
+def _send_command(args: argparse.Namespace) -> int:
     message = read_text(args.text, args.json_message)
     names = ("id", "reply_to", "ttl", "delay", "lease", *Operations.send.shown)
     more = cast(Sending, {name: getattr(args, name) for name in names})
     receipt = Identity(args).act(lambda client: client.send_message(args.to, message, args.type, args.one, **more))
-    is_heartbeat = "recipients" not in receipt  # which goes to nobody
+    is_heartbeat = "recipients" not in receipt
     show(args, receipt, f"alive at {receipt['last_heartbeat']}" if is_heartbeat else _sent_text)
+    about_task = (args.type or "").startswith("task_")  # which is on the board, whoever is there to hear of it
+    return int(not (is_heartbeat or receipt["recipients"] or about_task or args.allow_nobody))
 
 
 @command_line("ask", "send a request and print its answer", example='agenthub ask alpha "is main green?" --wait 120')
 @arguments(TO_WHOM, THE_TEXT, AS_JSON, WITH_TTL)
-@argument("--wait", "seconds to wait for the answer, default 60", type=amount, default=60, metavar="S")
+@argument("--wait", "time to wait for the answer, default 60s", type=duration, default=60)
 @OWN_ID
 def _ask_command(args: argparse.Namespace) -> None:
     identity, message = Identity(args), read_text(args.text, args.json_message)
     with instead_of_waiter(identity.client):
-        more = Sending(id=args.message_id, ttl=args.ttl)
-        receipt = identity.act(lambda client: client.send_message(args.to, message, "request", **more))
-        if receipt["recipients"]:  # else `answer_to` says so
+        asking = Sending(id=args.message_id, ttl=args.ttl, registered=True)
+        receipt = identity.act(lambda client: client.send_message(args.to, message, "request", **asking))
+        if receipt["recipients"] and not args.json:  # else `answer_to` says so
             warn(receipt)
-        show(args, identity.client.answer_to(receipt, args.wait), message_line)
+        answer = identity.client.answer_to(receipt, args.wait)
+        show(args, answer, message_line(answer, identity.client.agent_id))
 
 
-@command_line("reply", "answer a message by its id", AS_JSON, example='agenthub reply 01a2…-4fe2 "yes, since 12:04"')
-@argument("id", "the id of the message, as recv --json and status show it")
+@command_line("reply", "answer a message by its id", AS_JSON, example='agenthub reply m42 "yes, since 12:04"')
+@argument("id", "the id of the message, as recv and status show it")
 @THE_TEXT
-@argument("--type", "default response", choices=("response", "error", "ack"), default="response")
+@argument("--type", "default response", default="response", **one_of("response", "error", "ack"))
 @OWN_ID
 def _reply_command(args: argparse.Namespace) -> None:
     message, own = read_text(args.text, args.json_message), args.message_id
@@ -10549,30 +10672,58 @@ def _reply_command(args: argparse.Namespace) -> None:
 
 @command_line("ping", "how long an agent takes to acknowledge", example="agenthub ping alpha")
 @argument("to", "an agent_id or a name")
-@argument("--wait", "seconds to wait for it, default 10", type=amount, default=10, metavar="S")
+@argument("--wait", "time to wait for it, default 10s", type=duration, default=10)
 def _ping_command(args: argparse.Namespace) -> None:
     seconds = Identity(args).act(lambda client: client.ping(args.to, args.wait))
     text = f"{args.to} acknowledged after {seconds * 1000:.1f} ms"
     show(args, {"agent_id": args.to, "seconds": round(seconds, 6)}, text)
 
 
-@command_line("recv", "print what is unread and acknowledge it", example="agenthub recv --as alpha --wait 30")
-@argument("--wait", "wait up to S seconds for something", type=float, metavar="S")
+@command_line("recv", "print what is unread and acknowledge it", example="agenthub recv --wait 60")
+@argument("--wait", "time to wait for something", type=duration, default=0)
 @argument("--peek", "acknowledge nothing", action="store_true")
 @argument("--limit", f"at most N messages, default {DEFAULT_LIMIT}", type=whole_number, metavar="N")
 def _recv_command(args: argparse.Namespace) -> None:
-    identity, wait = Identity(args), args.wait
-    claim = None if args.peek else SHOWING  # or a hook that waits would show the same
+    identity = Identity(args)
     with instead_of_waiter(identity.client):
-        envelopes = identity.act(lambda client: client.messages(unread=True, limit=args.limit, wait=wait, claim=claim))
-        show_all(args, envelopes, message_line, "" if wait else "nothing unread")
-        if envelopes and not args.peek:
-            identity.act(lambda client: client.ack(ids=[envelope["id"] for envelope in envelopes]))
-    if wait and not envelopes:
-        raise TimedOut(f"nothing came within {wait:g} s")
+        page, claims = identity.act(functools.partial(_read_page, args))
+        envelopes, client = page["messages"], identity.client
+        ids = [envelope["id"] for envelope in envelopes]
+        try:
+            for envelope in envelopes:
+                show(args, envelope, message_line(envelope, client.agent_id, SHOWN_CHARACTERS))
+        except BaseException:  # a closed pipe, a full disk: other readers shall have them at once
+            if ids and claims:
+                with contextlib.suppress(HubError):
+                    client.acknowledge(ids=ids, release=True)
+            raise
+        if ids and claims:
+            client.ack(ids=ids)
+    others, until = page.get("claimed", 0), page.get("claimed_until", "")[11:19]
+    more = page["unread"] - len(ids) - others
+    rest = f"{more} more are unread: `agenthub recv` again" if more > 0 else "" if ids else "nothing unread"
+    rest = f"nothing came within {in_units(args.wait, _UNITS)}" if args.wait and not ids else rest
+    said = "; ".join(filter(None, (rest, f"{others} are being read elsewhere, until {until}" if others else "")))
+    if args.wait and not ids:
+        raise TimedOut(said)
+    if said:
+        say(said)
 
 
-@command_line("listen", "print messages as they come, for ever", example="agenthub listen --as alpha --json")
+def _read_page(args: argparse.Namespace, client: Client) -> tuple[Json, bool]:
+    """What is unread, as soon as there is something or the wait is over; and whether it is claimed, so that no waiting
+    hook shows the same. On a full disk it can only be read."""
+    query: Json = {"unread": True, "limit": args.limit, "wait": args.wait or None}
+    query |= {} if args.json else {"max_bytes": SHOWN_BYTES}
+    read = functools.partial(client.carry_out, ClientBase._ask, Operations.read_inbox, ())
+    try:
+        return read(query if args.peek else {**query, "claim": SHOWING}), not args.peek
+    except StorageFull as error:
+        say(f"{error.message}; this reads without claiming or acknowledging: all of it will come again")
+        return read(query), False
+
+
+@command_line("listen", "print messages as they come, for ever", example="agenthub listen --json")
 def _listen_command(args: argparse.Namespace) -> None:
     identity = Identity(args)
     patience, identity.client.patience = identity.client.patience, math.inf
@@ -10580,22 +10731,23 @@ def _listen_command(args: argparse.Namespace) -> None:
     identity.client.patience = patience
     identity.act(lambda client: client.heartbeat())
     for envelope in identity.client.listen():
-        show(args, envelope, message_line(envelope))
+        show(args, envelope, message_line(envelope, identity.client.agent_id))
 
 
 @command_line("history", "what you sent and got, or what was said in a channel", example="agenthub history --with beta")
 @arguments(NEWEST, OF_TYPE)
 @argument("channel", "a channel you are in", nargs="?")
-@argument("--history", "full: what was said before you joined, too", choices=("joined", "full"))
-@argument("--after", "the first ones after this seq", type=int, metavar="SEQ")
+@argument("--history", "full: what was said before you joined, too", **one_of("joined", "full"))
+@argument("--after", "the first ones after this seq", type=cursor, metavar="SEQ")
 @argument("--with", "only what you and this agent sent each other", dest="other", metavar="AGENT")
 @argument("--thread", "only this thread", metavar="ID")
 def _history_command(args: argparse.Namespace) -> None:
     if args.history and not args.channel:
-        raise Misuse("--history is for a channel: name it, e.g. agenthub history '#build' --history full")
+        raise Misuse("--history is for a channel: name it, e.g. `agenthub history '#build' --history full`")
     which = {name: getattr(args, name) for name in ("other", "thread", "type", "limit", "after", "channel")}
-    full = args.history == "full"
-    show_all(args, Identity(args).act(lambda client: client.history(**which, full=full)), message_line)
+    identity, full = Identity(args), args.history == "full"
+    envelopes = identity.act(lambda client: client.history(**which, full=full))
+    show_all(args, envelopes, functools.partial(message_line, me=identity.client.agent_id), "there is nothing")
 
 
 @command_line("search", "find what you sent or got by its words", NEWEST, example="agenthub search migration 'schema*'")
@@ -10605,12 +10757,14 @@ def _search_command(args: argparse.Namespace) -> None:
     show_all(args, envelopes, message_line, "nothing you sent or got holds that")
 
 
-@command_line("trace", "what became of a message", example="agenthub trace 01a2…-4fe2")
+@command_line("trace", "what became of a message", example="agenthub trace m42")
 @argument("id", "the message's id, as send prints it")
 def _trace_command(args: argparse.Namespace) -> None:
     traced = Identity(args).act(lambda client: client.trace(args.id))
     via = f" via {traced['via']}" if "via" in traced else ""
-    lines = [f"{traced['id']} ({traced['type']}) from {traced['from']}, {traced['timestamp']}{via}"]
+    chosen = f", id {traced['id']}" if not _MADE(traced["id"]) else ""
+    about = f"m{traced['seq']} ({traced['type']}) from {traced['from']} {age_of(traced['timestamp'])}"
+    lines = [f"{about}, {traced['timestamp']}{via}{chosen}"]
     day = traced["timestamp"][:10] + " "  # of a time on another day it is shown, too
     for row in traced["trace"]:
         steps = [step for step in ("due", "stored", "pushed", "claimed", "acknowledged", "expired") if step in row]
@@ -10620,7 +10774,11 @@ def _trace_command(args: argparse.Namespace) -> None:
     show(args, traced, "\n".join(lines if traced["trace"] else [*lines, "  it reached nobody"]))
 
 
-@command_line("status", "the hub, who you are, and open requests", example="agenthub status --set lunch --away 30m")
+@command_line(
+    "status",
+    "where you stand: what is unread, what you hold, owe and wait for",
+    example="agenthub status --set lunch --away 30m",
+)
 @argument("--set", "tell others what you are doing; an empty text: nothing", metavar="TEXT")
 @argument("--away", "away that long (30m, 2h), without --one; else be back", type=duration, metavar="TIME")
 def _status_command(args: argparse.Namespace) -> None:
@@ -10629,27 +10787,36 @@ def _status_command(args: argparse.Namespace) -> None:
         answer = identity.act(lambda client: client.set_status(args.set, args.away))
         show(args, answer, f"{answer['agent_id']}{engaged_text(answer) or ' is doing nothing in particular'}")
         return
-    health, me = identity.client.health(), identity.client.agent_id or None
-    state = {"url": identity.client.url, **health, "agent_id": me, "unread": 0, "requests": []}
+    health, me = identity.client.health(), identity.client.agent_id
     try:
-        if me:
-            state["unread"] = identity.act(lambda client: client.heartbeat())["unread"]
-        else:
+        stands: Json = identity.act(lambda client: client.overview()) if me else {"agent_id": None, "unread": 0}
+        if not me:
             identity.client.channels()  # which only who is let in may see
     except Unauthorized as error:
-        raise Unauthorized(f"{state['url']} answers, but does not let you in: {error.message}") from None
-    if me:
-        state["requests"], agent = identity.client.requests(), identity.client.agent(me)
-        state |= {key: agent[key] for key in ("doing", "away_until", "tasks", "locks") if key in agent}
-    who = f"you are {me}, {state['unread']} unread" if me else "you are not registered yet: any command does that"
+        raise Unauthorized(f"{identity.client.url} answers, but does not let you in: {error.message}") from None
+    state = {**stands, "url": identity.client.url, **health}
     here = f"{state.get('agents', '?')} agents, {state.get('connections', '?')} connected"
-    lines = [f"{state['url']} is {state['status']}, agenthub {state['version']}, {here}; {who}{engaged_text(state)}"]
-    for request in state["requests"]:
-        owed, at = request["from"] == me, request["timestamp"][11:19]
-        what = f"{', '.join(request['waiting_for'])} owes you" if owed else f"{request['from']} waits for"
-        text = cut_short(" ".join(value_text(request["message"]).split()), 60)
-        lines.append(f"  {what} an answer to {request['id']} of {at}: {text}")
-    show(args, state, "\n".join(lines))
+    lines = [f"{state['url']} is {state['status']}, agenthub {state['version']}, {here}"]
+    if not me:
+        lines.append("you are not registered yet: any command does that")
+    lines += status_lines(stands) if me else []
+    typed = next_commands(args, state)
+    show(args, state, "\n".join([*lines, *([f"next: {typed[0]}"] if typed else [])]))
+
+
+def status_lines(stands: Json) -> Iterator[str]:
+    """Lines on where an agent stands: what it is, holds, owes and waits for."""
+    inside = f"; in {', '.join(stands['channels'])}" if stands["channels"] else ""
+    about = {name: value for name, value in stands.items() if name in ("doing", "away_until")}
+    yield f"you are {stands['agent_id']}, {stands['unread']} unread{engaged_text(about)}{inside}"
+    yield from (f"you hold task {task_line(task)}" for task in stands["tasks"])
+    yield from (f"you have locked {lock_line(lock)}" for lock in stands["locks"])
+    yield from (f"you wait for the lock of {', '.join(paths)}" for paths in stands["lock_waits"])
+    for name in ("owes", "waits_for"):
+        for request in stands[name]:
+            text, asker = cut_short(" ".join(message_words(request).split()), 60), request["from"]
+            what = f"{asker} waits for your" if name == "owes" else f"{few(request['waiting_for'])} owes you an"
+            yield f"{what} answer to m{request['seq']}, {age_of(request['timestamp'])}: {text}"
 
 
 @command_line("watch", "print what happens in the hub, a line each", example="agenthub watch")
@@ -10658,10 +10825,46 @@ def _watch_command(args: argparse.Namespace) -> None:
     client.agent_id = client.agent_id or OPERATOR
     client.health()  # which says so where there is no hub
     for event in client.watch():
-        who = f" {event['agent_id']}" if "agent_id" in event else ""
-        rest = fields_text({k: v for k, v in event.items() if k not in ("timestamp", "event", "name", "agent_id")})
-        text = indented(f"{event['event']}{who}{': ' if rest else ''}{rest}")
-        show(args, event, f"{event['timestamp'][11:19]} {text}")
+        show(args, event, f"{event['timestamp'][11:19]} {event_text(event)}")
+
+
+# What happened, as a sentence; an event that is not here, or lacks one of these fields, is shown by its fields.
+HAPPENED = {
+    **{"register": "{agent_id} came in", "refresh": "{agent_id} registered again", "active": "{agent_id} is active"},
+    **{
+        "offline": "{agent_id} is offline",
+        "join": "{agent_id} joined {channel}",
+        "status": "{agent_id} is at: {doing}",
+    },
+    **{
+        "task_proposal": "{proposer} proposes {task}",
+        "task_open": "{task} is open",
+        "task_accept": "{holder} took {task}",
+    },
+    **{
+        "task_complete": "{holder} completed {task}",
+        "task_cancel": "{task} was cancelled",
+        "task_wait": "{task} waits",
+    },
+    **{"task_release": "{task} is open again: {reason}", "lock": "{agent_id} locked {paths}"},
+    **{
+        "unlock": "{agent_id} has no lock on {paths} any more",
+        "note": "{agent_id} wrote note {key}, version {version}",
+    },
+    **{"leave": "{agent_id} left {channel}", "missed": "{count} events were missed"},
+    "counts": "{active} of {agents} agents active, {unread} messages unread, {open_tasks} tasks open, {locks} locks",
+}
+
+
+def event_text(event: Json) -> str:
+    """What happened, in a line."""
+    values = {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in event.items()}
+    id, title = str(event.get("task_id")), f' "{event["title"]}"' if "title" in event else ""
+    values["task"] = f"task{title}" if _MADE(id) else f"task {id}{title}"
+    with contextlib.suppress(KeyError):
+        return indented(HAPPENED[event["event"]].format_map(values))
+    rest = fields_text({k: v for k, v in event.items() if k not in ("timestamp", "event", "name", "agent_id")})
+    return indented(" ".join(filter(None, (event["event"], event.get("agent_id"), rest))))
 
 
 @command_line("guide", "how to use this hub, for a model to read", example="agenthub guide")
@@ -10713,21 +10916,26 @@ def _channels_command(args: argparse.Namespace) -> None:
     show_all(args, channels, _channel_text, "there is no channel: `agenthub join '#name'` makes one")
 
 
-operation_line(Operations.agents, _agent_text, "who is here", "agents --status active", "nobody is registered")
+@command_line("agents", "who is here", example="agenthub agents --all")
+@arguments(from_operation(Operations.agents, "status", "capability", "channel"))
+@argument("--all", "the others, too, with when they were last seen", action="store_true")
+def _agents_command(args: argparse.Namespace) -> None:
+    agents = Identity(args).client.agents(args.status, args.capability, args.channel)
+    here = [agent for agent in agents if args.all or args.status or agent["status"] == "active"]
+    show_all(args, here, _agent_text)
+    if away := len(agents) - len(here):
+        say(f"{away} more are offline: `agenthub agents --all` shows them")
+    elif not agents:
+        say("nobody is registered")
 
 
 @command_line("task propose", "propose a task", example='agenthub task propose ALL "review PR 7"')
-@arguments(TO_WHOM, AS_JSON)
-@argument("text", "what is to be done; - reads stdin", nargs="?")
+@arguments(TO_WHOM, THE_TEXT, AS_JSON)
 @argument("--lease", f"seconds its holder may be silent, default {TASK_LEASE}", type=duration, metavar="S")
 @argument("--depends-on", "a task to be completed first; may be repeated", action="append", metavar="ID")
 @arguments(from_operation(Operations.propose_task, "deadline", "priority", "attempts"))
 @argument("--id", "an id of your choice, which others can depend on")
 def _propose_command(args: argparse.Namespace) -> None:
-    if args.text is None:
-        missing = "TEXT" if isinstance(args.to, list) or is_group(args.to) else "TO"
-        what = "say who may take it and what to do" if missing == "TO" else "say what to do"
-        raise Misuse(f'{missing} is missing: {what}, e.g. {program()} task propose ALL "review PR 7"')
     message = read_text(args.text, args.json_message)
     names = ("lease", "deadline", "depends_on", "priority", "attempts")
     more = cast(Planning, {name: getattr(args, name) for name in names})
@@ -10986,7 +11194,7 @@ class Doctor:
         if theirs == VERSION:
             return "ok", f"the hub and this file are both agenthub {VERSION}"
         url = f"--unix-socket {url[5:]} http://localhost" if url.startswith("unix:") else url
-        return "warn", f"the hub is {theirs}, this file {VERSION}: get the hub's with curl -O {url}/agenthub.py"
+        return "warn", f"the hub is {theirs}, this file {VERSION}: get the hub's with curl -fsSO {url}/agenthub.py"
 
     def _clock(self) -> tuple[str, str]:
         apart, side = abs(self.skew), "ahead of" if self.skew > 0 else "behind"
@@ -11101,6 +11309,7 @@ def _doctor_command(args: argparse.Namespace) -> int:
             raise  # there is no hub to ask the rest
         except (HubError, OSError) as error:
             state, words = "fail", str(error)
+        words = spelt(words)
         show(args, {"check": name, "state": state, "message": words}, f"{state:4} {name}: {words}")
         failed = failed or state == "fail"
     return int(failed)
@@ -11117,8 +11326,8 @@ def from_environment(name: str, kind: Callable[[str], R], default: R) -> R:
     text = os.environ.get(name)
     try:
         return kind(text) if text else default
-    except ValueError:
-        raise Misuse(f"{name} is {refused_value(text)}, which is not a number") from None
+    except ValueError as error:
+        raise Misuse(f"{name} must be {error}, not {refused_value(text)}") from None
 
 
 def host_name(text: str) -> str:
@@ -11374,9 +11583,11 @@ def serve_arguments() -> Iterator[argument]:
     yield own_option("keyfile", "the certificate's key (PEM), where it is not in the same file", metavar="FILE")
     yield own_option("log-format", "of the log on stderr: text (default) or json", type=log_format, default="text")
     for name, limit in LIMITS.items():
-        default = from_environment(f"AGENTHUB_{name.upper()}", amount, None)
-        words = f"{limit.unit}, default {limit.default:g}: {limit.why}"
-        yield argument(f"--{name.replace('_', '-')}", words, type=amount, metavar="N", default=default)
+        kind, units = {"seconds": (duration, _UNITS), "bytes": (size, _SIZES)}.get(limit.unit, (amount, {"": 1}))
+        default = from_environment(f"AGENTHUB_{name.upper()}", kind, None)
+        unit = "" if kind is not amount else f"{limit.unit}, "
+        words = f"{re.split('[;:] ', limit.why)[0]} ({unit}default {in_units(limit.default, units)})"
+        yield argument(f"--{name.replace('_', '-')}", words, type=kind, default=default)
 
 
 @command_line("serve", "run a hub", serve_arguments, example="agenthub serve --port 8080", client=False)
@@ -11411,7 +11622,8 @@ async def _serve_until_signal(args: argparse.Namespace) -> int:
         end = _until_signal(server, args, tls)
         where = "" if elsewhere == DEFAULT_URL else f"AGENTHUB_URL={shell_quote(elsewhere)} "
         secret = f"AGENTHUB_KEY={pasted} " if pasted else ""
-        start = f'next: {where}{secret}python agenthub.py send alpha "hi"'
+        typed = "python3 agenthub.py" if address.public else program()  # it is for another machine, or for this one
+        start = f'next: {where}{secret}{typed} send alpha "hi"'
         print(f"agenthub {VERSION} at {url}, store {path}; {start}", flush=True)
         await end
     finally:
@@ -11496,7 +11708,7 @@ BENCH_SECONDS = 1.5  # for each of four figures: 7 s with all that is around the
 BENCH_GROUP = 64  # messages of one WebSocket that are under way, and rows of one commit to compare it with
 BENCH_TEXT = "x" * 100  # a short message, and as much in a row
 _DEMO_HELP = "two agents at work on a hub of their own, for a few seconds"
-_BENCH_EXAMPLE = "TMPDIR=/where/the/store/is python agenthub.py bench"
+_BENCH_EXAMPLE = "agenthub bench"
 _BENCH_HELP = "how many messages a second a hub makes durable here, beside SQLite alone; takes 7 s"
 JSON_OPTION = argument("--json", "one JSON object a line", action="store_true")
 
@@ -11522,26 +11734,26 @@ def own_hub(*options: str) -> Iterator[str]:
         signal.signal(signal.SIGTERM, before)
 
 
-# What happens, and who types what; {3[message_id]} is in the result of step 3.
+# What happens, and who types what; {3[seq]} is in the result of step 3.
 STEPS = (
     ("alpha comes in.", "alpha", "register --capability code"),
     ("So does beta.", "beta", "register --capability review"),
     ("beta writes to alpha.", "beta", 'send alpha "who looks after src/net.py?"'),
     ("alpha reads its inbox.", "alpha", "recv"),
-    ("alpha answers.", "alpha", 'reply {3[message_id]} "I do"'),
+    ("alpha answers.", "alpha", 'reply m{3[seq]} "I do"'),
     ("beta proposes work, for the first agent that takes it.", "beta", 'task propose ALL "retry in src/net.py"'),
-    ("alpha takes it.", "alpha", "task accept {6[task_id]}"),
-    ("beta wants it as well, too late.", "beta", "task accept {6[task_id]}"),
+    ("alpha takes it.", "alpha", "task accept m{6[seq]}"),
+    ("beta wants it as well, too late.", "beta", "task accept m{6[seq]}"),
     ("alpha locks the file it is going to edit.", "alpha", 'lock src/net.py --note "adding retries"'),
     ("beta is about to edit all of src, and asks first.", "beta", "lock 'src/**'"),
-    ("alpha is done.", "alpha", 'task complete {6[task_id]} "three tries, then the error"'),
+    ("alpha is done.", "alpha", 'task complete m{6[seq]} "three tries, then the error"'),
     ("alpha frees the file.", "alpha", "unlock src/net.py"),
     ("Now beta can have it.", "beta", "lock 'src/**'"),
     ("beta reads what came meanwhile.", "beta", "recv"),
 )
 
 
-@command_line("demo", _DEMO_HELP, JSON_OPTION, example="python agenthub.py demo", client=False)
+@command_line("demo", _DEMO_HELP, JSON_OPTION, example="agenthub demo", client=False)
 def _demo_command(args: argparse.Namespace) -> None:
     results: list[Any] = [None]  # of step 1, 2, ...
     with own_hub("--db", ":memory:") as url, tempfile.TemporaryDirectory(prefix="agenthub-demo-") as folder:
@@ -11654,55 +11866,167 @@ CLIENT_ARGUMENTS = (
 )
 
 
+def help_text(first: str = "") -> str:
+    """All commands by what they are for, or those whose name begins with that word."""
+    rows = command_lines(first or None)
+    if first:
+        topics, helps, examples = {GROUPS[first]: list(rows)}, {name: row.help for name, row in rows.items()}, []
+    else:
+        helps = {name.partition(" ")[0]: row.help for name, row in rows.items()} | GROUPS
+        listed = {topic: names.split() for topic, names in TOPICS.items()}
+        topics, examples = (
+            listed | {"More": sorted(helps.keys() - {*itertools.chain(*listed.values())})},
+            FIRST_EXAMPLES,
+        )
+    lines = [f"usage: {program()} {first or 'COMMAND'} …", ""]
+    for topic, names in topics.items():
+        lines += [f"{topic}:", *(f"  {name:<14} {helps[name]}" for name in names), ""] if names else []
+    shown = examples or [row.example for row in list(rows.values())[:3]]
+    return "\n".join([*lines, "Examples:", *(f"  {spelt(example)}" for example in [*shown, "agenthub COMMAND --help"])])
+
+
 def read_command(words: list[str]) -> argparse.Namespace:
-    """The arguments; what stands behind `--` is, for `lock`, a command. Raises Misuse, or SystemExit (argparse)."""
-    end = words.index("--") if words[:1] == ["lock"] and "--" in words else len(words)
-    args = make_parser(words[0] if words else None).parse_args(words[:end])
-    if end < len(words):
-        args.command = words[end + 1 :]
+    """The arguments; what stands behind `--` is, for `lock`, a command. Raises Misuse, or SystemExit after a help."""
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
+    first, wanted = (words or ["--help"])[0], words[1:2] in ([], ["-h"], ["--help"])
+    if first in ("-h", "--help", "--version") or (first in GROUPS and wanted):
+        print(f"agenthub {VERSION}" if first == "--version" else help_text(first if first in GROUPS else ""))
+        raise SystemExit(0)
+    lines = command_lines(first)
+    name = first if first in lines else " ".join(words[:2])
+    if name not in lines:
+        raise unknown_command(name if first in GROUPS else first)
+    row, rest = lines[name], words[len(name.split()) :]
+    end = rest.index("--") if name == "lock" and "--" in rest else len(rest)
+    parser = make_parser(row, rest)
+    args, extra = parser.parse_known_args(rest[:end])
+    if extra and isinstance(getattr(args, "text", None), list) and not any(word[:1] == "-" for word in extra):
+        args.text, extra = [*args.text, *extra], []  # words behind an option
+    if extra:
+        parser.error(f"unrecognized arguments: {extra[0]}")
+    if end < len(rest):
+        args.command = rest[end + 1 :]
         if not args.command:
-            raise Misuse("name the command to run under the lock: agenthub lock PATH -- COMMAND")
+            raise Misuse("name the command to run under the lock: `agenthub lock PATH -- COMMAND`")
     return args
 
 
-def make_parser(first: str | None) -> argparse.ArgumentParser:
-    """The parser for the commands whose names begin with that word, or for all, which takes 5 ms more."""
-    parser = argparse.ArgumentParser("agenthub", description="Agents find each other and talk.", allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"agenthub {VERSION}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, prog="agenthub")
-    groups: Json = {}
-    for name, row in (command_lines(first) or command_lines()).items():
-        group, _, verb = name.partition(" ")
-        if verb and group not in groups:
-            sub = commands.add_parser(group, help=GROUPS[group], description=GROUPS[group], allow_abbrev=False)
-            groups[group] = sub.add_subparsers(metavar="COMMAND", required=True, prog=f"agenthub {group}")
-        texts: Json = {"help": row.help, "description": row.help, "epilog": f"example: {row.example}"}
-        sub = (groups[group] if verb else commands).add_parser(verb or name, **texts, allow_abbrev=False)
-        for each in (*row.arguments, *(CLIENT_ARGUMENTS if row.client else ())):
-            for one in [each] if isinstance(each, argument) else each():
-                sub.add_argument(one.name, **one.options)
-        sub.set_defaults(run=row.run, command=None, called=name, shown=None, caller=None)
+def unknown_command(name: str) -> HubError:
+    """The error for a command that is not there: with the nearest, and how that is used."""
+    rows = command_lines()
+    near = difflib.get_close_matches(name, [*rows, *GROUPS], 1)
+    said = f"there is no command `{name}`" + (f": did you mean `{near[0]}`?" if near else "")
+    if name.startswith("-"):
+        said = f"options such as {name} stand behind the command"
+    row = next((row for command, row in rows.items() if near and command.startswith(near[0])), None)
+    return Misuse(said, **(usage_of(row) if row else {"example": spelt("agenthub --help")}))
+
+
+def usage_of(row: command_line) -> Json:
+    """How a command is used: its arguments by position, and an example."""
+    words = [row.name]
+    for one in [one for one in row.all_arguments() if not one.name.startswith("-")]:
+        several = one.options.get("nargs")
+        word = (one.options.get("metavar") or one.name).upper() + ("…" if several in ("+", "*") else "")
+        words.append(f"[{word}]" if several in ("?", "*") else word)
+    return {"usage": " ".join([*words, "[OPTION…]"]), "example": spelt(row.example)}
+
+
+def usage_error(row: command_line, words: list[str], said: str) -> HubError:
+    """The error for words that argparse refuses: it says what is missing, unknown or wrong, and how to do it."""
+    kind, _, word = said.partition(": ")
+    names = [one.name for one in row.all_arguments()]
+    if kind == "the following arguments are required":
+        missing = word.upper().split(", ")
+        said = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+        if missing == ["TEXT"] and "to" in names:  # the one word may be either
+            word = next(word for word in words if not word.startswith("-"))
+            whom = is_group(word) or "," in word or (" " not in word and row.name != "task propose")
+            said = f"{'TEXT' if whom else 'TO'} is missing"
+    elif kind == "unrecognized arguments" and word.startswith("-"):
+        near = difflib.get_close_matches(word.partition("=")[0], names, 1)
+        said = f"there is no option {refused_value(word)[1:-1]}{f': did you mean {near[0]}?' if near else ''}"
+    elif kind == "unrecognized arguments":
+        said = f"{refused_value(word)} is one word too many: quote what belongs together"
+    elif kind.startswith("argument "):
+        said = f"{kind.removeprefix('argument ')} {word}".replace("expected one argument", "needs a value")
+    return Misuse(f"{row.name}: {said}", **usage_of(row))
+
+
+def make_parser(row: command_line, words: list[str]) -> argparse.ArgumentParser:
+    """The parser of one command, for these words."""
+
+    class _Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            """Refuse, in our words."""
+            raise usage_error(row, words, message)
+
+    all_arguments = row.all_arguments()
+    times = any(one.options.get("type") is duration for one in all_arguments)
+    units = "; TIME is 90s, 30m, 2h or 1d, or a number of seconds" if times else ""
+    used = {name: text.replace("%", "%%") for name, text in usage_of(row).items()}
+    epilog, usage = f"example: {used['example']}{units}", f"{program()} {used['usage']}".replace("%", "%%")
+    parser = _Parser(usage=usage, description=row.help, epilog=epilog, allow_abbrev=False)
+    for one in all_arguments:
+        shown = {} if one.name.startswith("-") else {"metavar": (one.options.get("metavar") or one.name).upper()}
+        parser.add_argument(one.name, **for_argparse(one.options | shown))
+    parser.set_defaults(run=row.run, command=None, called=row.name, shown=None, caller=None)
     return parser
+
+
+def for_argparse(options: Json) -> Json:
+    """The options of an argument as argparse takes them: what is wrong with a value is said in the words of its kind,
+    and a number of seconds is a duration."""
+    read = options.get("type")
+    if not read:
+        return options
+
+    def _read(text: str) -> Any:
+        try:
+            return cast("Callable[[str], Any]", read)(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"must be {error}, not {refused_value(text)}") from None
+
+    more: Json = {"type": _read, "metavar": METAVARS.get(read, options.get("metavar"))}
+    if read is duration:
+        words = re.sub(r"\bseconds\b", "time", options["help"] or "")
+        more["help"] = re.sub(r"(?<=default )\d+\b", lambda match: in_units(int(match[0]), _UNITS), words)
+    return options | more
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit status: 0 done, 1 refused, 2 usage, 3 no hub, 4 timed out, 130 interrupted."""
-    words = sys.argv[1:] if argv is None else argv
+    words, args = sys.argv[1:] if argv is None else argv, None
     try:
         args = read_command(words)
         return args.run(args) or 0
-    except SystemExit as error:  # argparse has said why; a session whose hook is set up wrong goes on all the same
-        if words[:1] == ["hook"]:
-            return 0
+    except SystemExit as error:  # after a help
         return error.code if isinstance(error.code, int) else 2
     except KeyboardInterrupt:
         return 130
     except HubError as error:
-        say(error.message)
-        return error.exit_code
+        if args and isinstance(error, Misuse):
+            error.details |= usage_of(command_lines(args.called.split()[0])[args.called])
+        print_error(words, error)
+        is_hook = words[:1] == ["hook"] and isinstance(error, Misuse)  # a session with a wrong one goes on all the same
+        return 0 if is_hook else error.exit_code
     except (StoreError, OSError, UnicodeError) as error:
-        say(str(error))
+        print_error(words, Failed(str(error)))
         return 1
+
+
+def print_error(words: list[str], error: HubError) -> None:
+    """Say on stderr why a command is not done; with --json as an object, in one line."""
+    if "--json" in itertools.takewhile("--".__ne__, words):
+        value = error.wire()
+        value["error"] |= {"message": spelt(error.message), "exit_status": error.exit_code}
+        print(json.dumps(value), file=sys.stderr, flush=True)
+        return
+    say(error.message + ("" if "did you mean" in error.message else did_you_mean(error.details)))
+    for name in ("usage", "example"):
+        if name in error.details and isinstance(error, Misuse):
+            print(f"{name}: {harmless(error.details[name])}", file=sys.stderr, flush=True)
 
 
 def run_process() -> None:
@@ -11874,7 +12198,7 @@ def mail_shown(page: Json, before: str) -> tuple[str, list[str]]:
     text, count = f"{before}\nagenthub: new messages".lstrip("\n"), 0
     more = f"More are waiting: {program()} recv, or the tool read_messages."
     for envelope in page["messages"]:
-        words = value_text(envelope["message"])
+        words = message_words(envelope)
         line = harmless(message_line(envelope | {"message": words[:SHOWN_TEXT]}))
         if len(words) > SHOWN_TEXT or len(line) > 2 * SHOWN_TEXT:
             whole = f"whole: {program()} trace m{envelope['seq']} --json"
