@@ -5,8 +5,8 @@
 # ///
 """agenthub: one file through which AI coding agents find each other and talk, durably and live.
 
-    python agenthub.py serve                 # a hub on http://127.0.0.1:8080
-    python agenthub.py send alpha "hi"       # from anywhere else on the machine
+    python3 agenthub.py serve                # a hub on http://127.0.0.1:8080
+    python3 agenthub.py send alpha "hi"      # from anywhere else on the machine
 
 A hub is a state machine. Commands go in, each by name with plain fields; the rules apply them one after the other and
 note what changed; the log (SQLite) makes the changes durable; only then do replies and pushes leave. Everything else
@@ -13246,7 +13246,7 @@ except ImportError:
         sys.exit(0)
     there = os.path.isfile(os.path.join(sys.path[0], "agenthub.py"))
     what = "can't be loaded from" if there else "is not at"
-    sys.exit(f"agenthub: agenthub.py {{what}} {{sys.path[0]}} any more: run `python agenthub.py install` again")
+    sys.exit(f"agenthub: agenthub.py {{what}} {{sys.path[0]}} any more: run `python3 agenthub.py install` again")
 agenthub.run_process()
 '''
 

@@ -8829,7 +8829,7 @@ def test_tls_serves_requests_streams_and_websockets_to_clients_that_check_the_ce
     hub = live("--certfile", chain, "--keyfile", key, quick={"STOP_SECONDS": 0.3})
     assert hub.url.startswith("https://")
     for trusted, code in (({}, 3), ({"AGENTHUB_CACERT": chain}, 0)):
-        done = hub.here("send", "ALL", "hi", **trusted)
+        done = hub.here("send", "operator", "hi", **trusted)
         assert done.returncode == code and ("--cacert" in done.stderr) == (code == 3), done
     with hub.client("a", cacert=chain) as client:
         client.send_message("a", "over tls")
@@ -8911,7 +8911,7 @@ def test_a_unix_socket_is_private_and_removed_at_the_end(live: object, tmp_path:
     path = tmp_path / "hub.sock"
     hub = live("--unix", str(path), port="")
     assert hub.url == f"unix:{path}" and path.stat().st_mode & 0o777 == 0o600
-    assert hub.here("send", "ALL", "hi").returncode == 0 and hub.here("status").returncode == 0
+    assert hub.here("send", "operator", "hi").returncode == 0 and hub.here("status").returncode == 0
     with hub.client("a") as client:
         client.send_message("a", "by file")
         assert next(iter(client.listen()))["message"] == "by file"
@@ -12284,7 +12284,7 @@ def test_each_coding_agent_gets_what_it_understands(home: Home) -> None:
     assert hooks["BeforeAgent"][0]["hooks"][0]["command"].endswith(" hook UserPromptSubmit")
     assert hooks["AfterTool"][0]["hooks"][0]["timeout"] == 5000  # milliseconds there
     assert "asyncRewake" not in (home.folder / ".codex/hooks.json").read_text()
-    assert home.run("install", "codex", "--auto-lock", code=2).stderr.count("\n") == 1
+    assert "is not for Codex" in home.run("install", "codex", "--auto-lock", code=2).stderr.splitlines()[0]
     for product in files:
         assert home.launcher.exists()
         home.run("uninstall", product)
@@ -12714,7 +12714,7 @@ def test_the_readmes_shell_commands_work(live: object, tmp_path: Path) -> None:
     hub = live("--rate-limit", "0")
     shutil.copy(FILE, tmp_path / "agenthub.py")
     (tmp_path / "bin").mkdir()
-    python = tmp_path / "bin" / "python"  # which compiles the file once and not for each line
+    python = tmp_path / "bin" / "python3"  # which compiles the file once and not for each line
     compiled = f'test "$1" = agenthub.py && shift && exec {sys.executable} -m agenthub "$@"'
     python.write_text(f'#!/bin/sh\n{compiled}\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
