@@ -6985,8 +6985,7 @@ def dispatch(api: Api, head: Head, body: bytes, peer: Peer, at: int) -> Reply:
 
 
 def refuse(api: Api, error: HubError, payer: Payer | None, at: int, **who: str) -> HubError:
-    """Charge a refusal to a caller that has not paid yet, and note it, but for an agent that comes for the first time
-    and finds out that way that it is to register. Returns what to refuse with."""
+    """Charge a refusal to a caller that has not paid yet, and note it. Returns what to refuse with."""
     try:
         if payer:
             api.hub.pace.charge(payer, at)
@@ -12055,6 +12054,7 @@ def run_process() -> None:
 
 # --- Session ----------------------------------------------------------------------------------------------------------
 
+HUNG_SECONDS = 2  # for which a waiter, that registers with a hub that hangs, keeps others from the state file
 HANDOVER_SECONDS = 30  # between the end of a session and the start of the one that replaces it, in the same window
 CONTINUES = ("clear", "resume")  # why a session ends, and how the next one starts, when the second replaces the first
 READ_AT_ONCE = 20  # messages: a model that gets more of them at a time reads none
@@ -12155,6 +12155,7 @@ class HookIdentity(SessionIdentity):
         self.window = os.environ.get("CLAUDE_PID") or self.folder  # in which one session replaces another
         session = typed_at(str, event, "session_id")
         super().__init__(args, session, patience=0)
+        self.client.timeout = max(HUNG_SECONDS, args.within)
         about = present(process=session_process(), source=event.get("source"))
         self.work_in(self.folder, session_id=session, **about)
 
@@ -12193,16 +12194,14 @@ class HookIdentity(SessionIdentity):
             values[key] = value
 
 
-def mail_shown(page: Json, before: str) -> tuple[str, list[str]]:
+def mail_shown(agent_id: str, page: Json, before: str) -> tuple[str, list[str]]:
     """What a session is shown of a page of unread messages, after the text `before`, and the ids of those in it."""
     text, count = f"{before}\nagenthub: new messages".lstrip("\n"), 0
     more = f"More are waiting: {program()} recv, or the tool read_messages."
     for envelope in page["messages"]:
-        words = message_words(envelope)
-        line = harmless(message_line(envelope | {"message": words[:SHOWN_TEXT]}))
-        if len(words) > SHOWN_TEXT or len(line) > 2 * SHOWN_TEXT:
-            whole = f"whole: {program()} trace m{envelope['seq']} --json"
-            line = f"{line[: 2 * SHOWN_TEXT]} … (cut: it has {len(words)} characters; {whole})"
+        line = harmless(message_line(envelope, agent_id, SHOWN_TEXT))
+        if len(line) > 2 * SHOWN_TEXT:  # it has many lines
+            line = f"{line[: 2 * SHOWN_TEXT]} … (cut; all: {program()} trace m{envelope['seq']} --json)"
         longer = f"{text}\n{line}"
         if len((longer + more).encode("utf-16-le", "surrogatepass")) > 2 * SHOWN_UNITS:
             break
@@ -12241,15 +12240,18 @@ def session_summary(client: Client, unread: list[Json]) -> str:
 
 def _standing_lines(state: Json, unread: list[str]) -> list[str]:
     """What an agent holds, owes and waits for, as commands with a comment, which may be cut."""
-    run, owed = program(), [one for one in state["owes"] if one["id"] not in unread]
-    waits = [f"{', '.join(one['waiting_for'])} to answer: {message_line(one)}" for one in state["waits_for"]]
+    run, me, waits = program(), state["agent_id"], []
+    for one in state["waits_for"]:
+        asked = f"m{one['seq']} of {age_of(one['timestamp'])}: {message_words(one)}"
+        waits.append(f"{', '.join(one['waiting_for'])} to answer {asked}")
     waits += [f"a lock on {', '.join(paths)}" for paths in state["lock_waits"]]
     tasks = [task_line(task).partition(" ") for task in state["tasks"]]  # which begins with its id
     locks = [(" ".join(map(shell_quote, lock["paths"])), lock_line(lock).partition(" ")[2]) for lock in state["locks"]]
+    owes = [message_line(one, me).partition(" ") for one in state["owes"] if one["id"] not in unread]  # it, too
     sections = (
         ("Your tasks; when one is done:", [f'{run} task complete {id} "…" # {line}' for id, _, line in tasks]),
         ("Your locks; to give one back:", [f"{run} unlock {paths} # {line}" for paths, line in locks]),
-        ("You owe an answer:", [f'{run} reply m{one["seq"]} "…" # {message_line(one)}' for one in owed]),
+        ("You owe an answer:", [f'{run} reply {id} "…" # {line}' for id, _, line in owes]),
         ("You wait for:", waits),
         ("Your channels:", [", ".join(state["channels"])] if state["channels"] else []),
     )
@@ -12379,7 +12381,7 @@ class Hook:
 
         page = identity.act(_read) if wait is None else _read(client)
         before = session_summary(client, page["messages"]) if starts else introduction() if is_new else ""
-        text, ids = mail_shown(page, before)
+        text, ids = mail_shown(client.agent_id or "", page, before)
         if not (ids or starts):
             return False
         self.show(text)
@@ -12427,7 +12429,7 @@ class Hook:
 
     def _away_text(self, reason: str) -> str:
         until = "Until it is, no message reaches it, and locks are not enforced: look before you edit what others may."
-        return harmless(f"agenthub: this session is not on the hub: {reason}. {until}")
+        return harmless(f"agenthub: this session is not on the hub: {spelt(reason)}. {until}")
 
     def end(self) -> None:
         """SessionEnd: leave, unless another session replaces this one; and end the waiter."""
