@@ -2823,7 +2823,7 @@ class Hub:
         inboxes, shown = self.resolve(to, sender)
         assignee = self._assignee(inboxes, shown) if what == "assign" else ""
         inboxes = tuple(dict.fromkeys(name for name in (*inboxes, *others) if name != sender))
-        message = message._replace(reply_to=task.id, thread=message.thread or task.thread)
+        message = message._replace(reply_to=task.id, thread=message.thread or task.thread).adding(task_id=task.short)
         if what == "fail":
             message = message.adding(attempt=task.failed + 1, state=self._state_after_failing(task))
         elif what == "assign" and message.payload != task.payload:
@@ -8998,6 +8998,7 @@ class ClientBase(Operations):
         self._streams: set[Connection] = set()  # on which something comes without end
         self._closed = self._left = self._lost = self._met = False
         self.away = False  # the hub, since `on_wait` was called
+        self._outages = 0  # how often it was away
 
     def request(self, operation: Row, /, *args: Any, **named: Any) -> Any:
         """The method of an operation: makes its request, and returns the answer, or the list `items` in it."""
@@ -9268,6 +9269,7 @@ class ClientBase(Operations):
         its store. A message is given once, and acknowledged when the next item is asked for."""
         inbox, tries = operation is Operations.stream, 0
         while not self._is_over(inbox):
+            outages = self._outages
             try:
                 if self._lost and not self._left:
                     await ClientBase.register(self)
@@ -9282,7 +9284,7 @@ class ClientBase(Operations):
                             break
             except (OSError, EOFError, HubError) as error:
                 self._drop()  # or the first request on another connection would count as one more outage
-                if not self._is_over(inbox):
+                if not self._is_over(inbox) and outages == self._outages:  # else a request has noticed this one before
                     await self._pause(self._mend(error, tries))
                 tries += 1
 
@@ -9334,7 +9336,8 @@ class ClientBase(Operations):
 
     def _tell_wait(self, pause: float, reason: HubError) -> None:
         self.on_wait(pause, reason.message)
-        self.away = self.away or isinstance(reason, (ShuttingDown, Unreachable))
+        if isinstance(reason, (ShuttingDown, Unreachable)) and not self.away:
+            self.away, self._outages = True, self._outages + 1
 
     def _tell_back(self) -> None:
         if self.away:
@@ -10170,7 +10173,7 @@ def message_line(envelope: Json, me: str | None = None, most: int = 0) -> str:
     id, type, words = f"m{envelope['seq']}", envelope["type"], message_words(envelope)
     about = str(envelope.get("reply_to") or envelope["id"])
     made = re.fullmatch("[0-9a-f]{8}-([0-9a-f]{13})", about)  # by the hub, with the seq in it
-    named = short_id(about, int(made[1], 16) if made else envelope["seq"])
+    named = envelope.get("task_id") or short_id(about, int(made[1], 16) if made else envelope["seq"])
     task = "a task" if named == id else f"task {named}"
     task += " again" if type == "task_proposal" and "reply_to" in envelope else ""
     does = _SAID.get(type, f"({type})").format(task)

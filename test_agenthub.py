@@ -10274,6 +10274,12 @@ def test_a_text_needs_no_quotes_and_an_empty_pipe_sends_nothing(live: object) ->
     run("task", "propose", "ALL", "review", "PR", "7", "--id", "pr7", "--as", "beta")
     run("task", "accept", "pr7", "on", "it", "--as", "alpha")
     assert "result: looks good" in run("task", "complete", "pr7", "looks", "good", "--as", "alpha")
+    job = run("task", "propose", "alpha", "another", "--as", "beta").split()[0]
+    run("task", "next", "--as", "alpha"), run("task", "complete", job, "done", "--as", "alpha")
+    heard = run("recv", "--as", "beta")
+    assert f" alpha took task {job}, " in heard and re.search(
+        rf"alpha completed task {job}, \d+ s ago: done$", heard, re.M
+    )
     run("note", "set", "k", "half", "done"), run("recv", "--as", "alpha")
     assert run("note", "get", "k") == "half done\n"
     for words in (("send", "alpha", "-"), ("task", "complete", "pr7", "-"), ("note", "set", "k", "-")):
@@ -11066,7 +11072,7 @@ def test_the_demo_shows_what_really_happened_and_leaves_nothing(
     task = re.search(r"\$ python3 \S+ task accept m\d+ --as alpha\n +(m\d+) accepted by alpha", text)[1]
     assert f"refused, task_taken: task {task} is held by alpha" in text
     assert "refused, lock_held: src/** is locked by alpha (exclusive, src/net.py)" in text
-    assert f"\n    {task} completed by alpha" in text and "alpha completed a task, " in text
+    assert f"\n    {task} completed by alpha" in text and f"alpha completed task {task}, " in text
     for typed in re.findall(r"\$ python3 (.+)", text):
         assert ah.read_command(shlex.split(typed)[1:]).identity in ("alpha", "beta")
     for line in (text, first["hub"]):
