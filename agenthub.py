@@ -10155,15 +10155,16 @@ _SAID = {  # by the type of a message: what its sender does with it, {} being th
 }
 
 
+_OF_THE_HUB = {"task_id", "lock_id", "path", "code", "message", "reason"}  # what objects of its own hold
+
+
 def message_words(envelope: Json) -> str:
     """What a message says, as a person reads it: where the hub wrote an object, the sentence in that."""
     value, type = envelope["message"], envelope["type"]
     if type == "ping" or (type == "ack" and value == "pong"):
         return ""
-    if isinstance(value, dict) and type.startswith(("task_", "lock_", "error", "presence")):
-        said = next((value[name] for name in ("message", "reason", "words") if isinstance(value.get(name), str)), None)
-        if said is not None or value.keys() <= {"task_id"}:
-            return said or ""
+    if isinstance(value, dict) and value.keys() <= _OF_THE_HUB and type.startswith(("task_", "lock_", "error")):
+        return str(value.get("message", value.get("reason", "")))
     return value_text(value)
 
 
