@@ -1613,7 +1613,7 @@ def _request_words(request: PendingRequest) -> list[tuple[str, str]]:
 def _task_words(task: Task) -> list[tuple[str, str]]:
     held = [("holder", task.holder)] if task.state == "accepted" else []
     waits = [("waits_for", id) for id in task.waits_for]
-    return [("state", "ended" if task.ended else task.state), *held, *waits]
+    return [("state", "ended" if task.ended else task.state), ("seq", str(task.seq)), *held, *waits]
 
 
 STATE = (
@@ -2443,12 +2443,15 @@ class Hub:
             if len(boxes.get(name, _NO_MAIL).unread) + (aside[name] if aside else 0) >= most:
                 full = (*full, name)
         if full and len(full) == len(inboxes):
-            words = f"{', '.join(full[:3])} has {most:.0f} unread messages and takes no more"
-            fix = "wait until some are read, or ask the operator to raise --max-inbox"
-            raise InboxFull(f"{words}: {fix}", recipients=list(full))
+            raise self._no_room(full)
         self.pace.guard(message, to, inboxes, at)
         room = tuple([name for name in inboxes if name not in full]) if full else inboxes
         return self._deliver(at, message, to, room, full)
+
+    def _no_room(self, full: tuple[str, ...]) -> HubError:
+        words = f"{', '.join(full[:3])} has {self.limits.max_inbox:.0f} unread messages and takes no more"
+        fix = "wait until some are read, or ask the operator to raise --max-inbox"
+        return InboxFull(f"{words}: {fix}", recipients=list(full))
 
     def _again(self, draft: Draft, first: Receipt) -> Receipt:
         message = draft.message
@@ -2494,6 +2497,7 @@ class Hub:
             if isinstance(about, Task):
                 type, payload = kind, {"task_id": about.id, "reason": words}
             message = Message(0, "", type, sender, "", dump(payload), 0, about.id, about.thread, via="hub")
+            message = message.adding(task_seq=about.seq) if isinstance(about, Task) else message
             self._deliver(at, message, dump(to), (to,), ())
 
     def release_due(self, at: int, messages: tuple[tuple[Message, tuple[str, ...], tuple[str, ...]], ...]) -> None:
@@ -2712,6 +2716,10 @@ class Hub:
             raise NotFound(f"there is no task `{task_id}` (any more): see what there is with `task list`")
         return task
 
+    def tasks_named(self, ids: Sequence[str]) -> str:
+        """The first five of these tasks as people and models see them; one that is not proposed yet has its id."""
+        return ", ".join([self.tasks[id].short if id in self.tasks else id for id in ids[:5]])
+
     def may_see(self, agent_id: str, task: Task) -> bool:
         """Whether an agent may read what a task is about: as with messages, only those it concerns."""
         concerned = agent_id in (OPERATOR, task.proposer, task.holder)
@@ -2806,10 +2814,11 @@ class Hub:
         states = ("open", "accepted") if message.type == "task_accept" else ("accepted",)
         tasks = [self.tasks[id] for state in states for id in self.tasks.find("state", state)]
         inboxes, _ = self.resolve(draft.to, message.sender)
-        tasks = [task for task in tasks if task.proposer in inboxes and self.is_able(message.sender, task)]
-        mine = [task for task in tasks if task.state == "open" or task.holder == message.sender]
+        name = message.sender  # a task that it holds may have been assigned to it, and proposed to others
+        tasks = [t for t in tasks if t.proposer in inboxes and (t.holder == name or self.is_able(name, t))]
+        mine = [task for task in tasks if task.state == "open" or task.holder == name]
         if len(mine) > 1 or not tasks:
-            ids = f" ({', '.join(task.id for task in mine[:5])})" if mine else ""
+            ids = f" ({self.tasks_named([task.id for task in mine])})" if mine else ""
             raise InvalidRequest(f"say which task this is about: give its id as `reply_to`{ids}")
         return (mine or tasks)[-1]
 
@@ -2823,11 +2832,13 @@ class Hub:
         inboxes, shown = self.resolve(to, sender)
         assignee = self._assignee(inboxes, shown) if what == "assign" else ""
         inboxes = tuple(dict.fromkeys(name for name in (*inboxes, *others) if name != sender))
-        message = message._replace(reply_to=task.id, thread=message.thread or task.thread).adding(task_id=task.short)
+        message = message._replace(reply_to=task.id, thread=message.thread or task.thread).adding(task_seq=task.seq)
         if what == "fail":
             message = message.adding(attempt=task.failed + 1, state=self._state_after_failing(task))
-        elif what == "assign" and message.payload != task.payload:
+        elif what == "assign" and spoken(message.payload):
             message = message.adding(task=title_of(json.loads(task.payload)))
+        elif what == "assign":  # without words: what the task is about, as in its proposal
+            message = message._replace(payload=task.payload)
         receipt = self._pass_on(at, message, shown, inboxes)
         self._change_task(at, task, what, draft, assignee)
         return receipt
@@ -2840,7 +2851,6 @@ class Hub:
             task = task if again else task.after(sender, at, what, words)
             self._hold(task, sender, draft.plan.lease or task.lease, at, what)
         elif what == "assign":
-            words = "" if draft.message.payload == task.payload else words
             task = task.after(sender, at, what, f"to {assignee}{': ' if words else ''}{words}")
             self._hold(task, assignee, task.lease, at, what)
         elif what == "progress":
@@ -2859,10 +2869,13 @@ class Hub:
         self._due_by(at + lease)
 
     def _assignee(self, inboxes: tuple[str, ...], shown: str) -> str:
-        """The agent that a task is assigned to. Raises HubError where that is no agent here, or several."""
+        """The agent that a task is assigned to. Raises HubError where that is no agent here, several, or one that has
+        no room for the message."""
         if len(inboxes) != 1 or shown != dump(inboxes[0]):
             raise InvalidRequest("a task is assigned to one agent: give its agent_id as `to`")
         self.expect(inboxes[0])
+        if self.unread(inboxes[0]) >= self.limits.max_inbox:
+            raise self._no_room(inboxes)
         return inboxes[0]
 
     def _check_act(self, task: Task, what: str, sender: str, at: int) -> None:
@@ -2876,7 +2889,7 @@ class Hub:
             raise Forbidden(f"only {task.proposer}, who proposed it, may {what} task {task.short}: {fix}")
         if what in ("accept", "assign"):
             if task.state == "blocked":
-                raise Forbidden(f"task {task.short} is not open yet: it waits for {', '.join(task.waits_for[:5])}")
+                raise Forbidden(f"task {task.short} is not open yet: it waits for {self.tasks_named(task.waits_for)}")
             if what == "accept" and task.holder != sender and not self.is_able(sender, task):
                 raise Forbidden(f"task {task.short} was proposed to {task.to}, and `{sender}` is not among them")
         elif what != "cancel" and task.state != "accepted":
@@ -2919,7 +2932,7 @@ class Hub:
         to the agent that has given it back."""
         self._put_task(task._replace(state="open", holder="", since=at), how)
         message = Message(0, "", "task_proposal", task.proposer, "", task.payload, 0, task.id, task.thread)
-        message = message._replace(expires_at=task.deadline_at, via="hub").adding(**more)
+        message = message._replace(expires_at=task.deadline_at, via="hub").adding(task_seq=task.seq, **more)
         with contextlib.suppress(AmbiguousRecipient):
             inboxes, to = self.resolve(named_in(task.to), task.proposer)
             others = [name for name in inboxes if name != task.released_by]
@@ -3965,9 +3978,11 @@ class Store:
     def find(self, message_id: str, seq: int = 0) -> Receipt | None:
         """The receipt of a message that was sent or is delayed, by its seq, that which its first receipt named, or an
         id that does not follow from it."""
-        fields = ("seq", "receipt_seq > 0 AND receipt_seq") if seq else ("id",)
-        for field, table in itertools.product(fields, ("messages", "delayed")):
-            for row in self._rows(f"SELECT * FROM {table} WHERE {field} = ?", (seq or message_id,)):
+        where = "seq = ?" if seq else "id = ?"
+        places = [f"messages WHERE {where}", f"delayed WHERE {where}"]
+        places += ["messages WHERE receipt_seq > 0 AND receipt_seq = ?"] if seq else []
+        for place in places:
+            for row in self._rows(f"SELECT * FROM {place}", (seq or message_id,)):
                 return self._receipt(row)
         return None
 
@@ -4306,9 +4321,7 @@ class Api:
         if text in tasks or not seq:
             return text
         receipt = self.find(text)
-        if receipt:
-            return receipt.message.id
-        return next((task.id for task in tasks.values() if task.seq == seq), text)  # it may outlive its proposal
+        return receipt.message.id if receipt else next(iter(tasks.find("seq", str(seq))), text)  # without its proposal
 
     def find_chosen(self, message_id: str) -> Receipt | None:
         """What is stored under an id that a sender chose, which must not look like one the hub has yet to make."""
@@ -4803,6 +4816,8 @@ class Operations:
         """Acknowledge everything up to a seq, or these ids; or give back what was read with a claim."""
         if (up_to is None) == (ids is None):
             raise InvalidRequest("`up_to` or `ids` is needed, one of them: the newest seq you have, or a list of ids")
+        if release and up_to is not None:
+            raise InvalidRequest("`release` goes with `ids`: a list of what you give back")
         hub, name, seqs = call.api.hub, call.agent_id, {}
         if ids:  # in one look at the log; an id that the hub made holds its seq
             seqs = call.api.log.seqs_of([id for id in ids if not hub.fresh(id)])
@@ -4958,7 +4973,7 @@ class Operations:
         """One task, with its text, its result and its history."""
         task = call.api.task(task_id)
         if not call.api.hub.may_see(call.agent_id, task):
-            raise Forbidden(f"task {task.id} was proposed to others: `{call.agent_id}` has nothing to do with it")
+            raise Forbidden(f"task {task.short} was proposed to others: `{call.agent_id}` has nothing to do with it")
         return Response(lambda: tasks_json(call, [task], whole=True)[0])
 
     @operation("POST", "/api/v1/tasks/{task_id}/accept", frame="task_accept", aliases=ABOUT_TASK)
@@ -5258,9 +5273,8 @@ def post_about_task(
 ) -> Steps[Response]:
     """What is done to a task by a message of that type, to the agents it concerns, and to `to`."""
     task = call.api.task(task_id)
-    if message is None:  # the agent that it is assigned to reads what it is about, as in the proposal
-        message = json.loads(task.payload) if to and task.payload else {"task_id": task.id}
-    draft = draft_of(call, to, message, kind, {**more, "reply_to": task.id})
+    about = {"task_id": task.id} if message is None else message
+    draft = draft_of(call, to, about, kind, {**more, "reply_to": task.id})
     return task_answer(call, (yield from do(Hub.send, draft)))
 
 
@@ -5460,8 +5474,8 @@ def reaches_nobody(hub: Hub, receipt: Receipt) -> str:
     message, to, task = receipt.message, json.loads(receipt.message.to), hub.tasks.get(receipt.message.id)
     if task and task.state == "blocked":
         unknown = [id for id in task.waits_for if id not in hub.tasks]
-        more = f"; nobody has proposed {', '.join(unknown[:5])} yet" if unknown else ""
-        return f"it is proposed when {', '.join(task.waits_for[:5])} is completed{more}"
+        more = f"; nobody has proposed {hub.tasks_named(unknown)} yet" if unknown else ""
+        return f"it is proposed when {hub.tasks_named(task.waits_for)} is completed{more}"
     if message.lease:
         return f"nobody of {to} is free: the first that comes gets it" if receipt.inboxes == (to,) else ""
     if message.reply_to in hub.tasks and message.type in Hub.TASK_MESSAGES:
@@ -5630,7 +5644,7 @@ class Tool(NamedTuple):
     it is for and the checked arguments: those fields of its operations that `docs` names, with a description where
     another one is better here. With `actions` it does one of several operations. A `slow` one may always take long,
     others where `wait` is set; one that `looks` changes nothing. `optional` arguments may be left out, though their
-    operation needs them."""
+    operation needs them; an action takes `more` that its operation does not have."""
 
     run: Callable[[McpCall, Row, Json], Steps[Json]]
     docs: Mapping[str, str | None]
@@ -5639,6 +5653,7 @@ class Tool(NamedTuple):
     slow: bool = False
     looks: bool = False
     optional: Sequence[str] = ()
+    more: Mapping[str, Sequence[str]] = {}
 
     @property
     def fields(self) -> Fields:
@@ -5672,7 +5687,7 @@ class Tool(NamedTuple):
         own = {field.name: field for field in tool_fields(row)}
         if self.actions:
             takes = ["paths" if name == "path" else name for name in own]  # one call for each path
-            takes = [name for name in takes if name in self.docs]
+            takes = [name for name in [*takes, *self.more.get(checked["action"], ())] if name in self.docs]
             if more := values.keys() - set(takes):
                 fix = f"that takes {', '.join(takes) or 'nothing more'}"
                 raise InvalidRequest(f"`{min(more)}` is not for {checked['action']}: {fix}")
@@ -5705,7 +5720,7 @@ _READ |= {"offset": "with id: goes on from this character"}
 _ASK = {**_TO, "wait": f"seconds, default and at most {MAX_TOOL_WAIT}"}
 _TASK = {"id": "the task; propose: may be chosen", "to": "propose: default ALL; assign: an agent"}
 _TASK |= {"message": "the task, result, reason or progress", "depends_on": "propose: task ids", "priority": ""}
-_TASK |= {"state": "list", "wait": f"next: seconds, up to {MAX_TOOL_WAIT}", **_LIMIT}
+_TASK |= {"offset": "show", "state": "list", "wait": f"next: seconds, up to {MAX_TOOL_WAIT}", **_LIMIT}
 _LOCK = {"paths": "relative to the project's root; release: none means all", "mode": ""}
 _LOCK |= {"ttl": f"seconds, default {LOCK_TTL}", "note": "what for", "wait": f"take: seconds, up to {MAX_TOOL_WAIT}"}
 _BOARD = {"key": "of a note", "value": "any JSON", "if_version": "set; 0: only if new", "prefix": "notes"}
@@ -5777,25 +5792,23 @@ def _listed(kind: str, rows: list[Json], note: str) -> Json:
     return {kind: _rows_shown(rows), "total": len(rows)} | present(note="" if rows else note)
 
 
-_RANDOM_ID = re.compile("[0-9a-f]{12}-[0-9a-f]{10}").fullmatch  # as `new_message_id` makes them
-
-
 def _short(call: McpCall, id: str) -> str:
     """The short id of a message or task; that of a task stays if its proposer chose it."""
-    seq, task = call.hub.seq_of(id), call.hub.tasks.get(id)
-    if task and not seq:
-        seq = task.seq if _RANDOM_ID(id) else 0
-    elif not seq and (receipt := call.api.find(id)):
+    if task := call.hub.tasks.get(id):
+        return task.short
+    seq = call.hub.seq_of(id)
+    if not seq and (receipt := call.api.find(id)):
         seq = receipt.message.seq
     return f"m{seq}" if seq else id
 
 
-def _text_shown(key: str, value: Any, id: str, offset: int = 0) -> Json:
-    """A text of an agent, or what is in it from an offset on, cut to TOOL_TEXT characters with how to get the rest."""
+def _text_shown(key: str, value: Any, again: str, offset: int = 0) -> Json:
+    """A text of an agent, or what is in it from an offset on, cut to TOOL_TEXT characters; `again` with another offset
+    gives the rest."""
     text, end = value if isinstance(value, str) else dump(value), offset + TOOL_TEXT
     if len(text) <= TOOL_TEXT and not offset:
         return {key: value}
-    rest = f"{len(text) - end} characters more: read_messages, id {id}, offset {end}" if len(text) > end else ""
+    rest = f"{len(text) - end} characters more: {again}, offset {end}" if len(text) > end else ""
     return {key: text[offset:end]} | present(cut=rest)
 
 
@@ -5810,18 +5823,18 @@ def _message_shown(call: McpCall, envelope: Json, offset: int = 0) -> Json:
     sent_at = datetime.datetime.fromisoformat(envelope["timestamp"].replace("Z", "+00:00")).timestamp()
     row = {"id": id} | _pick("messages", envelope | seldom) | present(minutes_ago=int(call.at / 1000 - sent_at) // 60)
     says_nothing = envelope["message"] == {"task_id": envelope.get("reply_to")}  # more than its type
-    return row if says_nothing else row | _text_shown("message", envelope["message"], id, offset)
+    return row if says_nothing else row | _text_shown("message", envelope["message"], f"read_messages, id {id}", offset)
 
 
-def _task_shown(call: McpCall, task: Json, whole: bool = False) -> Json:
-    """A task; in a list with its title only."""
+def _task_shown(call: McpCall, task: Json, whole: bool = False, offset: int = 0) -> Json:
+    """A task, with its texts from an offset on; in a list with its title only."""
     id, texts = _short(call, task["task_id"]), {key: task[key] for key in ("message", "result") if key in task}
     steps = [_pick("history", step) for step in reversed(task.get("history", ())) if whole and step["words"]]
     waits_for = [_short(call, other) for other in task.get("waits_for", ())]
     row = _pick("tasks", {**task, "task_id": id, "waits_for": waits_for, "history": []})
     row |= present(history=_rows_shown(steps, TOOL_BYTES // 2)[::-1])  # of too many the newest
     for key, text in texts.items():
-        row |= _text_shown(key, text, id) if whole else {key: title_of(text)}
+        row |= _text_shown(key, text, f"task show, id {id}", offset) if whole else {key: title_of(text)}
     return row
 
 
@@ -5958,6 +5971,7 @@ def _task_tool(call: McpCall, row: Row, values: Json) -> Steps[Json]:
     then complete it with the result as message. To hand over: release with what is left, or assign. fail: it can't be
     done."""
     values |= {"limit": values.get("limit", TOOL_PAGE)} if row is Operations.tasks else {}
+    offset = values.pop("offset", 0)
     answer = yield from call_operation(call, row, **values)
     if row is Operations.tasks:
         rows = [_task_shown(call, task) for task in answer["tasks"]]
@@ -5966,7 +5980,7 @@ def _task_tool(call: McpCall, row: Row, values: Json) -> Steps[Json]:
     task = answer if row is Operations.task else answer["task"]
     if not task:
         return {"task": None, "note": "no open task is for you now", "next": "task next with wait, or read_messages"}
-    shown = _task_shown(call, task, whole=True)
+    shown = _task_shown(call, task, whole=True, offset=offset)
     receipt: Json = {"id": shown["id"], "state": shown["state"]}
     if row is Operations.propose_task:
         return receipt | {"sent": answer.get("warning") or _receipt_shown(call, answer)["state"]}
@@ -6021,7 +6035,7 @@ TOOLS: dict[str, Tool] = {
     "send_message": Tool(_send_tool, _SEND, (Operations.send,), optional=("to",)),
     "read_messages": Tool(_read_tool, _READ, (Operations.read_inbox, Operations.trace), optional=("id",)),
     "ask_agent": Tool(_ask_tool, _ASK, (Operations.send, Operations.read_inbox), slow=True),
-    "task": Tool(_task_tool, _TASK, actions=_TASK_ACTIONS),
+    "task": Tool(_task_tool, _TASK, actions=_TASK_ACTIONS, more={"show": ("offset",)}),
     "lock": Tool(_lock_tool, _LOCK, actions=_LOCK_ACTIONS),
     "board": Tool(_board_tool, _BOARD, actions=_BOARD_ACTIONS),
 }
@@ -10173,8 +10187,7 @@ def message_line(envelope: Json, me: str | None = None, most: int = 0) -> str:
     its words, indented, of which up to `most` characters are shown."""
     id, type, words = f"m{envelope['seq']}", envelope["type"], message_words(envelope)
     about = str(envelope.get("reply_to") or envelope["id"])
-    made = re.fullmatch("[0-9a-f]{8}-([0-9a-f]{13})", about)  # by the hub, with the seq in it
-    named = envelope.get("task_id") or short_id(about, int(made[1], 16) if made else envelope["seq"])
+    named = short_id(about, envelope.get("task_seq") or envelope["seq"])
     task = "a task" if named == id else f"task {named}"
     task += " again" if type == "task_proposal" and "reply_to" in envelope else ""
     does = _SAID.get(type, f"({type})").format(task)
@@ -10849,7 +10862,9 @@ HAPPENED = {
         "task_cancel": "{task} was cancelled",
         "task_wait": "{task} waits",
     },
-    **{"task_release": "{task} is open again: {reason}", "lock": "{agent_id} locked {paths}"},
+    **{"task_release": "{task} is open again: {reason}", "task_fail": "{task} is {state}: {reason}"},
+    **{"task_progress": "{holder} goes on with {task}", "task_assign": "{holder} was assigned {task}"},
+    "lock": "{agent_id} locked {paths}",
     **{
         "unlock": "{agent_id} has no lock on {paths} any more",
         "note": "{agent_id} wrote note {key}, version {version}",

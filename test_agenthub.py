@@ -2413,11 +2413,13 @@ def test_its_proposer_assigns_a_task_and_its_holder_hands_it_over(crew: World) -
     assert (got["type"], got["message"], got["task"], got["reply_to"]) == (
         "task_assign", "you know it", "port it", task,
     )  # fmt: skip
+    assert got["task_seq"] == crew.hub.tasks[task].seq  # from which its short id is made
     assert board(crew)[task] == "accepted w2" and crew.hub.may_see("w2", crew.hub.tasks[task])
     refused(ah.TaskTaken, crew, lambda: act(crew, "assign", "w1", task, "w1"))
-    act(crew, "assign", "w2", task, "w3", payload='"port it"')
+    act(crew, "assign", "w2", task, "w3")  # without words: those of the proposal
     assert "task" not in last_envelope(crew, "w3") and inbox(crew, "boss")[-1] == ("task_assign", "w2", '"port it"')
     assert steps(crew, task) == [("boss", "assign", "to w2: you know it"), ("w2", "assign", "to w3")]
+    act(crew, "progress", "w3", to="boss")  # its only one
     act(crew, "assign", "operator", task, "boss")
     assert [inbox(crew, name)[-1][:2] for name in ("w3", "boss")] == [("task_assign", "operator")] * 2
     act(crew, "complete", "boss", task)
@@ -2425,6 +2427,17 @@ def test_its_proposer_assigns_a_task_and_its_holder_hands_it_over(crew: World) -
     assert "not open yet" in refused(ah.Forbidden, crew, lambda: act(crew, "assign", "boss", blocked, "w1")).message
     crew.commit()
     assert crew.is_what_the_store_says()
+
+
+def test_no_task_is_assigned_to_a_full_inbox() -> None:
+    world = World(max_inbox=1)
+    for name in ("boss", "w1", "w2"):
+        world.register(name)
+    task = propose(world, "w1")
+    act(world, "accept", "w1", task)
+    world.send("boss", "w2", '"hi"')
+    refused(ah.InboxFull, world, lambda: act(world, "assign", "w1", task, "w2"))
+    assert board(world)[task] == "accepted w1"
 
 
 def test_only_its_holder_says_how_a_task_goes(crew: World) -> None:
@@ -4701,6 +4714,21 @@ def test_a_short_id_stands_wherever_the_id_of_a_task_does(crew: World) -> None:
     assert crew.call("POST", "/api/v1/tasks/m2/complete", {"agent_id": "w1"})[1]["task_id"] == then["task_id"]
 
 
+def test_an_assignment_may_be_repeated_after_the_task_has_ended(crew: World) -> None:
+    task = crew.call("POST", "/api/v1/tasks", {"from": "boss", "message": "port it"})[1]["task_id"]
+    assign = lambda: crew.call("POST", f"/api/v1/tasks/{task}/assign", {"from": "boss", "to": "w1", "id": "once"})
+    first = assign()[1]
+    assert crew.call("GET", "/api/v1/messages/once")[1]["message"] == "port it"
+    assert crew.call("POST", f"/api/v1/tasks/{task}/complete", {"from": "w1"})[0] == 200
+    again = assign()[1]
+    assert (again["duplicate"], again["seq"], again["state"]) == (True, first["seq"], "completed")
+
+
+def test_what_is_given_back_is_named_by_ids(pair: World) -> None:
+    body = {"agent_id": "alpha-1", "up_to": 1, "release": True}
+    assert pair.call("POST", "/api/v1/messages/ack", body)[0] == 400
+
+
 def test_a_great_many_ids_are_acknowledged_in_one_look_at_the_log(pair: World, monkeypatch: pytest.MonkeyPatch) -> None:
     given = [
         pair.call("POST", "/api/v1/messages", {"from": "beta-2", "to": "alpha-1", "message": n, "id": f"id-{n}"})[1]
@@ -5326,6 +5354,22 @@ def test_a_long_message_is_cut_and_its_rest_can_be_read(pair: World) -> None:
         parts += pair.tool("read_messages", "alpha-1", id=id, offset=len(parts) * ah.TOOL_TEXT)["messages"]
     assert "".join(part["message"] for part in parts) == text and len(parts) == 3
     assert pair.hub.unread("alpha-1") == 0
+
+
+def test_the_rest_of_a_long_task_and_result_can_be_read(pair: World) -> None:
+    pair.register("gamma-3", "s3")
+    texts = {"message": "do " * 4_000, "result": "did " * 5_000}
+    use = lambda who, **arguments: pair.tool("task", who, **arguments)
+    id = use("beta-2", action="propose", to="alpha-1", message=texts["message"])["id"]
+    assert use("beta-2", action="assign", id=id, to="gamma-3")["state"] == "accepted"
+    assert use("gamma-3", action="complete", id=id, message=texts["result"])["state"] == "completed"
+    for reader in ("beta-2", "gamma-3"):  # the second may not read the proposal, which was for alpha
+        parts = [use(reader, action="show", id=id)]
+        while cut := parts[-1].get("cut"):
+            assert f"task show, id {id}, offset {len(parts) * ah.TOOL_TEXT}" in cut
+            parts.append(use(reader, action="show", id=id, offset=len(parts) * ah.TOOL_TEXT))
+        assert {key: "".join(part[key] for part in parts) for key in texts} == texts
+    assert pair.tool("task", "beta-2", action="list", offset=1)["error"]["code"] == "invalid_request"
 
 
 def test_no_answer_is_over_what_a_client_lets_through(pair: World) -> None:
@@ -10014,7 +10058,10 @@ def test_a_damaged_state_file_is_as_good_as_none(text: str, shared_hub: LiveHub,
     ({"type": "task_proposal", "id": "pr7"}, "m12 beta proposes task pr7, 3 s ago: hi"),
     ({"type": "task_proposal", "reply_to": "pr7"}, "m12 beta proposes task pr7 again, 3 s ago: hi"),
     ({"type": "task_accept", "reply_to": "pr7", "message": {"task_id": "pr7"}}, "m12 beta took task pr7, 3 s ago"),
-    ({"type": "task_complete", "reply_to": "0a1b2c3d-000000000002a"}, "m12 beta completed task m42, 3 s ago: hi"),
+    ({"type": "task_complete", "reply_to": "0a1b2c3d-000000000002a", "task_seq": 42},
+     "m12 beta completed task m42, 3 s ago: hi"),
+    ({"type": "task_accept", "reply_to": "01a2276d5d1c-3473b69d13", "task_seq": 9},
+     "m12 beta took task m9, 3 s ago: hi"),
     ({"type": "task_release", "reply_to": "pr7", "message": {"task_id": "pr7", "reason": "silent"}},
      "m12 beta gave task pr7 back, 3 s ago: silent"),
     ({"type": "lock_wanted", "message": {"lock_id": "x", "message": "src is wanted"}},
@@ -10028,6 +10075,10 @@ def test_a_message_reads_as_a_sentence(fields: dict, text: str, monkeypatch: pyt
     envelope = {"id": "01a2276d5d1c-3473b69d12", "seq": 12, "type": "message", "from": "beta", "to": "alpha"}
     envelope |= {"message": "hi", "timestamp": "2023-11-14T22:13:20.000Z", **fields}
     assert ah.message_line(envelope, "alpha") == text
+
+
+def test_all_that_is_done_with_a_task_reads_as_a_sentence() -> None:
+    assert {f"task_{action}" for action in ah.Hub.TASK_ACTIONS} <= ah.HAPPENED.keys()
 
 
 @pytest.mark.parametrize(("event", "text"), [
