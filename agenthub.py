@@ -1015,7 +1015,7 @@ def without(kind: Kind, regex: str, words: str) -> Kind:
 def number(low: float, high: float, whole: bool = False) -> Kind:
     """A number in a range."""
     kinds = (int,) if whole else (int, float)
-    words = f"a{' whole' if whole else ''} number from {low:g} to {high:g}"
+    words = f"a{' whole' if whole else ''} number from {low:g} to {f'{high:,}' if whole else f'{high:g}'}"
 
     def _check(value: Any) -> float:
         if type(value) not in kinds or not low <= value <= high:
@@ -2406,7 +2406,7 @@ class Hub:
         """Raise HubError unless that sender may send it. A guest may send what needs no answer."""
         if message.sender != GUEST:
             self.expect(message.sender)
-        elif message.type in ("request", "ping", *self.TASK_MESSAGES):
+        elif message.type in ("request", "ping", "heartbeat", *self.TASK_MESSAGES):
             words = f"a {message.type} from nobody could not be answered"
             raise Forbidden(f"{words}: register, and say who you are (`?from=`, or the header X-From)")
 
@@ -4743,7 +4743,7 @@ class Operations:
         """Send a message. What was pushed is known, and in the answer, only when that leaves."""
         inner = message.get("type") if isinstance(message, dict) else None
         kind = type or (inner if inner is not None and not TYPE.refusal(inner) else "")
-        if kind == "heartbeat":
+        if kind == "heartbeat" and call.agent_id != GUEST:  # which has no life to show a sign of
             return cast(Response, Operations.heartbeat.handler(call))
         group = isinstance(to, str) and to.upper() == EVERYONE
         draft = draft_of(call, to, message, kind or ("broadcast" if group else "message"), more)
@@ -5675,6 +5675,8 @@ class Tool(NamedTuple):
         fields = self.fields
         names = [field.name for field in fields]
         if "id" in names:  # the words of HTTP are understood
+            if len(words := sorted(values.keys() & {"id", *ID_FIELDS})) > 1:
+                raise InvalidRequest(f"`{'` and `'.join(words)}` are one argument here: give `id` alone")
             values = {"id" if word in ID_FIELDS else word: value for word, value in values.items()}
         if more := values.keys() - {"as", *names}:
             raise InvalidRequest(f"{name} has no argument {refused_value(min(more))}: it takes {', '.join(names)}")
@@ -5754,6 +5756,7 @@ _REACHED = {"pushed": "pushed to {}, not acknowledged yet", "queued": "queued fo
 _REACHED |= {"unknown": "kept for {}: nobody has that id yet", "inbox_full": "refused by {}: its inbox is full"}
 # What to do next with a message of that type.
 _TO_DO = {"request": "send_message with reply_to {} answers", "task_proposal": "task accept, id {}, if you will do it"}
+_TO_DO |= {"task_assign": "you hold task {}: complete it, or release it"}
 
 
 def _with_notice(call: McpCall, result: Json) -> Json:
@@ -5873,7 +5876,6 @@ def _register_tool(call: McpCall, row: Row, values: Json) -> Steps[Json]:
 def _standing(call: McpCall) -> Steps[Json]:
     """Where a caller stands, and who else is active."""
     stands = yield from call_operation(call, Operations.overview)
-    others = yield from call_operation(call, Operations.agents, status="active")
     held = {"tasks": [_task_shown(call, task) for task in stands["tasks"]]}
     held["locks"] = [_pick("locks", lock | {"agent_id": ""}) for lock in stands["locks"]]
     for key in ("owes", "waits_for"):
@@ -5881,7 +5883,7 @@ def _standing(call: McpCall) -> Steps[Json]:
         held[key] = [row | {"waiting_for": _first(r["waiting_for"])} for row, r in zip(rows, stands[key], strict=True)]
     held = {key: _rows_shown(rows, TOOL_BYTES // len(held)) for key, rows in held.items()}
     held["lock_waits"] = [{"paths": _first(paths)} for paths in stands["lock_waits"]]
-    peers = [agent["agent_id"] for agent in others["agents"] if agent["agent_id"] != call.agent_id]
+    peers = sorted(call.hub.active - {call.agent_id})
     note = "" if any(held.values()) else "you hold no task and no lock, and no request is open"
     me = {"id": call.agent_id} | present(doing=stands.get("doing"), away_until=stands.get("away_until"), note=note)
     result = me | present(**held, channels=_first(stands["channels"])) | {"peers": _first(peers)}
@@ -5925,7 +5927,8 @@ def _read_tool(call: McpCall, row: Row, values: Json) -> Steps[Json]:
             note += f"; {page['claimed']} are being read by a hook or a shell of yours"
         return {"messages": [], "note": note}
     shown = _fresh_messages(call, page)
-    first = next((one for one in shown if one.get("type") in _TO_DO), {})
+    mine = {one.get("task") for one in shown if one.get("type") == "task_assign"}  # assigned since they were proposed
+    first = next((one for one in shown if one.get("type") in _TO_DO and one.get("id") not in mine), {})
     then = _TO_DO[first["type"]].format(first.get("task", first["id"])) if first else ""
     return _with_notice(call, {"messages": shown} | present(next=then))
 
