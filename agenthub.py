@@ -1682,14 +1682,17 @@ def newer_half(table: dict[Any, V], most: int) -> dict[Any, V]:
 
 
 class Loop(NamedTuple):
-    """What is a loop if it happens more than `most` times in `window` seconds: a message is counted under `key`, from
-    the time `since` on. `words` say what happened so often."""
+    """What is a loop if it happens more than `most` times in `window` seconds. Messages are counted under `key`, from
+    the time `since` on; one that does not count itself is refused all the same. `words` say what happened so often.
+    What is only `talk` is no loop between two agents that are at work on a task together."""
 
     key: tuple[str, ...]
     most: float
     window: int
     words: str
     since: int = 0
+    counts: bool = True
+    talk: bool = False
 
 
 class Pace:
@@ -1729,8 +1732,11 @@ class Pace:
         self._buckets = newer_half(self._buckets, MAX_BUCKETS - 1)
         self._buckets[who] = (tokens - 1, at)
 
-    def guard(self, message: Message, to: str, inboxes: tuple[str, ...], at: int) -> None:
-        """Count a message. Raises LoopSuspected, and counts nothing, where there were too many like it."""
+    def guard(
+        self, message: Message, to: str, inboxes: tuple[str, ...], at: int, spares: Callable[[bool], bool]
+    ) -> None:
+        """Count a message. Raises LoopSuspected, and counts nothing, where there were too many like it, unless `spares`
+        says, of mere talk or of anything, that it has a reason."""
         if self.limits.loop_guard == NEVER:
             return
         self._paces, self._spoke = newer_half(self._paces, MAX_PACES), newer_half(self._spoke, MAX_PACES)
@@ -1738,16 +1744,19 @@ class Pace:
         pair = tuple(sorted((message.sender, *inboxes))) if len(inboxes) == 1 and not works else ()
         short = len(message.payload) <= SHORT_REPLY and message.type != "request"
         loops = [*self._repeats(message, to, inboxes), *self._turns(pair, message.sender, short, at)]
-        for key, most, window, words, since in loops:
-            pace = self._paces.setdefault(key, [])
-            while pace and pace[0] <= max(at - window * 1000, since):
+        for loop in loops:
+            pace, window = self._paces.setdefault(loop.key, []), loop.window
+            while pace and pace[0] <= max(at - window * 1000, loop.since):
                 del pace[0]
-            if len(pace) >= most:
-                words += f" {len(pace)} times in {window} s, which looks like two agents going round in a loop"
+            if len(pace) >= loop.most and not spares(loop.talk):
+                words = (
+                    f"{loop.words} {len(pace)} times in {window} s, which looks like two agents going round in a loop"
+                )
                 fix = "stop replying now, and tell your user if something is left to do"
                 raise LoopSuspected(f"{words}: {fix}", retry_after=(pace[0] - at) // 1000 + window + 1)
         for loop in loops:
-            self._paces[loop.key].append(at)
+            if loop.counts:
+                self._paces[loop.key].append(at)
         if works:
             self.work(at, message.sender, *(inboxes if message.sender == OPERATOR or len(inboxes) == 1 else ()))
         if pair:
@@ -1768,12 +1777,13 @@ class Pace:
     def _turns(self, pair: tuple[str, ...], sender: str, short: bool, at: int) -> Iterator[Loop]:
         """A message by which one of two agents answers the other: models never repeat themselves literally."""
         last, last_at = self._spoke.get(pair, ("", 0))
-        if last not in ("", sender) and last_at > at - TURN_WINDOW * 1000:
-            since = max(self._worked.get(name, 0) for name in pair)
+        if last and last_at > at - TURN_WINDOW * 1000:
+            since, turn = max(self._worked.get(name, 0) for name in pair), last != sender
             words = f"{pair[0]} and {pair[1]} have answered each other, with no task, lock or person between,"
-            yield Loop(("turns", *pair), self.limits.loop_turns, TURN_WINDOW, words, since)
+            yield Loop(("turns", *pair), self.limits.loop_turns, TURN_WINDOW, words, since, turn, talk=True)
             if short:
-                yield Loop(("short", *pair), self.limits.loop_replies, TURN_WINDOW, f"{words} in a few words", since)
+                words += " in a few words"
+                yield Loop(("short", *pair), self.limits.loop_replies, TURN_WINDOW, words, since, turn, talk=True)
 
     def work(self, at: int, *names: str) -> None:
         """Note that these agents do more than talk: a task, a lock, a job, or what a person has sent them."""
@@ -2444,7 +2454,7 @@ class Hub:
                 full = (*full, name)
         if full and len(full) == len(inboxes):
             raise self._no_room(full)
-        self.pace.guard(message, to, inboxes, at)
+        self.pace.guard(message, to, inboxes, at, lambda talk: self._has_reason(message, inboxes, talk))
         room = tuple([name for name in inboxes if name not in full]) if full else inboxes
         return self._deliver(at, message, to, room, full)
 
@@ -2452,6 +2462,20 @@ class Hub:
         words = f"{', '.join(full[:3])} has {self.limits.max_inbox:.0f} unread messages and takes no more"
         fix = "wait until some are read, or ask the operator to raise --max-inbox"
         return InboxFull(f"{words}: {fix}", recipients=list(full))
+
+    def _has_reason(self, message: Message, inboxes: tuple[str, ...], talk: bool) -> bool:
+        """Whether a message may go where there were many like it: it answers an open request; or, being `talk`, it is
+        between an agent that holds a task and the one that proposed that."""
+        pair = (message.sender, *inboxes) if talk else ()
+        held = [self.tasks[id] for name in pair for id in self.tasks.find("holder", name)]
+        together = any(task.proposer in pair and task.proposer != task.holder for task in held)
+        return together or self._answered(message, inboxes) is not None
+
+    def _answered(self, message: Message, inboxes: tuple[str, ...]) -> PendingRequest | None:
+        """The open request that a message answers. An `ack` says that it was seen, and is no answer."""
+        request = self.requests.get(message.reply_to) if message.reply_to and message.type != "ack" else None
+        mine = request and message.via != "hub" and message.sender in request.recipients and request.asker in inboxes
+        return request if mine else None
 
     def _again(self, draft: Draft, first: Receipt) -> Receipt:
         message = draft.message
@@ -2485,10 +2509,8 @@ class Hub:
             self._pings[seq] = (message.id, message.sender, len(inboxes))
         elif type == "request" and inboxes:
             self._track(PendingRequest(message.id, seq, message.sender, message.thread or message.id, inboxes))
-        if message.reply_to and message.via != "hub" and type != "ack":  # which says that it was seen, and is no answer
-            request = self.requests.get(message.reply_to)
-            if request and message.sender in request.recipients and request.asker in inboxes:
-                self._drop(self.requests, message.reply_to)
+        if message.reply_to and (request := self._answered(message, inboxes)):
+            self._drop(self.requests, request.id)
 
     def _notify(self, at: int, sender: str, to: str, about: PendingRequest | Task, kind: str, words: str) -> None:
         """The hub speaks for an agent that does not, or can't: about a task, or a request (then `kind` is a code)."""

@@ -1006,8 +1006,9 @@ THANKS += [f"{text} It was a pleasure to work with you." for text in THANKS]
 
 def test_a_hundred_and_twenty_paraphrased_thanks_are_soon_stopped(pair: World) -> None:
     assert len(set(THANKS)) == 120 and take_turns(pair, THANKS) == 17
-    assert take_turns(pair, THANKS[::-1]) == 1, "nor go on with other words"
-    pair.send("alpha-1", "beta-2", '"a last word"'), pair.send("alpha-1", "beta-2", '"and one more"')
+    assert take_turns(pair, THANKS[::-1]) == 0, "nor go on with other words"
+    refused(ah.LoopSuspected, pair, lambda: pair.send("alpha-1", "beta-2", '"a last word"'))
+    refused(ah.LoopSuspected, pair, lambda: pair.send("beta-2", "alpha-1", '"a last word"'))
     pair.clock.advance(600)
     assert take_turns(pair, THANKS) == 17
 
@@ -1016,6 +1017,23 @@ def test_a_hundred_and_twenty_paraphrased_thanks_are_soon_stopped(pair: World) -
 def test_long_answers_without_end_are_a_loop_too(pair: World, type: str) -> None:
     texts = [f"{number} {'and so on ' * 40 * (type == 'message')}" for number in range(120)]
     assert take_turns(pair, texts, type) == 31
+
+
+def test_an_answer_to_an_open_request_is_never_refused_as_a_loop(pair: World) -> None:
+    for number in range(16):  # the turn of the 31st message is a request
+        asked = pair.send("alpha-1", "beta-2", f'"is {number} green?"', "request").message
+        pair.send("beta-2", "alpha-1", '"yes"', "response", reply_to=asked.id)
+    refused(ah.LoopSuspected, pair, lambda: pair.send("alpha-1", "beta-2", '"and 16?"', "request"))
+
+
+def test_who_works_on_a_task_with_another_may_talk(pair: World) -> None:
+    task = pair.send("alpha-1", "beta-2", '"do it"', "task_proposal").message.id
+    pair.send("beta-2", "alpha-1", "1", "task_accept", reply_to=task)
+    pair.clock.advance(1)
+    assert take_turns(pair, THANKS) == 120
+    pair.send("beta-2", "alpha-1", "1", "task_complete", reply_to=task)
+    pair.clock.advance(1)
+    assert take_turns(pair, THANKS) < 20
 
 
 @pytest.mark.parametrize(("text", "type"), [("a report " * 40, "message"), ("and what about this?", "request")])
