@@ -393,6 +393,21 @@ def spoken(payload: str) -> str:
     return value if isinstance(value, str) else dump(value) if value or value == 0 else ""
 
 
+def hint_of(close: Sequence[str]) -> str:
+    """What may have been meant, within a sentence."""
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
+
+
+def meaning(close: Sequence[str]) -> Json:
+    """What may have been meant, as a field of an answer; without anything close, none."""
+    return {"did_you_mean": list(close)} if close else {}
+
+
+def nobody_in(group: str) -> str:
+    """Why a message to a group reaches nobody."""
+    return f"no other agent has the capability {group}" if group[0] == "@" else f"nobody else is in {group} now"
+
+
 @functools.lru_cache(4096)
 def named_in(to: str) -> tuple[str, ...]:
     """The recipients in the `to` of an envelope (JSON text)."""
@@ -707,8 +722,10 @@ def expand_braces(text: str) -> list[str]:
 
 def normal_path(text: str) -> str:
     """The one spelling of a path or glob: with slashes, without `.`, `..` and needless slashes; `.` or `/` is the whole
-    project. Raises ValueError where it leads out of the root."""
+    project. Raises ValueError where it is empty or leads out of the root."""
     text = text.replace("\\", "/")
+    if not text.strip():
+        raise ValueError("a path, and not an empty one: `/` is the whole project")
     parts: list[str] = []
     for part in text.split("/"):
         if part == "..":
@@ -734,6 +751,8 @@ def project_root(folder: str) -> str:
 def project_path(path: str, folder: str, root: str, resolve: Callable[[str], str] = os.path.realpath) -> str:
     """How locks name a path or glob, however it is written by one who stands in `folder`: relative to the project's
     root, with links resolved; absolute if it lies outside; `/` is the whole project. Raises ValueError."""
+    if not path.strip():
+        raise ValueError("not empty: `/` is the whole project")
     if path == "/":
         return "."
     parts = normal_path(os.path.join(os.path.abspath(folder), path)).split("/")
@@ -758,7 +777,7 @@ def _places(path: str) -> tuple[tuple[str, ...], int, int]:
     `*` and `**`. Then as bits the places with any number, and the slashes that may be missing together with the `**`
     behind them. A name without wildcards in the last place may be a folder and stands for all that is in it too, as
     does whatever ends with a slash; `src/*.py` stands for files. An unclosed `[` is a character, as in a shell."""
-    text = "" if path == "." else "/" + path.rstrip("/")
+    text = "/" + path.rstrip("/")
     if path.endswith("/") or not _WILD.search(path.rpartition("/")[2]):
         text += "/**"
     places: list[str] = []
@@ -800,9 +819,12 @@ def _fits(path: str, place: str) -> int:
 @functools.lru_cache(MAX_PATTERNS)
 def overlap(one: str, other: str) -> bool:
     """Whether two normal paths or globs have a path in common. `*` and `?` do not reach over a slash, `**` does; names
-    that begin with a dot are like others. A relative path and an absolute one may be the same: only `**` meets both."""
+    that begin with a dot are like others. A relative path and an absolute one may be the same: only `**` meets both.
+    The whole project (`.`) meets all that is in it, which are the relative ones."""
+    if "." in (one, other):
+        return not (one.startswith("/") or other.startswith("/"))
     if not _WILD.search(one + other):  # names, as most are
-        first, second = sorted("/" if path == "." else f"/{path.rstrip('/')}/" for path in (one, other))
+        first, second = sorted(f"/{path.rstrip('/')}/" for path in (one, other))
         return second.startswith(first)
     places, loops, optional = _places(other)
 
@@ -917,7 +939,9 @@ def field_of(parameter: str, annotation: str, required: bool) -> Field:
     return Field(name, kind, required, doc, parameter, SHOWN in parts)
 
 
-# By the name of a field, what callers who have not read about it call it: an error then names the right one.
+# By the name of a field, what callers who have not read about it call it: an error then names the right one. In place
+# of a field that may be left out, the VAGUE ones may mean anything else.
+VAGUE = ("id", "name", "to")
 MISNAMED = {
     "message": "content text body msg payload data task prompt",
     "from": "agent_id sender from_agent from_id author agent",
@@ -931,6 +955,24 @@ MISNAMED = {
 }
 
 
+def is_close(word: str, name: str) -> bool:
+    """Whether a word is a name but for case, `_` and `-`, or in a name of four letters or more one slip of a key."""
+    if abs(len(word) - len(name)) > 4:
+        return False
+    a, b = (text.casefold().replace("_", "").replace("-", "") for text in (word, name))
+    same = next((i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), min(len(a), len(b)))
+    left, right = a[same:], b[same:]
+    swapped = left[1:2] + left[:1] + left[2:]
+    slip = right in (left[1:], swapped) or right[1:] in (left, left[1:])
+    return not left + right or (slip and len(b) > 3)
+
+
+def _meant_as(name: str, unknown: Sequence[str]) -> str:
+    """Which of the names in a request that are unknown there must mean a field that was left out; empty: none."""
+    known_as = [word for word in MISNAMED.get(name, "").split() if word in unknown]
+    return next((word for word in [*known_as, *unknown] if word in known_as or is_close(word, name)), "")
+
+
 class Fields(tuple[Field, ...]):
     """The fields of a request."""
 
@@ -938,9 +980,10 @@ class Fields(tuple[Field, ...]):
     def _index(self) -> tuple[dict[str, Field], list[Field]]:
         return {field.name: field for field in self}, [field for field in self if field.required]
 
-    def read(self, values: Json, needed: str = "") -> Json:
+    def read(self, values: Json, needed: str = "", implied: str = "") -> Json:
         """The checked values by parameter, without those left out. Raises InvalidRequest, naming the field: also where
-        the one that is `needed` now, if it is one of these, is missing."""
+        the one that is `needed` now, if it is one of these, is missing, and where an unknown name must mean one that is
+        left out and not `implied` elsewhere; other unknown ones are ignored."""
         checked: Json = {}
         by_name, required = self._index
         for name, value in values.items():
@@ -949,13 +992,21 @@ class Fields(tuple[Field, ...]):
                     checked[by_name[name].parameter] = by_name[name].kind.check(value)
                 except ValueError as error:
                     raise InvalidRequest(f"`{name}` must be {error}, not {refused_value(value)}") from None
+        unknown: list[str] = []
+        if len(values) > len(checked):
+            few = itertools.islice(values.items(), 50)
+            unknown = [name for name, value in few if name not in by_name and value is not None]
         for field in [*required, by_name[needed]] if needed in by_name else required:
             if field.parameter not in checked:
-                words = MISNAMED.get(field.name, "").split()
-                wrong = next((word for word in words if word in values and word not in by_name), "")
+                wrong = _meant_as(field.name, unknown)
                 fix = f"`{wrong}` is called `{field.name}` here, " if wrong else ""
                 fix += f"give {field.kind.refusal(None) or 'any JSON value'}"
                 raise InvalidRequest(f"`{field.name}` is missing: {fix}")
+        unknown = [word for word in unknown if word not in VAGUE]
+        for field in self if unknown else ():
+            left_out = field.parameter not in checked and field.name != implied
+            if left_out and (wrong := _meant_as(field.name, unknown)):
+                raise InvalidRequest(f"`{wrong}` is called `{field.name}` here: send it under that name")
         return checked
 
 
@@ -1096,7 +1147,7 @@ def _paths(value: Any) -> tuple[str, ...]:
 
 SHOWN = object()  # marks a field of a message that goes through to the envelope as it is
 AgentId = Annotated[str, AGENT_ID]
-_RESERVED = "another agent_id: ALL, operator and guest are reserved"
+_RESERVED = "none of ALL, operator and guest, which are reserved"
 NewAgentId = Annotated[str, without(AGENT_ID, "(?i:all)|operator|guest", _RESERVED)]
 _NAMES = "a name of 1 to 64 printable characters, which is not blank, ALL or operator"
 Name = Annotated[str, without(printable(64), " *(?i:all|operator)? *", _NAMES)]
@@ -1106,7 +1157,8 @@ _MANY_RECIPIENTS = {"type": "array", "items": _RECIPIENT.schema, "minItems": 1}
 Recipient = Annotated[str | Sequence[str], Kind({"oneOf": [_RECIPIENT.schema, _MANY_RECIPIENTS]}, _recipients)]
 MessageType = Annotated[str, TYPE]
 MessageId = Annotated[str, MESSAGE_ID]
-NewMessageId = Annotated[str, without(MESSAGE_ID, "search|ack|next", "another id: search, ack and next are reserved")]
+_PATH_WORDS = "none of search, ack and next, which are reserved"
+NewMessageId = Annotated[str, without(MESSAGE_ID, "search|ack|next", _PATH_WORDS)]
 MessageIds = Annotated[Sequence[str], list_of(MESSAGE_ID, MAX_PAGE, f"a list of up to {MAX_PAGE} message ids")]
 JsonValue = Annotated[Any, Kind({}, lambda value: value)]
 Seq = Annotated[int, number(0, (1 << 63) - 1, whole=True)]
@@ -1903,6 +1955,11 @@ def meeting(one: Iterable[str], other: Iterable[str]) -> tuple[str, str] | None:
     return next(((a, b) for a in one for b in other if overlap(a, b)), None)
 
 
+def shown_path(path: str) -> str:
+    """A path of a lock in a sentence, where `.` would be lost."""
+    return "/ (the whole project)" if path == "." else path
+
+
 Overlap = tuple[Lock, str, str]  # a lock, the path of it that overlaps, and with which path
 
 
@@ -2133,9 +2190,8 @@ class Hub:
             raise self._unknown(agent_id, self.close_to(agent_id), fix)
 
     def _unknown(self, to: str, close: list[str], fix: str) -> HubError:
-        words = f"nobody else is in {to} now" if is_group(to) else f"no agent `{to}` is registered here"
-        hint = f" (did you mean {' or '.join(close)}?)" if close else ""
-        return UnknownAgent(f"{words}{hint}: {fix}", agent_id=to, **({"did_you_mean": close} if close else {}))
+        words = nobody_in(to) if is_group(to) else f"no agent `{to}` is registered here"
+        return UnknownAgent(f"{words}{hint_of(close)}: {fix}", agent_id=to, **meaning(close))
 
     def status(self, agent_id: str, at: int) -> str:
         """`active` while a reader is open or the last sign of life is under ACTIVE_SECONDS old, else `offline`."""
@@ -2853,7 +2909,8 @@ class Hub:
         to = draft.to or (named_in(task.to) if what == "cancel" and task.state == "open" else (others[0],))
         inboxes, shown = self.resolve(to, sender)
         assignee = self._assignee(inboxes, shown) if what == "assign" else ""
-        inboxes = tuple(dict.fromkeys(name for name in (*inboxes, *others) if name != sender))
+        again = what == "accept" and task.holder == sender  # which is no news to anybody
+        inboxes = () if again else tuple(dict.fromkeys(name for name in (*inboxes, *others) if name != sender))
         message = message._replace(reply_to=task.id, thread=message.thread or task.thread).adding(task_seq=task.seq)
         if what == "fail":
             message = message.adding(attempt=task.failed + 1, state=self._state_after_failing(task))
@@ -2878,7 +2935,7 @@ class Hub:
         elif what == "progress":
             self._put_task(task.after(sender, at, what, words), what)
         elif what == "complete":
-            self._complete(task.after(sender, at, what), at, draft.message.payload)
+            self._complete(task.after(sender, at, what), at, draft.message.payload if words else "")
         elif what == "cancel":
             self._end(task.after(sender, at, what, words), at, f"cancelled by {sender}")
         else:
@@ -2895,7 +2952,8 @@ class Hub:
         no room for the message."""
         if len(inboxes) != 1 or shown != dump(inboxes[0]):
             raise InvalidRequest("a task is assigned to one agent: give its agent_id as `to`")
-        self.expect(inboxes[0])
+        if not self.known(inboxes[0]):
+            raise self._unknown(inboxes[0], self.close_to(inboxes[0]), "see `agents` for who is here")
         if self.unread(inboxes[0]) >= self.limits.max_inbox:
             raise self._no_room(inboxes)
         return inboxes[0]
@@ -2905,7 +2963,7 @@ class Hub:
         by_proposer = what in ("cancel", "assign") and sender in (task.proposer, OPERATOR)
         by_holder = sender == task.holder or (sender == OPERATOR and what != "accept")
         if task.ended or (task.state == "accepted" and what != "cancel" and not (by_proposer or by_holder)):
-            raise self._taken(task, at)
+            raise self._taken(task, what, at)
         if what in ("cancel", "assign") and not by_proposer and (what == "cancel" or task.state != "accepted"):
             fix = "release it instead" if what == "cancel" else "accept it yourself"
             raise Forbidden(f"only {task.proposer}, who proposed it, may {what} task {task.short}: {fix}")
@@ -2917,7 +2975,7 @@ class Hub:
         elif what != "cancel" and task.state != "accepted":
             raise Forbidden(f"nobody holds task {task.short}, which is {task.state}: accept it first")
 
-    def _taken(self, task: Task, at: int) -> HubError:
+    def _taken(self, task: Task, what: str, at: int) -> HubError:
         details: Json = {"task_id": task.id, "state": task.state} | ({"holder": task.holder} if task.holder else {})
         if task.state == "completed":
             words = f"is completed by {task.holder} already"
@@ -2926,7 +2984,8 @@ class Hub:
         else:
             until = details["expires_at"] = timestamp(self.lost_at(task, at))
             words = f"is held by {task.holder}, until {until} if that falls silent"
-        return TaskTaken(f"task {task.short} {words}: take another one (`task next`)", **details)
+        fix = "take another one (`task next`)" if what == "accept" else "see what became of it with `task show`"
+        return TaskTaken(f"task {task.short} {words}: {fix}", **details)
 
     def _complete(self, task: Task, at: int, result: str) -> None:
         """A task is completed; those that waited for it alone are open now."""
@@ -3097,18 +3156,20 @@ class Hub:
     def _lock_held(self, at: int, want: LockRequest, in_way: Overlap | LockRequest, circle: str) -> HubError:
         details: Json
         if isinstance(in_way, LockRequest):
-            words = f"{', '.join(want.paths[:3])} is free, but {in_way.agent_id} waits for it and was here before"
+            paths = ", ".join(map(shown_path, want.paths[:3]))
+            words = f"{paths} is free, but {in_way.agent_id} waits for it and was here before"
             details = {"holder": in_way.agent_id, "pattern": in_way.paths[0], "path": want.paths[0], "retry_after": 1}
         else:
             lock, theirs, mine = in_way
             ends = self.lock_ends(lock, at)
             seconds = max(1, math.ceil((ends - at) / 1000))
             why = f' for "{lock.note}"' if lock.note else ""
-            words = f"{mine} is locked by {lock.agent_id} ({lock.mode}, {theirs}){why} until {timestamp(ends)}"
+            words = f"{shown_path(mine)} is locked by {lock.agent_id} ({lock.mode}, {shown_path(theirs)}){why}"
+            words += f" until {timestamp(ends)}"
             words += f", in {seconds} s"
             details = {"holder": lock.agent_id, "pattern": theirs, "path": mine, "expires_at": timestamp(ends)}
             details |= {"mode": lock.mode, "retry_after": seconds}
-        fix = "wait for it (`wait`, --wait), lock other paths, or write to its holder"
+        fix = "`lock` it with a wait, lock other paths, or write to its holder"
         if circle:
             fix = f"and waiting would never end, because {circle} waits for you: release what you hold first"
         return LockHeld(f"{words}: {fix}", **details)
@@ -3126,8 +3187,8 @@ class Hub:
             if len(self._notices) >= MAX_NOTICES:
                 self._notices.clear()
             self._notices[key] = at + NOTICE_SECONDS * 1000
-            words = f"{want.agent_id} {'waits for' if want.wait_until > at else 'was refused'} {mine}, which you have"
-            words += f" locked ({theirs}): release it as soon as you can (`unlock`), or say how long it takes"
+            words = f"{want.agent_id} {'waits for' if want.wait_until > at else 'was refused'} {shown_path(mine)},"
+            words += f" which you have locked ({shown_path(theirs)}): release it as soon as you can, or say how long"
             payload = {"lock_id": lock.lock_id, "path": mine, "message": words}
             message = Message(0, "", "lock_wanted", want.agent_id, "", dump(payload), 0, via="hub")
             self._deliver(at, message, dump(holder), (holder,), ())
@@ -4777,6 +4838,8 @@ class Operations:
         call: Call, recipient: Recipient, type: MessageType | None = None, **more: Unpack[Sending]
     ) -> Steps[Response]:
         """Send the body: JSON if it says so, else text."""
+        if not call.body.strip() and type in (None, "message", "broadcast", "request", "response"):
+            raise InvalidRequest("the body is empty: send what you want to say in it, e.g. `curl -d 'hello'`")
         if call.head.media == "application/json":
             message = parse_json(call.body, call.api.settings.limits.max_depth)
         else:
@@ -4816,7 +4879,8 @@ class Operations:
                 raise InvalidRequest(f"`channel` is for what was said there: {fix}")
             member = api.hub.members.get((channel, name))
             if member is None:
-                raise Forbidden(f"`{name}` is no member of {channel}: join it first")
+                close = api.hub.close_groups(channel, name)
+                raise Forbidden(f"`{name}` is no member of {channel}{hint_of(close)}: join it first", **meaning(close))
             since = 0 if history == "full" else member.since
         if before is not None and (start is not None or unread):
             raise InvalidRequest("`before` is for the newest messages: leave out `after`, `unread` and `claim`, or it")
@@ -4870,7 +4934,7 @@ class Operations:
         if receipt is None:
             raise NotFound(f"no message `{message_id}` is kept here (any more): check the id in the receipt")
         if call.agent_id not in (OPERATOR, receipt.message.sender, *receipt.inboxes):
-            raise Forbidden(f"only its sender and its recipients may trace a message, and `{call.agent_id}` is neither")
+            raise Forbidden(f"only its sender and its recipients may see or answer it: `{call.agent_id}` is neither")
         message = receipt.message
 
         def _body() -> Json:
@@ -4930,7 +4994,9 @@ class Operations:
     def channel(call: Call, channel: Channel) -> Response:
         """One channel."""
         if not call.api.hub.members.find("channel", channel):
-            raise NotFound(f"nobody is in {channel}: join it, or see /api/v1/channels for what there is")
+            close = call.api.hub.close_groups(channel, "")
+            words = f"nobody is in {channel}{hint_of(close)}: join it, or see the list of `channels`"
+            raise NotFound(words, **meaning(close))
         return Response(channels_json(call, [channel])[0])
 
     @operation("POST", "/api/v1/channels/{channel}/join", frame="join", command="join CHANNEL")
@@ -4943,7 +5009,8 @@ class Operations:
     def leave_channel(call: Call, channel: Channel) -> Steps[Response]:
         """Leave a channel."""
         left = yield from do(Hub.leave_channel, call.agent_id, channel)
-        return Response({"success": True, **members_json(call, channel), "left": left})
+        close = [] if left else call.api.hub.close_groups(channel, call.agent_id)
+        return Response({"success": True, **members_json(call, channel), "left": left, **meaning(close)})
 
     # tasks
 
@@ -5124,7 +5191,7 @@ class Operations:
     def get_note(call: Call, key: NoteKey) -> Response:
         """A note with its `value` and `version`, as it is when the answer leaves."""
         if not call.api.hub.note(key, call.at):
-            raise NotFound(f"there is no note `{key}`: see /api/v1/notes, or `note list`")
+            raise NotFound(f"there is no note `{key}`: see `note list`")
 
         def _body() -> str:
             note, value = call.api.log.note(key) or (Note(key, 0, "", call.at, gone=True), "")
@@ -5453,12 +5520,15 @@ def receipt_text(call: Call, receipt: Receipt) -> str:
         more = f'"connected":{connected},"unread":{hub.unread(name)}{close}'
         rows.append(f'{{"agent_id":{shown},"state":"{state}",{more}}}')
     warning = reaches_nobody(hub, receipt) if not rows or message.lease else ""
+    vain = groups_in_vain(hub, message) if not rows or message.to[0] == "[" else []
+    if rows and vain:
+        warning = "; ".join(map(nobody_in, vain))
     if receipt.full:
         warning = f"no room in the inbox of {', '.join(receipt.full[:5])}: send it to them later, with another id"
     more = f',"thread":"{message.thread}"' if message.thread else ""
     more += f',"due_at":"{timestamp(message.due_at)}"' if message.due_at else ""
     more += f',"warning":{dump(warning)}' if warning else ""
-    meant = close_recipients(hub, message) if not rows else []
+    meant = [close for name in vain[:MAX_CLOSE] for close in hub.close_groups(name, message.sender)]
     more += f',"did_you_mean":{dump(meant)}' if meant else ""
     more += ',"duplicate":true' if receipt.duplicate else ""
     kinds = list(states.values())
@@ -5485,10 +5555,9 @@ def delivery_states(call: Call, receipt: Receipt) -> dict[str, str]:
     return states
 
 
-def close_recipients(hub: Hub, message: Message) -> list[str]:
-    """What may be meant by those groups in a message's `to` in which nobody else is."""
-    groups = [name for name in named_in(message.to) if is_group(name) and not hub.resolve(name, message.sender)[0]]
-    return [close for name in groups[:MAX_CLOSE] for close in hub.close_groups(name, message.sender)]
+def groups_in_vain(hub: Hub, message: Message) -> list[str]:
+    """Those groups in a message's `to` in which nobody else is."""
+    return [name for name in named_in(message.to) if is_group(name) and not hub.resolve(name, message.sender)[0]]
 
 
 def reaches_nobody(hub: Hub, receipt: Receipt) -> str:
@@ -5503,7 +5572,7 @@ def reaches_nobody(hub: Hub, receipt: Receipt) -> str:
     if message.reply_to in hub.tasks and message.type in Hub.TASK_MESSAGES:
         return ""  # it concerns no other agent
     kept = "the task is on the board for whoever comes" if task else "the message was kept for no one"
-    return f"nobody else is in {to} now: {kept}"
+    return f"{nobody_in(to) if isinstance(to, str) else f'nobody else is in {to} now'}: {kept}"
 
 
 # The times in a trace, and the state each stands for, the latest first: the first that is there says how it is.
@@ -5715,7 +5784,7 @@ class Tool(NamedTuple):
             if more := values.keys() - set(takes):
                 fix = f"that takes {', '.join(takes) or 'nothing more'}"
                 raise InvalidRequest(f"`{min(more)}` is not for {checked['action']}: {fix}")
-            Fields(own.values()).read(values)
+            Fields(own.values()).read({name: value for name, value in values.items() if name in own})
         if "id" in values and "id" in own:
             values[own["id"].parameter] = values.pop("id")
         return row, values
@@ -6884,7 +6953,7 @@ class Access:
             raise Unauthorized("this is no agent's token (any more): register again to get a new one, or leave it out")
         if re.fullmatch(f"{ID}[.][0-9a-f]{{64}}", token):
             raise Unauthorized(f"this agent's token has ended: {SET_KEY}, and register again to get a new one")
-        raise Unauthorized(f"this is not the key of this hub: {SET_KEY}")
+        raise Unauthorized(f"this is neither the key of this hub nor an agent's token here: {SET_KEY}, and send that")
 
     def actor(self, row: Row, name: str | None, holder: str, with_key: bool) -> str:
         """Who acts: the agent that is named; with a token only its own. Who has the hub's key is no guest but the
@@ -7042,7 +7111,8 @@ def admit(
     rate, a registration with that of the name, and who is no agent here by address: made-up names would each have a
     rate of their own."""
     holder, with_key = api.access.identify(row, head, peer, at)
-    values = read_request(api, row, head, body, in_path, "" if holder or row.default_actor is not None else row.actor)
+    needed, implied = ("", row.actor) if holder else (row.actor if row.default_actor is None else "", "")
+    values = read_request(api, row, head, body, in_path, needed, implied)
     name = values.pop(row.actor, None) if row.actor else None
     actor = api.access.actor(row, name, holder, with_key)
     if with_key:
@@ -7071,9 +7141,11 @@ def begin(api: Api, row: Row, call: Call) -> None:
         api.hub.touch(call.at, call.agent_id)
 
 
-def read_request(api: Api, row: Row, head: Head, body: bytes, in_path: dict[str, str], needed: str) -> Json:
+def read_request(
+    api: Api, row: Row, head: Head, body: bytes, in_path: dict[str, str], needed: str, implied: str
+) -> Json:
     """The checked fields of a request: from its path, query, headers and body. Raises InvalidRequest, also where the
-    one that is `needed` is missing."""
+    one that is `needed` is missing; one that is `implied` by a token may be."""
     by_header = {name: head.headers[header] for header, name in row.all_headers if head.headers.get(header)}
     values: Json = {}
     if row.query:
@@ -7082,7 +7154,7 @@ def read_request(api: Api, row: Row, head: Head, body: bytes, in_path: dict[str,
         for field in row.query:
             if field.kind.numeric and _NUMBER(text := texts.get(field.name, "")):
                 texts[field.name] = float(text) if "." in text else int(text)
-        values = row.query.read(texts, needed)
+        values = row.query.read(texts, needed, implied)
     if row.raw or not (row.body or row.method == "POST"):
         return values
     check_media(head, body)
@@ -7091,7 +7163,7 @@ def read_request(api: Api, row: Row, head: Head, body: bytes, in_path: dict[str,
         raise InvalidRequest("the body must be a JSON object")
     for name, value in by_header.items():
         posted[name] = value if posted.get(name) is None else posted[name]
-    return values | row.body.read(row.without_aliases(posted) if row.aliases else posted, needed)
+    return values | row.body.read(row.without_aliases(posted) if row.aliases else posted, needed, implied)
 
 
 def check_media(head: Head, body: bytes) -> None:

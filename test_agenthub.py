@@ -564,7 +564,8 @@ def test_patterns_overlap_where_trying_all_paths_finds_a_common_one() -> None:
         ("x[a-f]", "x[e-z]", True), ("x[!a]", "x[!b]", True), ("x[", "x[", True), ("[]a]", "]", True),
         ("[]", "[]", True), ("[!]", "x", False),
         ("?", "ab", False), ("**", "any/thing", True),
-        (".", "any/thing", True), ("a/**/b", "a/b", True), ("a/**/b", "a/x/y/b", True), ("a/**/b", "a/x", True),
+        (".", "any/thing", True), (".", "**", True), ("/", "*.py", True), ("/", "/etc/hosts", False),
+        (".", "/etc/*", False), ("a/**/b", "a/b", True), ("a/**/b", "a/x/y/b", True), ("a/**/b", "a/x", True),
         ("a/**/b*", "b/**", False), ("/etc", "etc", False),
         ("/etc/**", "/etc/x", True), ("a**b", "axb", True), ("*.tar.gz", "x*.gz", True),
         ("src/**/test_*", "src/*/**/*_a", True),
@@ -581,7 +582,6 @@ def test_a_path_has_one_spelling_and_stays_inside_the_root() -> None:
     spelled = {
         "./a//b": "a/b",
         "a/../b/": "b",
-        "": ".",
         "/": ".",
         "//x": "/x",
         "a\\b": "a/b",
@@ -593,6 +593,11 @@ def test_a_path_has_one_spelling_and_stays_inside_the_root() -> None:
     for bad in ("..", "../x", "a/../../b", "src/**/../x", "*/.."):
         with pytest.raises(ValueError, match="inside the project"):
             ah.normal_path(bad)
+    check = ah.Operations.take_lock.fields[0].kind.check
+    in_project = lambda text: ah.project_path(text, "/p", "/p")
+    for read, text in ((ah.normal_path, ""), (in_project, ""), (in_project, " "), (check, " "), (check, "{,a}")):
+        with pytest.raises(ValueError, match="empty"):  # and not the whole project
+            read(text)
     assert ah.expand_braces("src/{a,b}/{x,y}.py") == ["src/a/x.py", "src/a/y.py", "src/b/x.py", "src/b/y.py"]
     assert sorted(set(ah.expand_braces("{a,b{1,2}}"))) == ["a", "b1", "b2"] and ah.expand_braces("{a}") == ["{a}"]
     with pytest.raises(ValueError, match="fewer"):
@@ -4470,6 +4475,9 @@ def test_a_guest_is_answered_by_nobody_and_is_no_agent(world: World) -> None:
         reply = {"from": sender, "to": to, "message": "hello", "reply_to": "m1"}
         status, answer = world.call("POST", "/api/v1/messages", reply)
         assert (status, answer["error"]["code"]) == (403, "forbidden") and "no inbox" in answer["error"]["message"]
+    for body, query in ((b"", ""), (b" \n", ""), (b"", "?type=request")):
+        answer = world.raw("POST", f"/to/alpha-1{query}", body)
+        assert answer.status == 400 and "empty" in answer.body["error"]["message"]
     for kind in ("request", "ping", "task_proposal", "task_accept"):
         assert world.raw("POST", f"/to/alpha-1?type={kind}", b"x").status == 403, "nobody could answer it"
     assert world.call("POST", "/api/v1/agents/register", {"agent_id": "guest"})[0] == 400
@@ -4498,6 +4506,15 @@ def test_a_group_that_reaches_nobody_names_what_is_near(pair: World) -> None:
     assert post("#biuld")["did_you_mean"] == ["#build"]
     assert post("@detecton")["did_you_mean"] == ["@detection"]
     assert post(["#dosc", "@analysi"])["did_you_mean"] == ["#docs", "@analysis"]
+    some = post(["alpha-1", "#biuld", "@analysi"])
+    assert some["did_you_mean"] == ["#build", "@analysis"] and len(some["recipients"]) == 1
+    assert some["warning"] == "nobody else is in #biuld now; no other agent has the capability @analysi"
+    assert "warning" not in post(["alpha-1", "#build"])
+    for method, path in (("GET", "messages?channel=biuld&agent_id=beta-2"), ("GET", "channels/biuld")):
+        error = pair.call(method, f"/api/v1/{path}")[1]["error"]
+        assert error["did_you_mean"] == ["#build"] and "(did you mean #build?)" in error["message"]
+    left = pair.call("POST", "/api/v1/channels/biuld/leave", {"agent_id": "alpha-1"})[1]
+    assert (left["left"], left["did_you_mean"]) == (False, ["#build"])
     assert "did_you_mean" not in post("#zzz") and "did_you_mean" not in post("#build")
     first = post("alpha-1", type="task_proposal")["message_id"]
     assert "did_you_mean" not in post("#build", type="task_proposal", depends_on=[first]), "it waits, for #build"
@@ -6287,7 +6304,7 @@ def test_no_key_a_wrong_key_and_an_ended_token_are_three_sentences() -> None:
         assert status == 401 and "`export AGENTHUB_KEY=KEY`" in answer["error"]["message"]
         sentences.append(answer["error"]["message"])
     assert sentences[1] == sentences[2] and len(set(sentences)) == 3 and token not in sentences[3]
-    assert "none was sent" in sentences[0] and "not the key" in sentences[1] and "has ended" in sentences[3]
+    assert "none was sent" in sentences[0] and "neither the key" in sentences[1] and "has ended" in sentences[3]
 
 
 def without_signs_of_life(world: World) -> list:
@@ -6759,11 +6776,51 @@ def test_an_error_names_the_right_field_for_a_wrong_one(
     assert status == 400 and answer["error"]["message"].startswith(words)
 
 
+@pytest.mark.parametrize(
+    ("target", "body", "wrong", "right"),
+    [
+        ("POST /api/v1/messages", {"from": "w1", "to": "w2", "message": 1, "replyTo": "m1"}, "replyTo", "reply_to"),
+        ("POST /api/v1/messages", {"from": "w1", "to": "w2", "message": 1, "tpye": "request"}, "tpye", "type"),
+        ("POST /to/w2?form=w1", None, "form", "from"), ("POST /to/w2?agent_id=w1", None, "agent_id", "from"),
+        ("POST /to/w2?sender=w1", None, "sender", "from"),
+        ("GET /api/v1/messages?agent_id=w1&unraed=true", None, "unraed", "unread"),
+        ("GET /api/v1/messages?agent_id=w1&Limit=1", None, "Limit", "limit"),
+        ("POST /api/v1/tasks", {"from": "w1", "message": 1, "dependsOn": []}, "dependsOn", "depends_on"),
+        ("POST /api/v1/tasks", {"from": "w1", "message": 1, "recipient": "w2"}, "recipient", "to"),
+        ("POST /api/v1/tasks/m1/complete", {"from": "w1", "text": "done"}, "text", "message"),
+        ("POST /api/v1/locks", {"agent_id": "w1", "paths": ["a"], "waits": 5}, "waits", "wait"),
+        ("GET /api/v1/tasks?agent=w1", None, "agent", "agent_id"),
+    ],
+)  # fmt: skip
+def test_a_wrong_name_of_what_may_be_left_out_is_refused(
+    crew: World, target: str, body: dict | None, wrong: str, right: str
+) -> None:
+    method, _, path = target.partition(" ")
+    crew.send("boss", "w1")
+    before = crew.state()
+    answer = crew.raw(method, path, json.dumps(body).encode() if body else b"hi" * (method == "POST"))
+    assert answer.status == 400 and f"`{wrong}` is called `{right}` here" in answer.body["error"]["message"]
+    assert crew.state() == before
+
+
+def test_other_unknown_names_are_ignored(crew: World) -> None:
+    body = {"from": "w1", "to": "w2", "message": 1, "fom": None, "node": 1, "xx": 1, "content": 1, "sender": "w2"}
+    assert crew.call("POST", "/api/v1/messages", body)[0] == 200
+    for path in ("agents?name=w1", "tasks?id=m1&x=1", "messages?agent_id=w1&xwaitx=1&_=5"):
+        assert crew.call("GET", f"/api/v1/{path}")[0] == 200
+    token = crew.call("POST", "/api/v1/agents/register", {"agent_id": "w9", "role": "x"})[1]["token"]
+    assert crew.call("GET", "/api/v1/tasks?sender=w9", Authorization=f"Bearer {token}")[0] == 200, "who it is, is known"
+    assert ah.is_close("reply-To", "reply_to") and ah.is_close("from_", "from") and ah.is_close("fro", "from")
+    assert not any(map(ah.is_close, ("t", "ids", "form", "frmoo", "note"), ("to", "id", "forum", "from", "mode")))
+
+
 def test_a_frame_names_the_right_field_too(crew: World) -> None:
     frame = json.dumps({"type": "message", "recipient": "boss", "content": "hi"}).encode()
     assert "`recipient` is called `to` here" in crew.frame("w1", frame).body["error"]["message"]
     frame = json.dumps({"to": "boss", "content": "hi"}).encode()
     assert "`content` is called `message` here" in crew.frame("w1", frame).body["error"]["message"]
+    frame = json.dumps({"to": "boss", "message": "hi", "replyTo": "m1"}).encode()
+    assert "`replyTo` is called `reply_to` here" in crew.frame("w1", frame).body["error"]["message"]
 
 
 def test_an_agent_not_registered_yet_is_no_refusal_in_the_log(pair: World) -> None:
