@@ -398,9 +398,9 @@ def hint_of(close: Sequence[str]) -> str:
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
-def meaning(close: Sequence[str]) -> Json:
-    """What may have been meant, as a field of an answer; without anything close, none."""
-    return {"did_you_mean": list(close)} if close else {}
+def present(**fields: Any) -> Json:
+    """Those of the fields that are not empty."""
+    return {name: value for name, value in fields.items() if value}
 
 
 def nobody_in(group: str) -> str:
@@ -751,11 +751,9 @@ def project_root(folder: str) -> str:
 def project_path(path: str, folder: str, root: str, resolve: Callable[[str], str] = os.path.realpath) -> str:
     """How locks name a path or glob, however it is written by one who stands in `folder`: relative to the project's
     root, with links resolved; absolute if it lies outside; `/` is the whole project. Raises ValueError."""
-    if not path.strip():
-        raise ValueError("not empty: `/` is the whole project")
     if path == "/":
         return "."
-    parts = normal_path(os.path.join(os.path.abspath(folder), path)).split("/")
+    parts = normal_path(os.path.join(os.path.abspath(folder), path) if path.strip() else "").split("/")
     literal = next((i for i, part in enumerate(parts) if _WILD.search(part)), len(parts))
     head, inside = resolve("/".join(parts[:literal]) or "/"), os.path.join(resolve(root), "")
     whole = os.path.join(head, *parts[literal:])
@@ -820,7 +818,7 @@ def _fits(path: str, place: str) -> int:
 def overlap(one: str, other: str) -> bool:
     """Whether two normal paths or globs have a path in common. `*` and `?` do not reach over a slash, `**` does; names
     that begin with a dot are like others. A relative path and an absolute one may be the same: only `**` meets both.
-    The whole project (`.`) meets all that is in it, which are the relative ones."""
+    The whole project (`.`) meets all relative ones."""
     if "." in (one, other):
         return not (one.startswith("/") or other.startswith("/"))
     if not _WILD.search(one + other):  # names, as most are
@@ -957,20 +955,11 @@ MISNAMED = {
 
 def is_close(word: str, name: str) -> bool:
     """Whether a word is a name but for case, `_` and `-`, or in a name of four letters or more one slip of a key."""
-    if abs(len(word) - len(name)) > 4:
-        return False
     a, b = (text.casefold().replace("_", "").replace("-", "") for text in (word, name))
-    same = next((i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), min(len(a), len(b)))
-    left, right = a[same:], b[same:]
-    swapped = left[1:2] + left[:1] + left[2:]
-    slip = right in (left[1:], swapped) or right[1:] in (left, left[1:])
-    return not left + right or (slip and len(b) > 3)
-
-
-def _meant_as(name: str, unknown: Sequence[str]) -> str:
-    """Which of the names in a request that are unknown there must mean a field that was left out; empty: none."""
-    known_as = [word for word in MISNAMED.get(name, "").split() if word in unknown]
-    return next((word for word in [*known_as, *unknown] if word in known_as or is_close(word, name)), "")
+    if len(b) < 4 or abs(len(a) - len(b)) > 1:
+        return a == b
+    near = [{text, *(text[:i] + text[i + 1 :] for i in range(len(text)))} for text in (a, b)]
+    return not near[0].isdisjoint(near[1])
 
 
 class Fields(tuple[Field, ...]):
@@ -979,6 +968,12 @@ class Fields(tuple[Field, ...]):
     @functools.cached_property
     def _index(self) -> tuple[dict[str, Field], list[Field]]:
         return {field.name: field for field in self}, [field for field in self if field.required]
+
+    @functools.cached_property
+    def _meant_by(self) -> Callable[[str], list[str]]:
+        """A function that gives the fields that a name, which is unknown here, may mean."""
+        known_as = [(field.name, MISNAMED.get(field.name, "").split()) for field in self]
+        return functools.lru_cache(100)(lambda word: [n for n, more in known_as if word in more or is_close(word, n)])
 
     def read(self, values: Json, needed: str = "", implied: str = "") -> Json:
         """The checked values by parameter, without those left out. Raises InvalidRequest, naming the field: also where
@@ -994,19 +989,18 @@ class Fields(tuple[Field, ...]):
                     raise InvalidRequest(f"`{name}` must be {error}, not {refused_value(value)}") from None
         unknown: list[str] = []
         if len(values) > len(checked):
-            few = itertools.islice(values.items(), 50)
+            few = [(name, value) for name, value in itertools.islice(values.items(), 50) if len(name) < 32]
             unknown = [name for name, value in few if name not in by_name and value is not None]
         for field in [*required, by_name[needed]] if needed in by_name else required:
             if field.parameter not in checked:
-                wrong = _meant_as(field.name, unknown)
+                wrong = next((word for word in unknown if field.name in self._meant_by(word)), "")
                 fix = f"`{wrong}` is called `{field.name}` here, " if wrong else ""
                 fix += f"give {field.kind.refusal(None) or 'any JSON value'}"
                 raise InvalidRequest(f"`{field.name}` is missing: {fix}")
-        unknown = [word for word in unknown if word not in VAGUE]
-        for field in self if unknown else ():
-            left_out = field.parameter not in checked and field.name != implied
-            if left_out and (wrong := _meant_as(field.name, unknown)):
-                raise InvalidRequest(f"`{wrong}` is called `{field.name}` here: send it under that name")
+        for word in unknown:
+            names = [name for name in self._meant_by(word) if by_name[name].parameter not in checked]
+            if word not in VAGUE and (names := [name for name in names if name != implied]):
+                raise InvalidRequest(f"`{word}` is called `{names[0]}` here: send it under that name")
         return checked
 
 
@@ -1147,7 +1141,7 @@ def _paths(value: Any) -> tuple[str, ...]:
 
 SHOWN = object()  # marks a field of a message that goes through to the envelope as it is
 AgentId = Annotated[str, AGENT_ID]
-_RESERVED = "none of ALL, operator and guest, which are reserved"
+_RESERVED = "none of ALL, operator and guest: they are reserved"
 NewAgentId = Annotated[str, without(AGENT_ID, "(?i:all)|operator|guest", _RESERVED)]
 _NAMES = "a name of 1 to 64 printable characters, which is not blank, ALL or operator"
 Name = Annotated[str, without(printable(64), " *(?i:all|operator)? *", _NAMES)]
@@ -1157,8 +1151,7 @@ _MANY_RECIPIENTS = {"type": "array", "items": _RECIPIENT.schema, "minItems": 1}
 Recipient = Annotated[str | Sequence[str], Kind({"oneOf": [_RECIPIENT.schema, _MANY_RECIPIENTS]}, _recipients)]
 MessageType = Annotated[str, TYPE]
 MessageId = Annotated[str, MESSAGE_ID]
-_PATH_WORDS = "none of search, ack and next, which are reserved"
-NewMessageId = Annotated[str, without(MESSAGE_ID, "search|ack|next", _PATH_WORDS)]
+NewMessageId = Annotated[str, without(MESSAGE_ID, "search|ack|next", "none of search, ack and next: they are reserved")]
 MessageIds = Annotated[Sequence[str], list_of(MESSAGE_ID, MAX_PAGE, f"a list of up to {MAX_PAGE} message ids")]
 JsonValue = Annotated[Any, Kind({}, lambda value: value)]
 Seq = Annotated[int, number(0, (1 << 63) - 1, whole=True)]
@@ -1957,7 +1950,7 @@ def meeting(one: Iterable[str], other: Iterable[str]) -> tuple[str, str] | None:
 
 def shown_path(path: str) -> str:
     """A path of a lock in a sentence, where `.` would be lost."""
-    return "/ (the whole project)" if path == "." else path
+    return "the whole project" if path == "." else path
 
 
 Overlap = tuple[Lock, str, str]  # a lock, the path of it that overlaps, and with which path
@@ -2191,7 +2184,7 @@ class Hub:
 
     def _unknown(self, to: str, close: list[str], fix: str) -> HubError:
         words = nobody_in(to) if is_group(to) else f"no agent `{to}` is registered here"
-        return UnknownAgent(f"{words}{hint_of(close)}: {fix}", agent_id=to, **meaning(close))
+        return UnknownAgent(f"{words}{hint_of(close)}: {fix}", agent_id=to, **present(did_you_mean=close))
 
     def status(self, agent_id: str, at: int) -> str:
         """`active` while a reader is open or the last sign of life is under ACTIVE_SECONDS old, else `offline`."""
@@ -2935,7 +2928,9 @@ class Hub:
         elif what == "progress":
             self._put_task(task.after(sender, at, what, words), what)
         elif what == "complete":
-            self._complete(task.after(sender, at, what), at, draft.message.payload if words else "")
+            result = draft.message.payload
+            result = "" if result in ('""', dump({"task_id": task.id})) else result  # it only names the task
+            self._complete(task.after(sender, at, what), at, result)
         elif what == "cancel":
             self._end(task.after(sender, at, what, words), at, f"cancelled by {sender}")
         else:
@@ -4880,7 +4875,8 @@ class Operations:
             member = api.hub.members.get((channel, name))
             if member is None:
                 close = api.hub.close_groups(channel, name)
-                raise Forbidden(f"`{name}` is no member of {channel}{hint_of(close)}: join it first", **meaning(close))
+                words = f"`{name}` is no member of {channel}{hint_of(close)}: join it first"
+                raise Forbidden(words, **present(did_you_mean=close))
             since = 0 if history == "full" else member.since
         if before is not None and (start is not None or unread):
             raise InvalidRequest("`before` is for the newest messages: leave out `after`, `unread` and `claim`, or it")
@@ -4996,7 +4992,7 @@ class Operations:
         if not call.api.hub.members.find("channel", channel):
             close = call.api.hub.close_groups(channel, "")
             words = f"nobody is in {channel}{hint_of(close)}: join it, or see the list of `channels`"
-            raise NotFound(words, **meaning(close))
+            raise NotFound(words, **present(did_you_mean=close))
         return Response(channels_json(call, [channel])[0])
 
     @operation("POST", "/api/v1/channels/{channel}/join", frame="join", command="join CHANNEL")
@@ -5009,8 +5005,8 @@ class Operations:
     def leave_channel(call: Call, channel: Channel) -> Steps[Response]:
         """Leave a channel."""
         left = yield from do(Hub.leave_channel, call.agent_id, channel)
-        close = [] if left else call.api.hub.close_groups(channel, call.agent_id)
-        return Response({"success": True, **members_json(call, channel), "left": left, **meaning(close)})
+        close = present(did_you_mean=not left and call.api.hub.close_groups(channel, call.agent_id))
+        return Response({"success": True, **members_json(call, channel), "left": left, **close})
 
     # tasks
 
@@ -5381,11 +5377,6 @@ def task_answer(call: Call, receipt: Receipt) -> Response:
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
-
-
-def present(**fields: Any) -> Json:
-    """Those of the fields that are not empty."""
-    return {name: value for name, value in fields.items() if value}
 
 
 def time_text(ms: int) -> str:
@@ -7111,8 +7102,7 @@ def admit(
     rate, a registration with that of the name, and who is no agent here by address: made-up names would each have a
     rate of their own."""
     holder, with_key = api.access.identify(row, head, peer, at)
-    needed, implied = ("", row.actor) if holder else (row.actor if row.default_actor is None else "", "")
-    values = read_request(api, row, head, body, in_path, needed, implied)
+    values = read_request(api, row, head, body, in_path, holder)
     name = values.pop(row.actor, None) if row.actor else None
     actor = api.access.actor(row, name, holder, with_key)
     if with_key:
@@ -7141,11 +7131,10 @@ def begin(api: Api, row: Row, call: Call) -> None:
         api.hub.touch(call.at, call.agent_id)
 
 
-def read_request(
-    api: Api, row: Row, head: Head, body: bytes, in_path: dict[str, str], needed: str, implied: str
-) -> Json:
-    """The checked fields of a request: from its path, query, headers and body. Raises InvalidRequest, also where the
-    one that is `needed` is missing; one that is `implied` by a token may be."""
+def read_request(api: Api, row: Row, head: Head, body: bytes, in_path: dict[str, str], holder: str) -> Json:
+    """The checked fields of a request: from its path, query, headers and body. Raises InvalidRequest, also where it
+    does not say who acts and must: the `holder` of a token need not."""
+    needed, implied = ("", row.actor) if holder else (row.actor if row.default_actor is None else "", "")
     by_header = {name: head.headers[header] for header, name in row.all_headers if head.headers.get(header)}
     values: Json = {}
     if row.query:
@@ -10170,8 +10159,7 @@ def spelt(text: str) -> str:
 
 def did_you_mean(answer: Json) -> str:
     """What is close to a name that nobody has, where an answer says so."""
-    close = answer.get("did_you_mean")
-    return f" (did you mean {' or '.join(close)}?)" if close else ""
+    return hint_of(answer.get("did_you_mean") or ())
 
 
 def warn(receipt: Json) -> None:
@@ -10287,7 +10275,9 @@ def message_line(envelope: Json, me: str | None = None, most: int = 0) -> str:
     named = short_id(about, envelope.get("task_seq") or envelope["seq"])
     task = "a task" if named == id else f"task {named}"
     task += " again" if type == "task_proposal" and "reply_to" in envelope else ""
-    does = _SAID.get(type, f"({type})").format(task)
+    own = envelope["message"] if isinstance(envelope["message"], dict) else {}
+    lost = type in ("task_release", "task_fail") and own.keys() == {"task_id", "reason"}  # as the hub says it
+    does = ("has lost {}" if lost else _SAID.get(type, f"({type})")).format(task)
     words += _task_note(envelope)
     to = envelope["to"] if isinstance(envelope["to"], str) else ", ".join(envelope["to"])
     whom = to if type in ("request", "response", "ping") else f"to {to}"  # asks beta, proposes a task to beta
@@ -10309,8 +10299,11 @@ _RECEIVED = {"pushed": "pushed to", "unknown": "waits for", "inbox_full": "has n
 def _task_note(envelope: Json) -> str:
     """What an envelope says of its task, beside the message: its title, who gave it back and why, and how it is."""
     back, why = envelope.get("released_by"), f": {envelope['reason']}" if "reason" in envelope else ""
-    notes = [envelope.get("task"), f"given back by {back}{why}" if back else "", envelope.get("state")]
-    notes += [f"try {envelope['attempt']}"] if "attempt" in envelope else []
+    notes = [envelope.get("task"), f"given back by {back}{why}" if back else ""]
+    if "attempt" in envelope:
+        failed, state = envelope["type"] == "task_fail", envelope.get("state")
+        notes.append(f"{'that was ' if failed else ''}try {envelope['attempt']}")
+        notes.append("the last" if state == "failed" else "it is open again" if failed else "")
     return f" [{'; '.join(filter(None, notes))}]" if any(notes) else ""
 
 
@@ -10349,11 +10342,11 @@ def _channel_text(channel: Json) -> str:
 def task_line(task: Json) -> str:
     """A task in one line, with the words of its newest step."""
     text = f"{short_id(task['task_id'], task['seq'])} {task['state']}"
-    text += f" by {task['holder']}" if "holder" in task else ""
+    text += f" by {task['holder']}" if "holder" in task and task["state"] in ("accepted", "completed") else ""
     text += f" until {task['lease_until'][11:19]} unless heard of" if "lease_until" in task else ""
     text += f", waits for {', '.join(task['waits_for'])}" if "waits_for" in task else ""
     text += f", due {to_second(task['deadline_at'])}" if "deadline_at" in task and "result" not in task else ""
-    text += f" ({task['reason']})" if "reason" in task else ""
+    text += f" ({task['reason'].removeprefix('cancelled ')})" if "reason" in task else ""
     step = task["history"][-1] if "history" in task else {"words": ""}
     text += f', {step["agent_id"]} {step["what"]}: "{title_of(step["words"])}"' if step["words"] else ""
     to = task["to"] if isinstance(task["to"], str) else ", ".join(task["to"])
@@ -11020,7 +11013,8 @@ def _leave_command(args: argparse.Namespace) -> None:
         raise Misuse("name the channel to leave, or say --hub to leave the hub itself")
     answer = Identity(args).act(lambda client: client.leave(args.channel))
     text = f"{answer['agent_id']} has left the hub" if args.hub else f"left {answer['channel']}"
-    show(args, answer, text if answer.get("left", True) else f"you were not in {answer['channel']}")
+    text = text if answer.get("left", True) else f"you were not in {answer['channel']}{did_you_mean(answer)}"
+    show(args, answer, text)
 
 
 @command_line("channels", "which channels there are, and who is in them", example="agenthub channels")

@@ -1396,6 +1396,10 @@ def wanted(world: World, name: str) -> list[tuple[str, str]]:
 
 
 def test_a_holder_hears_once_in_a_while_who_wants_its_lock(crew: World) -> None:
+    lock(crew, "w1", ".", mode="shared")
+    error = refused(ah.LockHeld, crew, lambda: lock(crew, "w2", "any"))
+    assert "any is locked by w1 (shared, the whole project) until" in error.message and "--" not in error.message
+    crew.apply("unlock", "w1")
     lock(crew, "w1", "src", id="mine"), lock(crew, "w3", "lib", mode="shared")
     ask = lambda who, *paths, **more: crew.apply(
         "notify_holders", ah.LockRequest(who, "", paths, more.pop("mode", "exclusive"), 0, **more)
@@ -2081,13 +2085,16 @@ def test_a_task_has_one_winner_and_its_result_goes_to_the_proposer(crew: World) 
     act(crew, "accept", "w2", task)
     error = refused(ah.TaskTaken, crew, lambda: act(crew, "accept", "w1", task))
     assert (error.details["holder"], error.details["state"]) == ("w2", "accepted") and "w2" in error.message
-    act(crew, "accept", "w2", task)  # asked twice, it is still its own
+    before = len(inbox(crew, "boss"))
+    assert act(crew, "accept", "w2", task).inboxes == (), "asked twice, it is still its own, which is no news"
+    assert len(inbox(crew, "boss")) == before
     for agent, kind in (("w1", "complete"), ("w1", "release"), ("boss", "complete")):
         refused(ah.TaskTaken, crew, lambda agent=agent, kind=kind: act(crew, kind, agent, task))
     act(crew, "complete", "w2", task, payload='"4f2a"')
     assert inbox(crew, "boss")[-1] == ("task_complete", "w2", '"4f2a"')
     for kind in ("accept", "complete", "release", "cancel"):
-        assert "completed by w2" in refused(ah.TaskTaken, crew, lambda kind=kind: act(crew, kind, "w2", task)).message
+        words = refused(ah.TaskTaken, crew, lambda kind=kind: act(crew, kind, "w2", task)).message
+        assert "completed by w2" in words and ("take another" in words) is (kind == "accept")
     crew.commit()
     assert crew.is_what_the_store_says() and not crew.hub.tasks[task].history
     payload, result, steps = crew.store.task_texts([task])[task]
@@ -2430,7 +2437,8 @@ def test_its_proposer_assigns_a_task_and_its_holder_hands_it_over(crew: World) -
     refused(ah.Forbidden, crew, lambda: act(crew, "assign", "w2", task, "w2"))
     for nobody in ("ALL", ("w2", "w3"), "@build"):
         refused(ah.InvalidRequest, crew, lambda nobody=nobody: act(crew, "assign", "boss", task, nobody))
-    refused(ah.UnknownAgent, crew, lambda: act(crew, "assign", "boss", task, "nobody"))
+    error = refused(ah.UnknownAgent, crew, lambda: act(crew, "assign", "boss", task, "w22"))
+    assert "see `agents`" in error.message and "POST" not in error.message and error.details["did_you_mean"]
     act(crew, "assign", "boss", task, "w2", payload='"you know it"')
     got = last_envelope(crew, "w2")
     assert (got["type"], got["message"], got["task"], got["reply_to"]) == (
@@ -4931,6 +4939,11 @@ def test_a_task_and_its_result_are_any_json(crew: World) -> None:
     assert taken[0] == 200 and taken[1]["task"]["lease"] == 900
     done = crew.call("POST", f"/api/v1/tasks/{made['task_id']}/complete", {"from": "w1", "result": words})[1]
     assert done["task"]["result"] == words
+    for message, result in ((None, None), (0, 0), ([], []), ("", None)):
+        task = propose(crew, "w1")
+        act(crew, "accept", "w1", task)
+        body = {"from": "w1"} | ({} if message is None else {"message": message})
+        assert crew.call("POST", f"/api/v1/tasks/{task}/complete", body)[1]["task"].get("result") == result
 
 
 def test_an_answer_to_a_repeated_proposal_is_about_that_task(crew: World) -> None:
@@ -6811,7 +6824,7 @@ def test_other_unknown_names_are_ignored(crew: World) -> None:
     token = crew.call("POST", "/api/v1/agents/register", {"agent_id": "w9", "role": "x"})[1]["token"]
     assert crew.call("GET", "/api/v1/tasks?sender=w9", Authorization=f"Bearer {token}")[0] == 200, "who it is, is known"
     assert ah.is_close("reply-To", "reply_to") and ah.is_close("from_", "from") and ah.is_close("fro", "from")
-    assert not any(map(ah.is_close, ("t", "ids", "form", "frmoo", "note"), ("to", "id", "forum", "from", "mode")))
+    assert not any(map(ah.is_close, ("t", "ids", "for", "frmoo", "note"), ("to", "id", "forum", "from", "mode")))
 
 
 def test_a_frame_names_the_right_field_too(crew: World) -> None:
@@ -9724,7 +9737,7 @@ def test_asking_ends_when_nobody_gets_the_request_or_its_recipient_leaves(
     shared_hub: LiveHub,
 ) -> None:
     asker, asked = shared_hub.client("curious"), shared_hub.client("silent")
-    for to, words in (("@nobody-can", "nobody else is in @nobody-can"), ("silence", "did you mean silent")):
+    for to, words in (("@nobody-can", "has the capability @nobody-can"), ("silence", "did you mean silent")):
         with pytest.raises(ah.UnknownAgent, match=words):
             asker.ask(to, "?")
         with pytest.raises(ah.UnknownAgent, match=words):
@@ -10138,7 +10151,14 @@ def test_a_damaged_state_file_is_as_good_as_none(text: str, shared_hub: LiveHub,
     ({"type": "task_accept", "reply_to": "01a2276d5d1c-3473b69d13", "task_seq": 9},
      "m12 beta took task m9, 3 s ago: hi"),
     ({"type": "task_release", "reply_to": "pr7", "message": {"task_id": "pr7", "reason": "silent"}},
-     "m12 beta gave task pr7 back, 3 s ago: silent"),
+     "m12 beta has lost task pr7, 3 s ago: silent"),
+    ({"type": "task_release", "reply_to": "pr7"}, "m12 beta gave task pr7 back, 3 s ago: hi"),
+    ({"type": "task_fail", "reply_to": "pr7", "attempt": 1, "state": "open"},
+     "m12 beta failed at task pr7, 3 s ago: hi [that was try 1; it is open again]"),
+    ({"type": "task_fail", "reply_to": "pr7", "attempt": 3, "state": "failed"},
+     "m12 beta failed at task pr7, 3 s ago: hi [that was try 3; the last]"),
+    ({"type": "task_proposal", "reply_to": "pr7", "released_by": "gamma", "reason": "no GPU", "attempt": 2},
+     "m12 beta proposes task pr7 again, 3 s ago: hi [given back by gamma: no GPU; try 2]"),
     ({"type": "lock_wanted", "message": {"lock_id": "x", "message": "src is wanted"}},
      "m12 beta wants what you have locked, 3 s ago: src is wanted"),
     ({"type": "task_proposal", "reply_to": "pr7", "released_by": "gamma", "reason": "no GPU"},
@@ -10605,7 +10625,7 @@ def test_odd_words_are_refused_in_one_line_or_obeyed(live: object) -> None:
     assert "alive at 20" in hub.here("send", "b", "x", "--type", "heartbeat").stdout
     assert "ok   hub" in hub.here("doctor", "nice name").stdout
     nobody = hub.here("ask", "@none", "?")
-    assert (nobody.returncode, nobody.stderr.count("nobody else is in @none")) == (1, 1)
+    assert (nobody.returncode, nobody.stderr.count("no other agent has the capability @none")) == (1, 1)
     unheard = hub.here("ping", "b", "--wait", "0.01")
     assert unheard.returncode == 4 and "inbox" not in unheard.stderr
     for words, code in [
@@ -10633,6 +10653,7 @@ def test_teamwork_from_the_shell(live: object) -> None:
     assert (
         run("leave", "#build", "--as", "beta") == "left #build\n"
         and run("leave", "#build", "--as", "beta") == "you were not in #build\n"
+        and run("leave", "biuld", "--as", "beta") == "you were not in #biuld (did you mean #build?)\n"
     )
     run("leave", code=2), run("leave", "#build", "--hub", code=2), run("history", "--history", "full", code=2)
     assert "queued for alpha" in run("send", "@build", "job", "--one", "--lease", "30s", "--as", "beta")
