@@ -938,8 +938,8 @@ def field_of(parameter: str, annotation: str, required: bool) -> Field:
 
 
 # By the name of a field, what callers who have not read about it call it: an error then names the right one. In place
-# of a field that may be left out, the VAGUE ones may mean anything else.
-VAGUE = ("id", "name", "to")
+# of a field that may be left out, the VAGUE ones may mean anything else (`attempt` is in envelopes, which get copied).
+VAGUE = ("id", "name", "to", "attempt")
 MISNAMED = {
     "message": "content text body msg payload data task prompt",
     "from": "agent_id sender from_agent from_id author agent",
@@ -1086,7 +1086,7 @@ def list_of(item: Kind, longest: int, words: str) -> Kind:
 
 ID = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 AGENT_ID = pattern(ID, "an agent_id: 1 to 64 of A-Z a-z 0-9 . _ - and a letter or digit first")
-MESSAGE_ID = pattern("[A-Za-z0-9._:-]{1,64}", "a message id: 1 to 64 of A-Z a-z 0-9 . _ : -")
+MESSAGE_ID = pattern("[A-Za-z0-9._:-]{1,64}", "an id, e.g. m12: 1 to 64 of A-Z a-z 0-9 . _ : -")
 CAPABILITY = pattern("[A-Za-z0-9][A-Za-z0-9._:-]{0,63}", "1 to 64 of A-Z a-z 0-9 . _ : -")
 TYPE = pattern("[a-z][a-z0-9_.-]{0,63}", "a type: 1 to 64 of a-z 0-9 _ . - and a letter first")
 _GROUP = "#[a-z0-9][a-z0-9._-]{0,63}|@[A-Za-z0-9][A-Za-z0-9._:-]{0,63}"
@@ -1164,7 +1164,6 @@ Delay = Annotated[float, number(0, 366 * 86_400)]
 ClaimSeconds = Annotated[float, number(1, 86_400)]
 NoteVersion = Annotated[int, number(0, (1 << 53) - 1, whole=True)]
 Channel = Annotated[str, Kind({"type": "string"}, _channel)]
-OnePath = Annotated[str, Kind(_PATH.schema, lambda value: _paths(_PATH.check(value)))]
 _MANY_PATHS = {"type": "array", "items": _PATH.schema, "minItems": 1}
 Paths = Annotated[str | Sequence[str], Kind({"oneOf": [_PATH.schema, _MANY_PATHS]}, _paths)]
 NoteKey = Annotated[str, pattern("[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}", "a key: 1 to 128 of A-Z a-z 0-9 . _ : / -")]
@@ -2809,9 +2808,10 @@ class Hub:
         return max(self.alive_at(task.holder, at), task.since) + task.lease
 
     def best_task(self, agent_id: str) -> Task | None:
-        """The open task to take next: urgent, then for few, then old; not its own, nor one it has just given back."""
+        """The open task to take next: urgent, then for few, then old; not its own for others, nor what it gave back."""
         tasks = [self.tasks[id] for id in self.tasks.find("state", "open")]
-        tasks = [t for t in tasks if agent_id not in (t.proposer, t.released_by) and self.is_able(agent_id, t)]
+        tasks = [t for t in tasks if t.proposer != agent_id or t.to == dump(agent_id)]
+        tasks = [t for t in tasks if t.released_by != agent_id and self.is_able(agent_id, t)]
 
         def _rank(task: Task) -> tuple[int, int, int]:
             width = max(2 if to == EVERYONE else int(to[0] in "#@") for to in named_in(task.to))
@@ -4671,7 +4671,7 @@ OneAgent = AgentId | None
 TaskState = Annotated[str | None, choice("blocked", "open", "accepted", "completed", "cancelled", "failed")]
 Assignee = Annotated[str, printable(64), "the agent_id or name of the one agent that is to hold it"]
 Attempts = Annotated[int, number(0, 1000, whole=True)]
-Overlapping = Annotated[OnePath | None, "only what overlaps with this path or glob"]
+Overlapping = Annotated[Paths | None, "only what overlaps with this path or glob, or with one of these"]
 Value = Annotated[JsonValue, "any JSON value"]
 IfVersion = Annotated[NoteVersion | None, "only if that is its version; 0: only if there is none"]
 OwnId = Annotated[AgentId | None, "who this is; implied by a token"]
@@ -5269,7 +5269,8 @@ class Operations:
         if key:
             secret = "AGENTHUB_TOKEN" if call.agent_id and not call.with_key else "AGENTHUB_KEY"
         unread = hub.unread(me) if taken else 0
-        text = guide(Visitor(url, me, not named, taken, unread, secret, peers if trusted else None))
+        seen = peers if trusted else None
+        text = guide(Visitor(url, me, not named, taken, unread, secret, seen, hub.limits.rate_limit))
         if format == "json":
             return Response({"guide": text}, settled=True)
         return Response(text, settled=True, content_type="text/plain; charset=utf-8")
@@ -5711,40 +5712,43 @@ def call_operation(call: McpCall, row: Row, **values: Any) -> Steps[Json]:
     return cast(Json, json.loads(body) if isinstance(body, (str, bytes)) else body)
 
 
-ID_FIELDS = ("agent_id", "task_id", "message_id")  # what an operation is about: `id` in a tool
+ID_FIELDS = ("agent_id", "task_id", "message_id")  # what an operation is about
+TOOL_WORDS = dict.fromkeys(ID_FIELDS, "id") | {"path": "paths"}  # what fields are called in tools
 
 
+@functools.cache
 def tool_fields(row: Row) -> Fields:
     """The fields of an operation by the names that tools have for them."""
-    about = [field._replace(name="id") for field in row.fields if field.name in ID_FIELDS]
-    rest = [field for field in row.fields if field.name not in ("id", *ID_FIELDS)]
-    return Fields([*about, *rest]) if about else row.fields
+    fields = [field._replace(name=TOOL_WORDS.get(field.name, field.name)) for field in row.fields]
+    twice = sum(field.name == "id" for field in fields) > 1
+    return Fields(field for field in fields if not (twice and field.parameter == "id"))
 
 
-class Tool(NamedTuple):
-    """A row of the tools. `run`, whose docstring describes it to a model, makes the steps of a call from the operation
-    it is for and the checked arguments: those fields of its operations that `docs` names, with a description where
-    another one is better here. With `actions` it does one of several operations. A `slow` one may always take long,
-    others where `wait` is set; one that `looks` changes nothing. `optional` arguments may be left out, though their
-    operation needs them; an action takes `more` that its operation does not have."""
+class Tool:
+    """A row of the tools; its columns have the defaults below. `run`, whose docstring describes it to a model, makes
+    the steps of a call from the operation it is for and the checked arguments: those fields of its operations that
+    `docs` names, with a description where another one is better here. With `actions` it does one of several operations.
+    A `slow` one may always take long, others where `wait` is set; one that `looks` changes nothing. `optional`
+    arguments may be left out, though their operation needs them; an action takes `more` that its operation does not
+    have."""
 
-    run: Callable[[McpCall, Row, Json], Steps[Json]]
-    docs: Mapping[str, str | None]
-    rows: Sequence[Row] = ()
     actions: Mapping[str, Row] = {}
-    slow: bool = False
-    looks: bool = False
+    slow = looks = False
     optional: Sequence[str] = ()
     more: Mapping[str, Sequence[str]] = {}
 
-    @property
+    def __init__(
+        self, run: Callable[[McpCall, Row, Json], Steps[Json]], docs: Mapping[str, str | None], *rows: Row, **row: Any
+    ) -> None:
+        self.run, self.docs, self.rows = run, docs, rows
+        vars(self).update(row)
+
+    @functools.cached_property
     def fields(self) -> Fields:
-        """The arguments it takes. A wait longer than clients allow is cut."""
-        by_name: dict[str, Field] = {}
+        """The arguments it takes."""
+        by_name = {"offset": _OFFSET}  # of several of a name, that of the first operation
         for row in (*self.actions.values(), *self.rows):
-            for field in tool_fields(row):
-                by_name.setdefault(field.name, field)  # of several of a name, that of the first operation
-        by_name |= _OWN_FIELDS
+            by_name = {field.name: field for field in tool_fields(row)} | by_name
         fields = [Field("action", choice(*self.actions), True, parameter="action")] if self.actions else []
         for name, doc in self.docs.items():
             field = by_name[name]
@@ -5754,43 +5758,36 @@ class Tool(NamedTuple):
 
     def read(self, name: str, values: Json) -> tuple[Row, Json]:
         """The operation that a call is for, and the arguments as that takes them. Raises InvalidRequest."""
-        fields = self.fields
-        names = [field.name for field in fields]
-        if "id" in names:  # the words of HTTP are understood
+        fields, by_name = self.fields, {field.name: field for field in self.fields}
+        if "id" in by_name:  # the words of HTTP are understood
             if len(words := sorted(values.keys() & {"id", *ID_FIELDS})) > 1:
                 raise InvalidRequest(f"`{'` and `'.join(words)}` are one argument here: give `id` alone")
             values = {"id" if word in ID_FIELDS else word: value for word, value in values.items()}
-        if more := values.keys() - {"as", *names}:
-            raise InvalidRequest(f"{name} has no argument {refused_value(min(more))}: it takes {', '.join(names)}")
+        for word in sorted(values.keys() - {"as", *by_name}):
+            meant = [name for name in by_name if word in MISNAMED.get(name, "").split() and name not in values]
+            fix = f"it is called `{meant[0]}` here" if meant else f"it takes {', '.join(by_name)}"
+            raise InvalidRequest(f"{name} has no argument {refused_value(word)}: {fix}")
         if isinstance(values.get("to"), str) and "," in values["to"]:  # several, as on the command line
             values = values | {"to": values["to"].split(",")}
+        for word, most in (("wait", MAX_TOOL_WAIT), ("limit", MAX_PEERS)):
+            if type(values.get(word)) in (int, float):  # what clients do not allow is cut
+                values = values | {word: min(values[word], most)}
         checked = fields.read(values)
         values = {field.name: values[field.name] for field in fields if field.parameter in checked}
-        values |= {name: checked[name] for name in ("wait", "limit") if name in checked}
         row = self.actions[values.pop("action")] if self.actions else self.rows[0]
         own = {field.name: field for field in tool_fields(row)}
         if self.actions:
-            takes = ["paths" if name == "path" else name for name in own]  # one call for each path
-            takes = [name for name in [*takes, *self.more.get(checked["action"], ())] if name in self.docs]
+            takes = [name for name in [*own, *self.more.get(checked["action"], ())] if name in self.docs]
             if more := values.keys() - set(takes):
                 fix = f"that takes {', '.join(takes) or 'nothing more'}"
                 raise InvalidRequest(f"`{min(more)}` is not for {checked['action']}: {fix}")
-            Fields(own.values()).read({name: value for name, value in values.items() if name in own})
-        if "id" in values and "id" in own:
-            values[own["id"].parameter] = values.pop("id")
+            tool_fields(row).read({name: value for name, value in values.items() if name in own})
+        for word in values.keys() & own.keys() & set(TOOL_WORDS.values()):
+            values[own[word].parameter] = values.pop(word)
         return row, values
 
 
-def _capped(name: str, low: float, most: float, whole: bool = False) -> Field:
-    """A number that is cut to `most`."""
-    kind = number(low, most, whole)
-    cut = Kind({"type": kind.schema["type"]}, lambda n: kind.check(min(n, most) if type(n) in (int, float) else n))
-    return Field(name, cut, parameter=name)
-
-
-# Arguments of tools that no operation has, or not so.
-_OWN_FIELDS = {"wait": _capped("wait", 0, MAX_TOOL_WAIT), "limit": _capped("limit", 1, MAX_PEERS, True)}
-_OWN_FIELDS["offset"] = Field("offset", number(0, MAX_ANSWER, whole=True), parameter="offset")
+_OFFSET = Field("offset", number(0, MAX_ANSWER, whole=True), parameter="offset")
 _AS = field_of("as", "Annotated[AgentId, 'who you are, if not known yet']", False)
 
 # The arguments of the tools.
@@ -5815,11 +5812,16 @@ _TASK_ACTIONS: dict[str, Row] = {"show": Operations.task, "list": Operations.tas
 _TASK_ACTIONS |= {"next": Operations.take_task, "accept": Operations.accept_task, "complete": Operations.complete_task}
 _TASK_ACTIONS |= {"release": Operations.release_task, "fail": Operations.fail_task, "cancel": Operations.cancel_task}
 _TASK_ACTIONS |= {"progress": Operations.progress_task, "assign": Operations.assign_task}
-_LOCK_ACTIONS: dict[str, Row] = {"take": Operations.take_lock, "release": Operations.release_lock}
-_LOCK_ACTIONS |= {"list": Operations.locks}
+_LOCK_ACTIONS = {"take": Operations.take_lock, "release": Operations.release_lock, "list": Operations.locks}
 _BOARD_ACTIONS: dict[str, Row] = {"notes": Operations.notes, "get": Operations.get_note, "set": Operations.set_note}
 _BOARD_ACTIONS |= {"channels": Operations.channels, "join": Operations.join_channel, "leave": Operations.leave_channel}
 _BOARD_ACTIONS["history"] = Operations.read_inbox
+
+# What the hub's sentences call by the commands of a shell, as a model calls it here.
+_COMMANDS = {"agents": "list_agents", "send": "send_message", "reply": "send_message", "recv": "read_messages"}
+_COMMANDS |= {"ask": "ask_agent", "locks": "lock list", "unlock": "lock release", "channels": "board channels"}
+_COMMANDS |= {"join": "board join", "leave": "board leave", "history": "board history", "note list": "board notes"}
+_COMMANDS |= {"note get": "board get", "note set": "board set"}
 
 # What a model is shown of each kind of value, because every word costs it; `old=new` renames a member.
 _SHOWN = {
@@ -5830,24 +5832,17 @@ _SHOWN = {
     "waiting": "agent_id=id paths",
     "notes": "key version agent_id=by size",
     "channels": "channel members",
-    "messages": "from to type reply_to task title attempt released_by reason redelivered",
+    "messages": "from to type reply_to task title attempt released_by reason redelivered waiting_for",
     "receipt": "warning did_you_mean due_at duplicate",
 }
 # What became of a message, by the state of its delivery.
 _REACHED = {"pushed": "pushed to {}, not acknowledged yet", "queued": "queued for {}, not read yet"}
 _REACHED |= {"unknown": "kept for {}: nobody has that id yet", "inbox_full": "refused by {}: its inbox is full"}
-# What to do next with a message of that type.
-_TO_DO = {"request": "send_message with reply_to {} answers", "task_proposal": "task accept, id {}, if you will do it"}
-_TO_DO |= {"task_assign": "you hold task {}: complete it, or release it"}
 
 
-def _with_notice(call: McpCall, result: Json) -> Json:
-    """The same with PEER_WORDS in front, unless its model has seen them lately."""
-    shown = call.shown_to()
-    if call.at - shown.warned_at < WARNING_SECONDS * 1000:
-        return result
-    shown.warned_at = call.at
-    return {"notice": PEER_WORDS, **result}
+def _in_tools(words: str) -> str:
+    """A sentence of the hub, its commands in backticks by the names that tools have for them."""
+    return re.sub("`([a-z ]+)`", lambda command: f"`{_COMMANDS.get(command[1], command[1])}`", words)
 
 
 def _first(items: Sequence[str]) -> list[str]:
@@ -5898,7 +5893,7 @@ def _text_shown(key: str, value: Any, again: str, offset: int = 0) -> Json:
 
 
 def _message_shown(call: McpCall, envelope: Json, offset: int = 0) -> Json:
-    """A message without what is as usual in it."""
+    """A message without what is as usual in it: its reader as the one it is from, or to."""
     id, about = f"m{envelope['seq']}", _short(call, envelope["reply_to"]) if "reply_to" in envelope else ""
     seldom = {"to": "" if envelope["to"] == call.agent_id else envelope["to"], "reply_to": about}
     seldom["type"] = "" if envelope["type"] in ("message", "broadcast") else envelope["type"]
@@ -5906,13 +5901,33 @@ def _message_shown(call: McpCall, envelope: Json, offset: int = 0) -> Json:
         task = about or _short(call, envelope["id"])
         seldom |= {"title": envelope.get("task"), "reply_to": "", "task": task if task != id else ""}
     sent_at = datetime.datetime.fromisoformat(envelope["timestamp"].replace("Z", "+00:00")).timestamp()
+    if envelope["from"] == call.agent_id != envelope["to"]:
+        seldom["from"] = ""
+    else:  # also from itself: in open mode anybody may have said so
+        call.quotes = True
     row = {"id": id} | _pick("messages", envelope | seldom) | present(minutes_ago=int(call.at / 1000 - sent_at) // 60)
-    says_nothing = envelope["message"] == {"task_id": envelope.get("reply_to")}  # more than its type
-    return row if says_nothing else row | _text_shown("message", envelope["message"], f"read_messages, id {id}", offset)
+    words = envelope["message"]
+    if words == {"task_id": envelope.get("reply_to")}:  # says no more than its type
+        return row
+    if envelope["type"] == "lock_wanted" and isinstance(words, dict) and isinstance(words.get("message"), str):
+        words = _in_tools(words["message"])  # which names the lock, too
+    return row | _text_shown("message", words, f"read_messages, id {id}", offset)
+
+
+def _refusal_shown(call: McpCall, error: HubError) -> Json:
+    """The error object of a refusal: the sentence, and those details that do not stand in it."""
+    words, details = _in_tools(error.message), {}
+    for key, value in error.details.items():
+        many = value if isinstance(value, (list, tuple)) else [value]
+        short = [_short(call, one) if key in ("ids", "task_id", "message_id") else one for one in many]
+        if not all(isinstance(one, str) and one in words for one in short):
+            details[key] = short if many is value else short[0]
+    return {"code": error.code, "message": words} | details
 
 
 def _task_shown(call: McpCall, task: Json, whole: bool = False, offset: int = 0) -> Json:
     """A task, with its texts from an offset on; in a list with its title only."""
+    call.quotes = call.quotes or task["proposer"] != call.agent_id
     id, texts = _short(call, task["task_id"]), {key: task[key] for key in ("message", "result") if key in task}
     steps = [_pick("history", step) for step in reversed(task.get("history", ())) if whole and step["words"]]
     waits_for = [_short(call, other) for other in task.get("waits_for", ())]
@@ -5958,29 +5973,33 @@ def _register_tool(call: McpCall, row: Row, values: Json) -> Steps[Json]:
 def _standing(call: McpCall) -> Steps[Json]:
     """Where a caller stands, and who else is active."""
     stands = yield from call_operation(call, Operations.overview)
-    held = {"tasks": [_task_shown(call, task) for task in stands["tasks"]]}
+    held = {"tasks": [_task_shown(call, task | {"holder": "", "state": ""}) for task in stands["tasks"]]}
     held["locks"] = [_pick("locks", lock | {"agent_id": ""}) for lock in stands["locks"]]
-    for key in ("owes", "waits_for"):
-        rows = [_message_shown(call, r | {"message": title_of(r["message"])}) for r in stands[key]]
-        held[key] = [row | {"waiting_for": _first(r["waiting_for"])} for row, r in zip(rows, stands[key], strict=True)]
+    usual = {"type": "message", "to": ""}
+    for key, more in (("owes", {"waiting_for": ""}), ("waits_for", {})):
+        requests = [one | usual | more | {"message": title_of(one["message"])} for one in stands[key]]
+        held[key] = [_message_shown(call, one) for one in requests]
     held = {key: _rows_shown(rows, TOOL_BYTES // len(held)) for key, rows in held.items()}
     held["lock_waits"] = [{"paths": _first(paths)} for paths in stands["lock_waits"]]
     peers = sorted(call.hub.active - {call.agent_id})
     note = "" if any(held.values()) else "you hold no task and no lock, and no request is open"
     me = {"id": call.agent_id} | present(doing=stands.get("doing"), away_until=stands.get("away_until"), note=note)
-    result = me | present(**held, channels=_first(stands["channels"])) | {"peers": _first(peers)}
-    return _with_notice(call, result) if held["owes"] or held["tasks"] else result
+    return me | present(**held, channels=_first(stands["channels"])) | {"peers": _first(peers)}
 
 
 def _agents_tool(call: McpCall, row: Row, values: Json) -> Steps[Json]:
     """Who is here: what they do, their tasks and locks, how much they have not read. `operator` is the person."""
-    wanted = values.pop("status", "")
+    wanted, rows = values.pop("status", ""), []
     every = (yield from call_operation(call, row, **values))["agents"]
     chosen = [agent for agent in every if agent["status"] == (wanted or "active")]
     rest = 0 if wanted else len(every) - len(chosen)
     note = f"{rest} offline: status offline lists them" if rest else ""
-    rows = [_pick("agents", one | {"name": one["name"] if one["name"] != one["agent_id"] else ""}) for one in chosen]
-    return {"you": call.agent_id, **_listed("agents", rows, "nobody is"), **present(note=note)}
+    for one in chosen:
+        tasks = [_short(call, id) for id in one.get("tasks", ())]
+        rows.append(
+            _pick("agents", one | {"tasks": tasks, "name": one["name"] if one["name"] != one["agent_id"] else ""})
+        )
+    return {"you": call.agent_id, **_listed("agents", rows, "there is no such agent"), **present(note=note)}
 
 
 def _send_tool(call: McpCall, row: Row, values: Json) -> Steps[Json]:
@@ -5988,9 +6007,9 @@ def _send_tool(call: McpCall, row: Row, values: Json) -> Steps[Json]:
     of it."""
     if "reply_to" in values and not ("to" in values and "type" in values):
         about = yield from call_operation(call, Operations.trace, message_id=values["reply_to"])
-        answers_one = about["type"] == "request" and about["from"] != call.agent_id
-        values = {"to": about["to"] if about["from"] == call.agent_id else about["from"], **values}
-        values = {**({"type": "response"} if answers_one else {}), **values}
+        is_own = about["from"] == call.agent_id
+        usual = {"type": "response"} if about["type"] == "request" and not is_own else {}
+        values = {"to": about["to" if is_own else "from"], **usual, **values}
     return _receipt_shown(call, (yield from call_operation(call, row, **values)))
 
 
@@ -6000,7 +6019,7 @@ def _read_tool(call: McpCall, row: Row, values: Json) -> Steps[Json]:
     offset, id, wait = values.pop("offset", 0), values.pop("id", ""), values.get("wait", 0)
     if id:
         envelope = yield from call_operation(call, Operations.trace, message_id=id)
-        return _with_notice(call, {"messages": [_message_shown(call, envelope, offset)]})
+        return {"messages": [_message_shown(call, envelope, offset)]}
     values = {"limit": TOOL_PAGE, "max_bytes": TOOL_BYTES, "claim": TOOL_CLAIM} | values
     page = yield from call_operation(call, row, **values)
     if not page["messages"]:
@@ -6008,11 +6027,21 @@ def _read_tool(call: McpCall, row: Row, values: Json) -> Steps[Json]:
         if page.get("claimed"):
             note += f"; {page['claimed']} are being read by a hook or a shell of yours"
         return {"messages": [], "note": note}
-    shown = _fresh_messages(call, page)
-    mine = {one.get("task") for one in shown if one.get("type") == "task_assign"}  # assigned since they were proposed
-    first = next((one for one in shown if one.get("type") in _TO_DO and one.get("id") not in mine), {})
-    then = _TO_DO[first["type"]].format(first.get("task", first["id"])) if first else ""
-    return _with_notice(call, {"messages": shown} | present(next=then))
+    then = next(filter(None, (_next_for(call, envelope) for envelope in page["messages"])), "")
+    return {"messages": _fresh_messages(call, page)} | present(next=then)
+
+
+def _next_for(call: McpCall, envelope: Json) -> str:
+    """What a message asks its reader to do, where that is still to be done."""
+    me, request = call.agent_id, call.hub.requests.get(envelope["id"])
+    if request and me in request.recipients:
+        return f"send_message with reply_to m{envelope['seq']} answers"
+    task = call.hub.tasks.get(envelope.get("reply_to") or envelope["id"])
+    if envelope["type"] == "task_proposal" and task and task.state == "open":
+        return f"task accept, id {task.short}, if you will do it"
+    if envelope["type"] == "task_assign" and task and task.state == "accepted" and task.holder == me:
+        return f"you hold task {task.short}: complete it, or release it"
+    return ""
 
 
 def _fresh_messages(call: McpCall, page: Json) -> list[Json]:
@@ -6026,8 +6055,7 @@ def _ask_tool(call: McpCall, row: Row, values: Json) -> Steps[Json]:
     wait = values.pop("wait", MAX_TOOL_WAIT)
     receipt = yield from call_operation(call, row, **values, type="request", registered=True)
     sent = _receipt_shown(call, receipt)
-    recipients = ", ".join(f"{one['agent_id']} ({one['state']})" for one in receipt["recipients"])
-    yield Progress(0, f"asked {recipients}, waiting for the answer")
+    yield Progress(0, f"{sent['state']}; waiting for the answer")
     result: Json = {"id": sent["id"], "answer": None}
     thread, after, ends_at = receipt.get("thread", receipt["message_id"]), receipt["seq"], call.at + wait * 1000
     while not result["answer"]:  # other mail is left alone
@@ -6036,8 +6064,7 @@ def _ask_tool(call: McpCall, row: Row, values: Json) -> Steps[Json]:
         try:
             page = yield from call_operation(call, Operations.read_inbox, **query)
         except ShuttingDown:  # the request is sent: an error would have it sent again
-            words = "the hub restarts, and no answer yet: it will come to your inbox, see read_messages"
-            result |= sent | {"warning": words}
+            late = "the hub restarts, and no answer yet"
             break
         after = page["next"]
         for envelope, shown in zip(page["messages"], _fresh_messages(call, page), strict=True):  # each was claimed
@@ -6046,9 +6073,11 @@ def _ask_tool(call: McpCall, row: Row, values: Json) -> Steps[Json]:
             else:
                 result.setdefault("messages", []).append(shown)
         if not result["answer"] and not (left and page["messages"]):  # its time is over
-            result |= sent | {"warning": f"no answer within {wait:g} s: it will come to your inbox, see read_messages"}
+            late = f"no answer within {wait:g} s"
             break
-    return _with_notice(call, result) if result["answer"] or "messages" in result else result
+    else:
+        return result
+    return result | sent | {"warning": f"{late}: it will come to your inbox, see read_messages"}
 
 
 def _task_tool(call: McpCall, row: Row, values: Json) -> Steps[Json]:
@@ -6060,40 +6089,34 @@ def _task_tool(call: McpCall, row: Row, values: Json) -> Steps[Json]:
     answer = yield from call_operation(call, row, **values)
     if row is Operations.tasks:
         rows = [_task_shown(call, task) for task in answer["tasks"]]
-        result = _listed("tasks", rows, "none that you may see") | {"total": answer["total"]}
-        return _with_notice(call, result) if any(row["proposer"] != call.agent_id for row in rows) else result
+        return _listed("tasks", rows, "none that you may see") | {"total": answer["total"]}
     task = answer if row is Operations.task else answer["task"]
     if not task:
-        return {"task": None, "note": "no open task is for you now", "next": "task next with wait, or read_messages"}
-    shown = _task_shown(call, task, whole=True, offset=offset)
-    receipt: Json = {"id": shown["id"], "state": shown["state"]}
+        then = "read_messages" if values.get("wait") else "task next with wait, or read_messages"
+        return {"task": None, "note": "no open task is for you now", "next": then}
+    receipt: Json = {"id": _short(call, task["task_id"]), "state": task["state"]}
     if row is Operations.propose_task:
         return receipt | {"sent": answer.get("warning") or _receipt_shown(call, answer)["state"]}
-    holds = task["state"] == "accepted" and task.get("holder") == call.agent_id
-    if not holds and row is not Operations.task:
+    if row not in (Operations.task, Operations.take_task, Operations.accept_task):
         return receipt
-    shown |= {"next": f"task complete, id {shown['id']}, or release, with message"} if holds else {}
-    return shown if task["proposer"] == call.agent_id else _with_notice(call, shown)
+    holds = task["state"] == "accepted" and task.get("holder") == call.agent_id
+    then = f"task complete, id {receipt['id']}, or release, with message" if holds else ""
+    return _task_shown(call, task, whole=True, offset=offset) | present(next=then)
 
 
 def _lock_tool(call: McpCall, row: Row, values: Json) -> Steps[Json]:
     """Before you edit files that others may edit: take paths or globs, all or none; release when done. Where another
     holds them you hear who, what for and until when."""
-    paths = values.pop("paths", None)
-    if row is not Operations.locks:
-        values |= {"paths": paths} if paths or row is Operations.take_lock else {"all": True}
-        answer = yield from call_operation(call, row, **values)
-        if row is Operations.take_lock:
-            return {"state": "yours", **_pick("locks", answer | {"agent_id": ""})}
+    every = {"all": True} if row is Operations.release_lock and not values else {}
+    answer = yield from call_operation(call, row, **values, **every)
+    if row is Operations.take_lock:
+        return {"state": "yours", **_pick("locks", answer | {"agent_id": ""})}
+    if row is Operations.release_lock:
         freed = [path for lock in answer["released"] for path in lock["paths"]]
         return {"released": _first(freed)} | present(note="" if freed else "you held none of that")
-    locks: dict[str, Json] = {}
-    wanted = [paths] if isinstance(paths, str) else paths or [None]
-    for path in wanted:
-        answer = yield from call_operation(call, row, path=path)
-        locks |= {lock["lock_id"]: _pick("locks", lock) for lock in answer["locks"]}
     waiting = _rows_shown(_pick("waiting", one) for one in answer["waiting"])
-    return _listed("locks", list(locks.values()), "nothing is locked there") | present(waiting=waiting)
+    locks = [_pick("locks", lock) for lock in answer["locks"]]
+    return _listed("locks", locks, "nothing is locked there") | present(waiting=waiting)
 
 
 def _board_tool(call: McpCall, row: Row, values: Json) -> Steps[Json]:
@@ -6103,23 +6126,24 @@ def _board_tool(call: McpCall, row: Row, values: Json) -> Steps[Json]:
         values = {"limit": TOOL_PAGE, "max_bytes": TOOL_BYTES, "sent": None if "channel" in values else True, **values}
         page = yield from call_operation(call, row, **values)
         rows = [_message_shown(call, envelope) for envelope in page["messages"]]
-        result = {"messages": rows} | present(before=page["previous"])
-        return _with_notice(call, result) if rows else result | {"note": "nothing was said"}
+        return {"messages": rows} | present(before=page["previous"], note="" if rows else "nothing was said")
     answer = yield from call_operation(call, row, **values)
     for kind in ("notes", "channels"):
         if kind in answer:
             return _listed(kind, [_pick(kind, each) for each in answer[kind]], f"there are no such {kind} yet")
     if row is Operations.get_note:
-        return _with_notice(call, _pick("notes", answer) | {"value": answer["value"]})
-    return _pick("notes" if "key" in answer else "channels", answer)
+        call.quotes = True
+        return _pick("notes", answer) | {"value": answer["value"]}
+    note = "you were not in it" if answer.get("left") is False else ""
+    return _pick("notes" if "key" in answer else "channels", answer) | present(note=note)
 
 
 TOOLS: dict[str, Tool] = {
-    "register": Tool(_register_tool, _WHO, (Operations.register_agent, Operations.set_status)),
-    "list_agents": Tool(_agents_tool, _AGENTS, (Operations.agents,), looks=True),
-    "send_message": Tool(_send_tool, _SEND, (Operations.send,), optional=("to",)),
-    "read_messages": Tool(_read_tool, _READ, (Operations.read_inbox, Operations.trace), optional=("id",)),
-    "ask_agent": Tool(_ask_tool, _ASK, (Operations.send, Operations.read_inbox), slow=True),
+    "register": Tool(_register_tool, _WHO, Operations.register_agent, Operations.set_status),
+    "list_agents": Tool(_agents_tool, _AGENTS, Operations.agents, looks=True),
+    "send_message": Tool(_send_tool, _SEND, Operations.send, optional=("to",)),
+    "read_messages": Tool(_read_tool, _READ, Operations.read_inbox, Operations.trace, optional=("id",)),
+    "ask_agent": Tool(_ask_tool, _ASK, Operations.send, Operations.read_inbox, slow=True),
     "task": Tool(_task_tool, _TASK, actions=_TASK_ACTIONS, more={"show": ("offset",)}),
     "lock": Tool(_lock_tool, _LOCK, actions=_LOCK_ACTIONS),
     "board": Tool(_board_tool, _BOARD, actions=_BOARD_ACTIONS),
@@ -6128,20 +6152,15 @@ TOOLS: dict[str, Tool] = {
 
 def _inbox_resource(call: McpCall, agent_id: str) -> Steps[Json]:
     """What is unread there. Reading it acknowledges nothing and claims nothing."""
-    if agent_id != call.agent_id and not call.may_name_itself:
-        raise Forbidden(f"you are `{call.agent_id}`: the inbox of `{agent_id}` is not yours to read")
     call.agent_id = agent_id
     page = yield from call_operation(call, Operations.read_inbox, unread=True, max_bytes=TOOL_BYTES)
     rows = [_message_shown(call, envelope) for envelope in page["messages"]]
     return {**({"notice": PEER_WORDS} if rows else {}), "messages": rows, "unread": page["unread"]}
 
 
-ReadResource = Callable[..., Steps[Json]]  # the steps to the contents, from the call and the words of the template
-# By URI or template of one: a name, a description, and how it is read.
-RESOURCES: dict[str, tuple[str, str, ReadResource]] = {
-    "hub://agents": ("agents", "Who is on the hub", lambda call: _agents_tool(call, Operations.agents, {})),
-    "hub://inbox/{agent_id}": ("inbox", "What an agent has not read yet", _inbox_resource),
-}
+# By URI or template of one: a name and a description.
+RESOURCES = {"hub://agents": ("agents", "Who is on the hub")}
+RESOURCES["hub://inbox/{agent_id}"] = ("inbox", "What an agent has not read yet")
 
 
 # --- MCP --------------------------------------------------------------------------------------------------------------
@@ -6200,6 +6219,7 @@ class McpCall(Parked):
         self.session: McpSession | None = None
         self.shown: ShownTo = api.mcp.shown if api else {}
         self.address, self.at, self.events = "", 0, False
+        self.quotes = False  # whether its answer has words of others
         self.headers: Headers = ()
         self.fresh: list[str] = []  # ids of the messages that this call shows, if it comes to its end
         self.progress_token = meta_of(self.params).get("progressToken")  # of a client that wants to know how far it is
@@ -6219,7 +6239,8 @@ class McpCall(Parked):
             code = INVALID_PARAMS if self.era is MODERN else NO_RESOURCE
             failure = RpcError(code, error.message, {"uri": self.params.get("uri")})
         except HubError as error:
-            failure = RpcError(REFUSED, error.message, error.wire()["error"])
+            refusal = _refusal_shown(self, error)
+            failure = RpcError(REFUSED, refusal["message"], refusal)
         except RpcError as error:
             failure = error
         except Exception:
@@ -6271,11 +6292,12 @@ def kind_of(message: Any) -> str:
 
 _SERVER = {"name": "agenthub", "title": "agenthub", "version": VERSION}
 _HELLO = {"capabilities": {"tools": {}, "resources": {"subscribe": True}}, "instructions": INSTRUCTIONS}
-_PUBLIC = {"ttlMs": 3_600_000, "cacheScope": "public"}  # for the same caller the lists change with the program only
-_CHANGING = {"ttlMs": 0, "cacheScope": "private"}  # a client has one resource more when it has registered
-_CACHED = {"server/discover": _PUBLIC, "resources/templates/list": _PUBLIC}
-_CACHED |= {"resources/list": _CHANGING, "resources/read": _CHANGING}
-_CACHED["tools/list"] = _PUBLIC | {"cacheScope": "private"}  # a caller that may act as any agent sees `as`
+# For how long a client may keep an answer, and for whom: who may act as any agent sees `as` in the tools.
+_CACHED = {
+    method: {"ttlMs": 3_600_000, "cacheScope": "public"} for method in ("server/discover", "resources/templates/list")
+}
+_CACHED |= {method: {"ttlMs": 0, "cacheScope": "private"} for method in ("resources/list", "resources/read")}
+_CACHED["tools/list"] = {"ttlMs": 3_600_000, "cacheScope": "private"}
 
 
 def response_of(era: Era, message: Json, result: Json) -> Json:
@@ -6334,11 +6356,10 @@ def _call_tool(call: McpCall) -> Steps[Json]:
         raise RpcError(INVALID_PARAMS, f"there is no tool {refused_value(name)}: there are {', '.join(TOOLS)}")
     if values is not None and not isinstance(values, dict):
         raise RpcError(INVALID_PARAMS, "a tool's arguments are an object")
-    refusal: HubError | None = None
     try:
         result = yield from _run_tool(name, dict(values or {}), call)
     except HubError as error:
-        result, refusal = error.wire(), error
+        result = {"error": _refusal_shown(call, error)}
     with contextlib.suppress(HubError):  # the tool has done its work, or was refused, all the same
         if call.agent_id:  # a sign of life, too
             beat = yield from call_operation(call, Operations.heartbeat)
@@ -6346,12 +6367,13 @@ def _call_tool(call: McpCall) -> Steps[Json]:
             result["unread"] = max(0, beat["unread"] - shown)
     if call.fresh:  # not before: a call that is abandoned earlier gets them again
         call.shown_to().ids.extend(call.fresh)
-    return tool_result(result, refusal)
+    return tool_result(result)
 
 
-def tool_result(result: Json, refusal: HubError | None) -> Json:
+def tool_result(result: Json) -> Json:
     """The result of a tool, in both forms: a client shows its model either the text or the structure."""
-    text = {"type": "text", "text": refusal.message if refusal else dump(result)}
+    refusal = result.get("error")
+    text = {"type": "text", "text": refusal["message"] if refusal else dump(result)}
     return {"content": [text], "structuredContent": result, **({"isError": True} if refusal else {})}
 
 
@@ -6371,7 +6393,12 @@ def _run_tool(name: str, values: Json, call: McpCall) -> Steps[Json]:
         call.shown_to().ids = []  # before the step: calls run side by side
         with contextlib.suppress(UnknownAgent):  # it has left meanwhile, and its mail with it
             yield from call_operation(call, Operations.acknowledge, ids=ids)
-    return (yield from TOOLS[name].run(call, row, values))
+    result = yield from TOOLS[name].run(call, row, values)
+    shown = call.shown_to()
+    if not call.quotes or call.at - shown.warned_at < WARNING_SECONDS * 1000:
+        return result
+    shown.warned_at = call.at
+    return {"notice": PEER_WORDS, **result}
 
 
 def _list_resources(call: McpCall) -> Json:
@@ -6380,38 +6407,34 @@ def _list_resources(call: McpCall) -> Json:
     key, rows, resources = "uriTemplate" if templates else "uri", [], dict(RESOURCES)
     if call.agent_id and not templates:
         resources[f"hub://inbox/{call.agent_id}"] = RESOURCES["hub://inbox/{agent_id}"]
-    for uri, (name, description, _) in resources.items():
+    for uri, (name, description) in resources.items():
         if ("{" in uri) == templates:
             rows.append({key: uri, "name": name, "description": description, "mimeType": "application/json"})
     return {"resourceTemplates" if templates else "resources": rows}
 
 
-def find_resource(uri: Any) -> tuple[ReadResource, Sequence[str]]:
-    """How the resource of a URI is read, and the words in its template's places. Raises NotFound."""
-    for template, (_, _, read) in RESOURCES.items():
-        regex = re.sub(r"\\{\w+\\}", f"({ID})", re.escape(template))
-        if isinstance(uri, str) and (match := re.fullmatch(regex, uri)):
-            return read, match.groups()
-    raise NotFound(f"there is no resource {refused_value(uri)}: see resources/list and resources/templates/list")
+def _inbox_named(call: McpCall, uri: Any) -> str:
+    """Whose inbox the resource of a URI is, if it is one. Raises NotFound, and Forbidden where it is another's."""
+    regexes = [re.sub(r"\\{\w+\\}", f"({ID})", re.escape(template)) for template in RESOURCES]
+    match = next(filter(None, (re.fullmatch(regex, str(uri)) for regex in regexes)), None)
+    if not match:
+        raise NotFound(f"there is no resource {refused_value(uri)}: see resources/list and resources/templates/list")
+    owner = match[1] if match.groups() else ""
+    if owner not in ("", call.agent_id) and not call.may_name_itself:
+        raise Forbidden(f"you are `{call.agent_id}`: the inbox of `{owner}` is not yours")
+    return owner
 
 
 def _read_resource(call: McpCall) -> Steps[Json]:
-    read, words = find_resource(call.params.get("uri"))
-    text = dump((yield from read(call, *words)))
-    return {"contents": [{"uri": call.params["uri"], "mimeType": "application/json", "text": text}]}
-
-
-def _check_watched(uri: Any, call: McpCall) -> None:
-    """Raise NotFound or Forbidden where a caller may not know when a resource changes: other agents' inboxes."""
-    find_resource(uri)
-    if uri.startswith("hub://inbox/") and uri != f"hub://inbox/{call.agent_id}" and not call.may_name_itself:
-        raise Forbidden(f"you are `{call.agent_id}`: {uri} is not yours to watch")
+    owner = _inbox_named(call, call.params.get("uri"))
+    result = yield from (_inbox_resource(call, owner) if owner else _agents_tool(call, Operations.agents, {}))
+    return {"contents": [{"uri": call.params["uri"], "mimeType": "application/json", "text": dump(result)}]}
 
 
 def _watch(call: McpCall) -> Json:
     """Begin or end to watch a resource; where there is no session, the transport keeps the list."""
     uri, session = call.params.get("uri"), call.session
-    _check_watched(uri, call)
+    _inbox_named(call, uri)
     if session and call.method == "resources/unsubscribe":
         session.uris.discard(uri)
     elif session:
@@ -6425,15 +6448,13 @@ def granted_subscription(call: McpCall) -> tuple[Json, list[str]]:
     """The first message of a subscriptions/listen, and the URIs it watches: those resources of what it wants that are
     there and that it may watch. The lists never change, so no news of that is promised. Raises RpcError."""
     wanted = call.params.get("notifications")
-    if not isinstance(wanted, dict):
-        raise RpcError(INVALID_PARAMS, "`notifications` is missing: name what to watch, e.g. resourceSubscriptions")
-    uris = wanted.get("resourceSubscriptions") or []
+    uris = (wanted.get("resourceSubscriptions") or []) if isinstance(wanted, dict) else None
     if not isinstance(uris, list) or not all(isinstance(uri, str) for uri in uris):
-        raise RpcError(INVALID_PARAMS, "`resourceSubscriptions` must be a list of URIs")
+        raise RpcError(INVALID_PARAMS, "`notifications` must be an object, its `resourceSubscriptions` a list of URIs")
     granted: list[str] = []
     for uri in uris:
         with contextlib.suppress(NotFound, Forbidden):
-            _check_watched(uri, call)
+            _inbox_named(call, uri)
             granted.append(uri)
     granted = granted[:MAX_WATCHED]
     accepted = {"notifications": {"resourceSubscriptions": granted} if granted else {}}
@@ -6612,8 +6633,7 @@ class McpEndpoint:
         except RateLimited as error:
             if message["method"] != "tools/call":
                 raise
-            refusal = tool_result(error.wire(), error)  # for the model to read
-            return Response(response_of(era, message, refusal), settled=True)
+            return Response(response_of(era, message, tool_result(error.wire())), settled=True)  # for the model to read
         answer = McpCall(era, message, name, not call.agent_id, self.api)
         answer.address = call.address
         can_stream = "text/event-stream" in accepted
@@ -6652,6 +6672,7 @@ class Visitor(NamedTuple):
     unread: int
     secret: str
     peers: list[tuple[str, str]] | None
+    rate: float = math.inf  # requests a second that the hub takes from it
 
 
 # Lines with `register` are for an agent that is not registered yet; those of curl get the options its reader needs.
@@ -6695,7 +6716,7 @@ With curl alone, instead:
 To one agent: /to/ITS-ID; ask with &type=request, answer with &type=response&reply_to=ID. In the
 ack, 0 stands for the seq of the last message you have read. Finish with the same bodies: task with
 "message" to /api/v1/tasks/ID/complete (release, fail), lock to /api/v1/locks/release. Others:
-/api/v1/agents. All there is: /openapi.json
+/api/v1/agents. All there is: /openapi.json{pace}
 MCP: {mcp}
 """
 
@@ -6735,7 +6756,8 @@ def _about(v: Visitor) -> dict[str, str]:
         here = f"{len(v.peers)} active{part}, in their own words:{''.join(rows)}"
     elif v.peers is not None:
         here = "nobody else is active now."
-    return {"hub": hub, "you": you, "here": here}
+    pace = f". At most {v.rate:g} requests a second from each agent." if v.rate < math.inf else ""
+    return {"hub": hub, "you": you, "here": here, "pace": pace}
 
 
 def _quoted(doing: str, name: str) -> str:
@@ -12811,7 +12833,7 @@ class Stdio:
         except HubError as error:
             answer = RpcError(REFUSED, error.message).wire(request.id)
             if request.is_tool:
-                answer = response_of(request.era, request.message, tool_result(error.wire(), error))
+                answer = response_of(request.era, request.message, tool_result(error.wire()))
         except Exception as error:
             sys.excepthook(type(error), error, error.__traceback__)
             answer = RpcError(INTERNAL, "agenthub failed at this request; its stderr says why").wire(request.id)

@@ -5235,7 +5235,7 @@ def test_a_tool_takes_the_fields_of_its_operation(pair: World, monkeypatch: pyte
         return ah.call_operation(call, row, **values)
 
     docs = {"paths": "", "wait": ""}
-    monkeypatch.setitem(ah.TOOLS, "count_words", ah.Tool(count, docs, (row,)))
+    monkeypatch.setitem(ah.TOOLS, "count_words", ah.Tool(count, docs, row))
     listed = json.loads(listed_tools(False))["result"]["tools"][-1]
     assert listed["description"] == "Counts words." and listed["inputSchema"]["required"] == ["paths"]
     assert listed["inputSchema"]["properties"]["paths"] == {"type": "array", "items": {"type": "string"}}
@@ -5252,6 +5252,7 @@ def test_every_tool_does_what_its_operations_do_and_counts_the_unread(pair: Worl
     assert pair.hub.agents[me].doing == "tests" and pair.hub.agents[me].name == "Al"
     listed = pair.tool("list_agents", me)
     assert listed["you"] == me and {agent["id"] for agent in listed["agents"]} == {"alpha-1", "beta-2"}
+    assert "there is no such agent" in pair.tool("list_agents", me, capability="none")["note"]
     assert next(agent for agent in listed["agents"] if agent["id"] == me)["doing"] == "tests"
     sent = pair.tool("send_message", me, to="beta-2,gamma", message={"a": 1}, type="note")
     assert sent["state"] == "queued for beta-2, not read yet; kept for gamma: nobody has that id yet"
@@ -5261,14 +5262,18 @@ def test_every_tool_does_what_its_operations_do_and_counts_the_unread(pair: Worl
     task = pair.tool("task", me, action="propose", to="beta-2", message="review")
     taken = pair.tool("task", "beta-2", action="next")
     assert taken["id"] == task["id"] and taken["message"] == "review" and f"id {task['id']}" in taken["next"]
-    assert pair.tool("task", me, action="accept", id=task["id"])["error"]["code"] == "task_taken"
+    taken = pair.tool("task", me, action="accept", id=task["id"])["error"]
+    assert taken["code"] == "task_taken" and taken.keys() == {"code", "message", "state"}
+    listed = pair.tool("list_agents", me)["agents"]
+    assert [agent["tasks"] for agent in listed if "tasks" in agent] == [[task["id"]]], "short"
     done = pair.tool("task", "beta-2", action="complete", id=task["id"], message="fine")
     assert done == {"id": task["id"], "state": "completed", "unread": done["unread"]}
     assert pair.tool("task", me, action="show", id=task["id"])["result"] == "fine"
     assert [each["state"] for each in pair.tool("task", me, action="list")["tasks"]] == ["completed"]
     assert pair.tool("lock", me, action="take", paths=["src/*.py"], note="tests")["paths"] == ["src/*.py"]
     refused = pair.tool("lock", "beta-2", action="take", paths=["src/a.py"])
-    assert refused["error"]["holder"] == me and "unread" in refused
+    assert f"src/a.py is locked by {me}" in refused["error"]["message"] and "`lock release`" not in str(refused)
+    assert refused["error"].keys() == {"code", "message", "retry_after"}, "what the sentence says is said once"
     locks = pair.tool("lock", "beta-2", action="list", paths=["src/a.py", "b"])["locks"]
     assert locks == [{"holder": me, "paths": ["src/*.py"], "note": "tests", "mode": "exclusive", "seconds": 600}]
     assert pair.tool("lock", me, action="release")["released"] == ["src/*.py"]
@@ -5280,7 +5285,9 @@ def test_every_tool_does_what_its_operations_do_and_counts_the_unread(pair: Worl
     pair.commit()
     assert [m["message"] for m in pair.tool("board", me, action="history", channel="build")["messages"]] == ["green"]
     assert pair.tool("board", me, action="channels")["channels"][0]["channel"] == "#build"
-    assert pair.tool("board", me, action="leave", channel="#build")["channel"] == "#build"
+    left = [pair.tool("board", me, action="leave", channel="#build") for _ in range(2)]
+    assert [one.get("note") for one in left] == [None, "you were not in it"] and left[0]["channel"] == "#build"
+    assert pair.tool("read_messages", me, id=sent["id"])["messages"][0].keys() == {"id", "to", "type", "message"}
     history = pair.tool("board", me, action="history", **{"with": "beta-2", "limit": 1})
     assert history["messages"][0]["message"] == "green" and history["before"]
 
@@ -5300,8 +5307,8 @@ def test_one_call_says_where_a_model_stands(pair: World) -> None:
     pair.tool("task", me, action="next")
     pair.tool("lock", me, action="take", paths=["src"])
     stands = pair.tool("register", me)
-    assert [row["id"] for row in stands["owes"]] == [owed] and stands["owes"][0]["message"] == "green?"
-    assert [(row["id"], row["waiting_for"]) for row in stands["waits_for"]] == [(asked, ["beta-2"])]
+    assert stands["owes"] == [{"id": owed, "from": "beta-2", "message": "green?"}]
+    assert stands["waits_for"] == [{"id": asked, "message": "done?", "waiting_for": ["beta-2"]}]
     assert [row["id"] for row in stands["tasks"]] == [task]
     assert stands["locks"] == [{"paths": ["src"], "mode": "exclusive", "seconds": 600}]
     assert stands["unread"] == 2 and "note" not in stands
@@ -5310,7 +5317,8 @@ def test_one_call_says_where_a_model_stands(pair: World) -> None:
 def test_work_is_handed_over_with_its_words(pair: World) -> None:
     task = {"id": pair.tool("task", "alpha-1", action="propose", message="move auth")["id"]}
     pair.tool("task", "beta-2", action="next")
-    pair.tool("task", "beta-2", action="progress", **task, message="the half of it")
+    said = pair.tool("task", "beta-2", action="progress", **task, message="the half of it")
+    assert said == {**task, "state": "accepted", "unread": said["unread"]}
     pair.tool("task", "beta-2", action="release", **task, message="tests are left")
     again = pair.tool("read_messages", "alpha-1")["messages"]
     assert [(one["type"], one["task"]) for one in again][-1] == ("task_release", task["id"])
@@ -5327,14 +5335,36 @@ def test_work_is_handed_over_with_its_words(pair: World) -> None:
     assert "no access" in str(pair.tool("task", "alpha-1", action="show", **task)["history"])
 
 
+def test_the_hubs_sentences_name_what_a_model_can_call(pair: World) -> None:
+    commands = {f"`{words}`" for words in ah._COMMANDS}
+    arguments = {field.name for tool in ah.TOOLS.values() for field in tool.fields}
+    assert not arguments & ah._COMMANDS.keys(), "an argument in backticks stays"
+    for text in ah._COMMANDS.values():
+        tool, _, action = text.partition(" ")
+        assert action in (ah.TOOLS[tool].actions or [""])
+    pair.tool("lock", "alpha-1", action="take", paths=["src"])
+    refused = pair.tool("lock", "beta-2", action="take", paths=["src"])
+    wanted = pair.tool("read_messages", "alpha-1")["messages"][0]
+    assert "beta-2" in wanted["message"] and wanted["type"] == "lock_wanted"
+    asked = pair.tool("ask_agent", "alpha-1", to="gamma", message="?")
+    assert "`list_agents`" in asked["error"]["message"]
+    note = pair.tool("board", "alpha-1", action="get", key="none")
+    for answer in (refused, wanted, asked, note, pair.tool("task", "alpha-1", action="assign", id="x", to="gamma")):
+        assert not commands & set(re.findall("`[^`]+`", str(answer))), answer
+
+
 def test_to_answer_a_model_needs_only_the_id(pair: World) -> None:
     asked = pair.tool("send_message", "beta-2", to="alpha-1", message="green?", type="request")["id"]
     page = pair.tool("read_messages", "alpha-1")
     assert page["messages"][0]["id"] == asked and asked in page["next"]
+    pair.mcp("server/discover", at="/mcp/alpha-1")  # begins anew: it was not acknowledged
     pair.tool("send_message", "alpha-1", reply_to=asked, message="yes")
     answer = pair.tool("read_messages", "beta-2")["messages"][0]
     assert (answer["type"], answer["reply_to"], answer["message"]) == ("response", asked, "yes")
     assert not pair.hub.requests_of("beta-2"), "it is answered"
+    pair.clock.advance(ah.TOOL_CLAIM)
+    again = pair.tool("read_messages", "alpha-1")
+    assert again["messages"][0]["id"] == asked and "next" not in again
     pair.tool("send_message", "alpha-1", reply_to=asked, message="and more", type="note", to="gamma")
     pair.tool("send_message", "beta-2", reply_to=answer["id"], message="good")
     last = pair.tool("read_messages", "alpha-1")["messages"][-1]
@@ -5372,6 +5402,19 @@ def test_an_answer_of_one_short_message_is_short(pair: World) -> None:
     assert len(ah.dump(sent)) < 80
     page = pair.tool("read_messages", "alpha-1")
     assert len(ah.dump(page)) < 200 and "notice" not in page
+
+
+def test_what_is_done_is_not_asked_for_again(pair: World) -> None:
+    for state in ("open", "taken"):
+        task = pair.tool("task", "beta-2", action="propose", to="alpha-1", message="review")["id"]
+        if state == "taken":
+            pair.tool("task", "alpha-1", action="accept", id=task)
+        page = pair.tool("read_messages", "alpha-1")
+        assert page["messages"][0]["id"] == task and ("next" in page) == (state == "open")
+    own = pair.tool("task", "alpha-1", action="propose", to="alpha-1", message="note to self")["id"]
+    pair.tool("task", "alpha-1", action="propose", message="for others")
+    pair.tool("task", "alpha-1", action="next")  # beta's
+    assert [pair.tool("task", "alpha-1", action="next").get("id") for _ in range(2)] == [own, None]
 
 
 def test_an_empty_result_says_why(pair: World) -> None:
@@ -5512,7 +5555,7 @@ def test_ask_agent_waits_for_the_answer_and_leaves_other_mail_alone(pair: World)
     assert call.events and call.step is ah.DURABLE
     call.resume(None, pair.clock())
     event = call.event(call.step)
-    assert '"progressToken":"p"' in event and "asked beta-2 (queued)" in event
+    assert '"progressToken":"p"' in event and "queued for beta-2" in event
     call.resume(None, pair.clock())
     assert isinstance(call.step, ah.Until) and call.step.until_at == pair.clock() + 30_000
     asked = pair.call("GET", "/api/v1/messages?agent_id=beta-2")[1]["messages"][0]
@@ -5571,6 +5614,7 @@ def test_ask_agent_says_why_there_is_no_answer(pair: World) -> None:
         ("send_message", {"to": "beta-2"}, "`message` is missing"),
         ("send_message", {"to": "#Bad", "message": 1}, "`to` must be"),
         ("send_message", {"to": "beta-2", "message": 1, "text": 2}, 'no argument "text": it takes to, message'),
+        ("send_message", {"to": "beta-2", "content": 1}, 'no argument "content": it is called `message` here'),
         ("read_messages", {"wait": -1}, "`wait` must be"),
         ("read_messages", {"wait": "5"}, "`wait` must be"),
         ("task", {"action": "do"}, "one of show, list, propose"),
@@ -5579,7 +5623,7 @@ def test_ask_agent_says_why_there_is_no_answer(pair: World) -> None:
             {"action": "accept", "task_id": "x", "to": "y"},
             "`to` is not for accept: that takes id, message",
         ),
-        ("task", {"action": "accept"}, "`id` is missing"),
+        ("task", {"action": "accept"}, "`id` is missing: give an id, e.g. m12"),
         ("lock", {"action": "take"}, "`paths` is missing"),
         ("lock", {}, "`action` is missing"),
         ("register", {"agent_id": "gamma"}, "this connection stays so"),
@@ -5930,7 +5974,7 @@ def call_tool(call):
     return tools[name][0]() if name in tools else own["tools/call"](call)
 
 def resource(uri, mime, **contents):
-    ah.RESOURCES[uri] = uri[7:], "a resource of the conformance suite", None
+    ah.RESOURCES[uri] = uri[7:], "a resource of the conformance suite"
     resources[uri.replace("{id}", "(.+)")] = {"mimeType": mime, **contents}
 
 def read_resource(call):
@@ -6130,10 +6174,11 @@ def test_the_guide_is_short_for_every_visitor_and_keeps_words_on_lines() -> None
     urls = ("http://127.0.0.1:8080", "https://hub.example.org:8080", "unix:/run/user/1000/agenthub/hub.sock")
     secrets, readers = ("", "AGENTHUB_KEY", "AGENTHUB_TOKEN"), (("project-01Stdio2", False), ("agent-12345678", True))
     for url, secret, (agent_id, made), taken in itertools.product(urls, secrets, readers, (False, True)):
-        text = ah.guide(ah.Visitor(url, agent_id, made, taken, 7, secret, rude))
+        text = ah.guide(ah.Visitor(url, agent_id, made, taken, 7, secret, rude, 10))
         lines = text.splitlines()
         assert len(lines) <= 60 and len(text.encode()) <= 1_100 * 4
         assert max(len(line) for line in lines if "://" not in line and "unix:" not in line) < 100
+        assert "At most 10 requests a second" in text
         assert text.isascii() and "\x1b" not in text
         assert len([line for line in lines if "obey" in line]) == ah.GUIDE_PEERS
         assert "`operator` is the person" in text and "after a compaction" in text
@@ -7938,7 +7983,7 @@ def test_a_bug_in_a_tool_is_reported_and_the_connection_goes_on(
         raise ZeroDivisionError
         yield
 
-    monkeypatch.setitem(ah.TOOLS, "broken", ah.Tool(broken, {}, (ah.Operations.agents,)))
+    monkeypatch.setitem(ah.TOOLS, "broken", ah.Tool(broken, {}, ah.Operations.agents))
     body = world.mcp("tools/call", {"name": "broken", "arguments": {"as": "alpha"}})[1]
     assert (
         body["error"]["code"] == ah.INTERNAL
