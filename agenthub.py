@@ -887,6 +887,8 @@ def parse_json(data: bytes, max_depth: float) -> Any:
         reason = "an escape names half a surrogate pair"
     except UnicodeDecodeError:
         reason = "it is not UTF-8"
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg} in line {error.lineno}, column {error.colno}"
     except ValueError as error:
         reason = str(error) if "digits" not in str(error) else "a number has too many digits"
     raise InvalidJson(f"this is not valid JSON: {reason}")
@@ -2419,7 +2421,7 @@ class Hub:
 
     def short_seq(self, text: str) -> int:
         """The seq in a short id (`m123`), which stands for the message of that seq; 0 for any other text."""
-        return int(text[1:]) if re.fullmatch("m[1-9][0-9]{0,17}", text) else 0
+        return int(text[1:]) if re.fullmatch("[mM][1-9][0-9]{0,17}", text) else 0
 
     def fresh(self, message_id: str) -> Receipt | None:
         """A message under an id its sender chose, where it may not have reached the log yet."""
@@ -2454,8 +2456,8 @@ class Hub:
         inboxes, shown = self.resolve(to, message.sender)
         if registered:
             self._expect_all(inboxes, named_in(shown)[0], message.sender)
-        if message.type == "request" and message.sender in inboxes:
-            raise InvalidRequest("a request to oneself is never answered: name another agent in `to`")
+        if message.sender in inboxes and (message.type == "request" or (registered and message.type == "ping")):
+            raise InvalidRequest(f"a {message.type} to oneself is never answered: name another agent in `to`")
         if message.type == "response" and not message.reply_to and len(inboxes) == 1:
             message = self._as_answer(message, inboxes[0])
         return self._pass_on(at, message, shown, inboxes)
@@ -9205,19 +9207,22 @@ class ClientBase(Operations):
         if not receipt["recipients"]:
             raise Unanswered(receipt["warning"])
         thread, end = receipt.get("thread", receipt["message_id"]), time.monotonic() + wait
+        later = f"; a later answer to m{receipt['seq']} will come to the inbox of {self._me()}" if type != "ack" else ""
         query = {"after": receipt["seq"], "thread": thread, "claim": SHOWING}  # a waiting hook must not show it, too
         while (left := end - time.monotonic()) > 0:
             query["wait"] = left
-            page = await self._ask(Operations.read_inbox, (), query)
+            try:
+                page = await self._ask(Operations.read_inbox, (), query)
+            except Unreachable as error:  # what was asked is stored
+                raise _unreachable(error.message + later, error.silent) from error
             query["after"] = page["next"]
             for envelope in [one for one in page["messages"] if answers(one, receipt, type)]:
                 await self._do(Operations.acknowledge, ids=[envelope["id"]])
                 if envelope["type"] == "error":
                     raise Unanswered(_words_of(envelope["message"]), answer=envelope)
                 return cast(Json, envelope)
-        late = f"; a later answer will come to the inbox of {self._me()}" if type != "ack" else ""
         recipients = sorted({row["agent_id"] for row in receipt["recipients"]})
-        raise TimedOut(f"{', '.join(recipients)} has not answered within {wait:g} s{late}")
+        raise TimedOut(f"{', '.join(recipients)} has not answered within {wait:g} s{later}")
 
     messages = Operations.read_inbox
 
@@ -9555,6 +9560,9 @@ class ClientBase(Operations):
         end, tries, sent = 0.0, 0, False
         while True:
             try:
+                if self.away and wait:  # `on_back` is called before the wait, not after it
+                    await self._exchange(self._encode("GET", Operations.health.path, {}))
+                    self._tell_back()
                 answer = await self._exchange(request(), wait)
                 self._met = True
                 self._tell_back()
@@ -9628,7 +9636,8 @@ class ClientBase(Operations):
                 raise EOFError("the client is closed")
             await connection.send(request)
             while not reader.done:
-                data = await connection.receive(3 * COMMENT_SECONDS if reader.status else self.timeout)
+                silence = COMMENT_SECONDS + max(self.timeout, ANSWER_SECONDS) if reader.status else self.timeout
+                data = await connection.receive(silence)
                 *lines, rest = (rest + reader.feed(data)).split(b"\n")
                 if not data:
                     break
@@ -9991,6 +10000,7 @@ class Identity:
     name = ""  # for a new agent, instead of the user's name
     folder = ""  # that the agent works in; empty: where the command is run
     keeps = False  # whether an agent that was chosen is saved, too
+    tells_new = True  # whether to say on stderr who the caller is from now on
 
     def __init__(self, args: argparse.Namespace, session: str = "", patience: float = RETRY_SECONDS) -> None:
         self.session = session or named_session()
@@ -9999,6 +10009,7 @@ class Identity:
                 self.session = os.ttyname(0)  # where a person types, so that two of them are two agents
         self.client = Client(args.url, cacert=args.cacert, patience=patience, timeout=args.timeout)
         self.client.on_wait, args.caller = self._tell_wait, self.client
+        self.tells_new = self.tells_new and not getattr(args, "json", False)
         self.client.on_back = lambda: self._tell("connected again")
         self.chosen = args.identity or os.environ.get("AGENTHUB_AGENT") or self.client.token.rpartition(".")[0]
         self.saved_token, self._path = "", os.path.join(folder_path("STATE"), "identity.json")
@@ -10040,7 +10051,7 @@ class Identity:
             with self._saved_hub() as saved:  # two first uses at the same instant are one agent
                 self._recall(saved)
                 if not client.agent_id:
-                    self._register(saved)
+                    self._tell_new(self._register(saved))
         try:
             return do(client)
         except (UnknownAgent, Unauthorized) as error:
@@ -10048,8 +10059,8 @@ class Identity:
             mine = error.details.get("agent_id") == client.agent_id if unknown else client.token == self.saved_token
             if client.agent_id == OPERATOR or not mine:
                 raise
-        client.token = ""  # the hub has lost its store
-        self.register()
+        client.token = ""  # the hub has lost its store, or never knew this agent
+        self._tell_new(self.register())
         return do(client)
 
     def register(self, name: str | None = None, capabilities: list[str] | None = None) -> Json:
@@ -10122,6 +10133,14 @@ class Identity:
 
     def _tell(self, text: str) -> None:
         say(text)
+
+    def _tell_new(self, answer: Json) -> None:
+        """Say who the caller is, after a command has registered it: the name may be mistyped."""
+        name, others = answer["agent_id"], [peer["agent_id"] for peer in answer["peers"]]
+        near = did_you_mean({"did_you_mean": difflib.get_close_matches(name, others, 1)})
+        if self.tells_new:
+            made = f"you are {name} from now on (--as ID to choose)"
+            self._tell(f"registered as {name}, which is new here{near}" if self.chosen else made)
 
     def _tell_wait(self, seconds: float, reason: str) -> None:
         if not self.client.away:  # of one outage only how it began
@@ -10202,6 +10221,9 @@ def show(args: argparse.Namespace, value: Json, text: str | Callable[[Json], str
     if args.shown is not None:
         args.shown.append((value, text))
         return
+    task, shows_task = value.get("task") or value, ("task show", "task list", "task next", "task accept")
+    if args.called in shows_task and task["state"] == "accepted" and task["holder"] == args.caller.agent_id:
+        text += f"\nnext: {next_commands(args, value)[0]}"
     if args.json:
         text = dump(value | {"next": value.get("next", next_commands(args, value))})
         if not text.isprintable():  # a terminal would obey what is not
@@ -10284,12 +10306,14 @@ def message_words(envelope: Json) -> str:
     value, type = envelope["message"], envelope["type"]
     if type == "ping" or (type == "ack" and value == "pong"):
         return ""
+    if isinstance(value, dict) and type == "task_proposal" and {"task", "title"} & value.keys():
+        return f"{title_of(value)} {dump(value)}"
     if isinstance(value, dict) and value.keys() <= _OF_THE_HUB and type.startswith(("task_", "lock_", "error")):
         return str(value.get("message", value.get("reason", "")))
     return value_text(value)
 
 
-def message_line(envelope: Json, me: str | None = None, most: int = 0) -> str:
+def message_line(envelope: Json, me: str | None = None, most: int = SHOWN_CHARACTERS) -> str:
     """A message as a sentence: its short id, who wrote it, to whom if not to `me` alone, what it is, how long ago; and
     its words, indented, of which up to `most` characters are shown."""
     id, type, words = f"m{envelope['seq']}", envelope["type"], message_words(envelope)
@@ -10335,7 +10359,8 @@ def _sent_text(receipt: Json) -> str:
         states.setdefault(row["state"], []).append(row["agent_id"])
     parts = [f"{_RECEIVED.get(state, f'{state} for')} {few(names)}" for state, names in states.items()]
     due = f", due at {to_second(receipt['due_at'])}" if "due_at" in receipt else ""
-    return f"m{receipt['seq']} {', '.join(parts) or 'reached nobody'}{due}"
+    before = "was sent before, nothing new was stored: " if receipt.get("duplicate") else ""
+    return f"m{receipt['seq']} {before}{', '.join(parts) or 'reached nobody'}{due}"
 
 
 def _agent_text(agent: Json) -> str:
@@ -10352,7 +10377,7 @@ def engaged_text(agent: Json) -> str:
     parts = [f'"{agent["doing"]}"'] if agent.get("doing") else []
     parts += [f"away until {to_second(agent['away_until'])}"] if "away_until" in agent else []
     parts += [f"task {id}" for id in agent.get("tasks", ())]
-    parts += [f"locked {', '.join(agent['locks'])}"] if "locks" in agent else []
+    parts += [f"locked {path_names(agent['locks'])}"] if "locks" in agent else []
     return "".join(f"; {part}" for part in parts)
 
 
@@ -10391,10 +10416,15 @@ def _task_receipt(answer: Json) -> str:
     return task_text({name: value for name, value in answer["task"].items() if name != "history"})
 
 
+def path_names(paths: Iterable[str]) -> str:
+    """Paths as they are typed: the whole project is `/`."""
+    return ", ".join("/" if path == "." else path for path in paths)
+
+
 def lock_line(lock: Json) -> str:
     """A lock in one line."""
     note = f' "{lock["note"]}"' if "note" in lock else ""
-    paths, left = ", ".join(lock["paths"]), ago(lock["remaining"])
+    paths, left = path_names(lock["paths"]), ago(lock["remaining"])
     note += f"; waiting: {', '.join(want['agent_id'] for want in lock['waiting'])}" if "waiting" in lock else ""
     return f"{lock['lock_id']} {lock['agent_id']} {lock['mode']} {paths}, {left} left, token {lock['token']}{note}"
 
@@ -10454,9 +10484,11 @@ def _after_task(task: Json) -> tuple[str, ...]:
 
 
 def _after_status(state: Json) -> tuple[str, ...]:
-    """Read what is unread, then answer the oldest request."""
+    """Read what is unread, then answer the oldest request, then end the task that is held."""
     first = ["recv"] if state.get("unread") else []
-    return (*first, *[f'reply m{request["seq"]} "…"' for request in state.get("owes", ())[:1]], "agents")
+    first += [f'reply m{request["seq"]} "…"' for request in state.get("owes", ())[:1]]
+    tasks = [short_id(task["task_id"], task["seq"]) for task in state.get("tasks", ())[:1]]
+    return (*first, *[f'task complete {shell_quote(task)} "…"' for task in tasks], "agents")
 
 
 # By command: what to type next. A template that names a field which is not in the answer is left out.
@@ -10466,13 +10498,14 @@ NEXT: dict[str, tuple[str, ...] | Callable[[Json], tuple[str, ...]]] = {
     **dict.fromkeys(("history", "search"), ("trace {m}", "history --thread {thread}")),
     **dict.fromkeys(("task list", "task show"), _after_task),
     **dict.fromkeys(("task next", "task accept", "task progress"), _HOLD),
-    **dict.fromkeys(("ping", "locks"), ('send {agent_id} "…"',)),
+    "ping": ('send {agent_id} "…"',),
+    "locks": lambda lock: ("unlock {lock_id}",) if lock["me"] == lock["agent_id"] else ('send {agent_id} "…"',),
     **dict.fromkeys(("note set", "note list"), ("note get {key}",)),
     "register": ('status --set "…"', "agents", "recv --wait 60"),
     "ask": ("history --thread {thread}", 'send {from} "…"'),
     "recv": lambda envelope: (*_AFTER_MESSAGE.get(envelope["type"], _REPLY), "recv --wait 60"),
     "listen": lambda envelope: _AFTER_MESSAGE.get(envelope["type"], _REPLY),
-    "agents": ('send {agent_id} "…"', 'ask {agent_id} "…"'),
+    "agents": lambda row: () if row["me"] == row["agent_id"] else ('send {agent_id} "…"', 'ask {agent_id} "…"'),
     "trace": ("history --thread {thread}", "recv --wait 60"),
     "status": _after_status,
     "join": ('send {channel} "…"', "history {channel}"),
@@ -10501,8 +10534,10 @@ def next_commands(args: argparse.Namespace, answer: Json) -> list[str]:
     typed = [f" {option} {shell_quote(getattr(args, at))}" for option, at in options if getattr(args, at, None)]
     me = args.caller.agent_id if args.caller else None
     seq, about = answer.get("seq"), answer.get("reply_to") or answer.get("id") or answer.get("task_id", "")
-    short = {"m": f"m{seq}", "about": short_id(about, seq)} if seq else {}
+    short = {"m": f"m{seq}", "about": short_id(about, answer.get("task_seq") or seq)} if seq else {}
     fields = {**short, "me": me, "typed": getattr(args, "paths", None), **answer}
+    if isinstance(task := answer.get("task", answer), dict) and {"task_id", "seq"} <= task.keys():
+        fields["task_id"] = short_id(task["task_id"], task["seq"])
     words = {name: value if isinstance(value, list) else [value] for name, value in fields.items()}
     quoted = {name: " ".join([shell_quote(str(word)) for word in several]) for name, several in words.items()}
     row, commands = NEXT.get(args.called, ()), []
@@ -10592,6 +10627,8 @@ def field_argument(field: Field, place: str = "", **options: Any) -> argument:
     own = {"help": field.doc or None, **FIELD_OPTIONS.get(schema.get("type"), {})}
     own |= one_of(*schema["enum"]) if "enum" in schema else {}
     own |= {"type": recipient} if "oneOf" in schema else {}
+    if schema.get("type") == "number" and field.parameter != "wait":  # which a client cuts into several
+        own["bounds"] = (schema["minimum"], schema["maximum"])
     if schema.get("type") == "integer":
         own["type"] = value_kind(field.kind.refusal(None), int, lambda value: not field.kind.refusal(value))
     return argument(name, **own | options)
@@ -10689,7 +10726,9 @@ def in_units(number: float, units: dict[str, int]) -> str:
     return f"{number / units[unit]:g}{unit}"
 
 
-duration = value_kind("a duration such as 90s, 30m, 2h or 1d", functools.partial(_measured, _UNITS))
+_MOST_SECONDS = 36_500 * 86_400
+_seconds = functools.partial(_measured, _UNITS)
+duration = value_kind("a duration such as 90s, 30m, 2h or 1d", _seconds, lambda time: time <= _MOST_SECONDS)
 size = value_kind("a size such as 500KiB, 1MiB or 2GiB", functools.partial(_measured, _SIZES))
 whole_number = value_kind("a whole number, 1 or more", int, lambda number: number >= 1)
 cursor = value_kind("a whole number, 0 or more", int, lambda number: number >= 0)
@@ -10703,6 +10742,13 @@ FIELD_OPTIONS: dict[str | None, Json] = {  # by JSON types
     "number": {"type": duration},
     "array": {"action": "append"},
 }
+
+
+def path_word(text: str) -> str:
+    """A path or glob to lock; the empty one is no name for the whole project. Raises ValueError."""
+    if not text.strip():
+        raise ValueError("a path (/ is the whole project)")
+    return text
 
 
 def one_of(*words: str) -> Json:
@@ -10723,7 +10769,7 @@ THE_TEXT = argument("text", "the message, quoted or as several words; - reads st
 OWN_ID = argument("--id", "its id, to send it again without doubling it", dest="message_id", metavar="ID")
 AS_JSON = argument("--json-message", "the text is JSON", action="store_true")
 OF_TYPE = argument("--type", "the message's type, e.g. request")
-WITH_TTL = argument("--ttl", "time after which it is not delivered any more", type=duration)
+WITH_TTL = from_operation(Operations.send, "ttl", help="time after which it is not delivered any more")
 TO_NOBODY = argument("--allow-nobody", "exit with 0 where it reaches nobody", action="store_true")
 _LOCK_HELP = "lock paths, or run a command under a lock: lock PATH… -- COMMAND…"
 _RENEWED = f"for a command {COMMAND_LOCK_TTL}, renewed while it runs"
@@ -10738,6 +10784,8 @@ def read_text(words: Sequence[str], is_json: bool) -> Any:
     text = sys.stdin.buffer.read() if typed == "-" else os.fsencode(typed)
     if typed == "-" and not text:
         raise InvalidRequest("nothing came on stdin: nothing was sent")
+    if not text.strip():
+        raise Misuse("the text is empty: say something, or leave it out where it may be left out")
     try:
         return parse_json(text, Limits.max_depth.default) if is_json else text.decode()
     except UnicodeDecodeError:
@@ -10759,7 +10807,7 @@ def _register_command(args: argparse.Namespace) -> None:
 @command_line("send", "send a message", from_operation(Operations.send), example='agenthub send alpha "hi"')
 @arguments(TO_WHOM, THE_TEXT, OF_TYPE, AS_JSON, WITH_TTL, TO_NOBODY)
 @arguments(from_operation(Operations.send, "id", "reply_to", metavar="ID"))
-@argument("--delay", "time before it is delivered", type=duration)
+@arguments(from_operation(Operations.send, "delay", help="time before it is delivered"))
 @argument("--one", "to one of a group only: the least busy, then the next", action="store_true")
 @argument("--lease", f"with --one: time to acknowledge in, default {JOB_LEASE}s", type=duration)
 def _send_command(args: argparse.Namespace) -> int:
@@ -10770,7 +10818,11 @@ def _send_command(args: argparse.Namespace) -> int:
     is_heartbeat = "recipients" not in receipt
     show(args, receipt, f"alive at {receipt['last_heartbeat']}" if is_heartbeat else _sent_text)
     about_task = (args.type or "").startswith("task_")  # which is on the board, whoever is there to hear of it
-    return int(not (is_heartbeat or receipt["recipients"] or about_task or args.allow_nobody))
+    if is_heartbeat or receipt["recipients"] or about_task or args.allow_nobody:
+        return 0
+    if args.json:  # else the warning was said
+        raise Unanswered(receipt["warning"], did_you_mean=receipt.get("did_you_mean", []))
+    return 1
 
 
 @command_line("ask", "send a request and print its answer", example='agenthub ask alpha "is main green?" --wait 120')
@@ -10819,7 +10871,7 @@ def _recv_command(args: argparse.Namespace) -> None:
         ids = [envelope["id"] for envelope in envelopes]
         try:
             for envelope in envelopes:
-                show(args, envelope, message_line(envelope, client.agent_id, SHOWN_CHARACTERS))
+                show(args, envelope, message_line(envelope, client.agent_id))
         except BaseException:  # a closed pipe, a full disk: other readers shall have them at once
             if ids and claims:
                 with contextlib.suppress(HubError):
@@ -10923,8 +10975,8 @@ def _status_command(args: argparse.Namespace) -> None:
     except Unauthorized as error:
         raise Unauthorized(f"{identity.client.url} answers, but does not let you in: {error.message}") from None
     state = {**stands, "url": identity.client.url, **health}
-    here = f"{state.get('agents', '?')} agents, {state.get('connections', '?')} connected"
-    lines = [f"{state['url']} is {state['status']}, agenthub {state['version']}, {here}"]
+    here = f", {state['agents']} agents, {state['connections']} connected" if "agents" in state else ""
+    lines = [f"{state['url']} is {state['status']}, agenthub {state['version']}{here}"]
     if not me:
         lines.append("you are not registered yet: any command does that")
     lines += status_lines(stands) if me else []
@@ -10939,7 +10991,7 @@ def status_lines(stands: Json) -> Iterator[str]:
     yield f"you are {stands['agent_id']}, {stands['unread']} unread{engaged_text(about)}{inside}"
     yield from (f"you hold task {task_line(task)}" for task in stands["tasks"])
     yield from (f"you have locked {lock_line(lock)}" for lock in stands["locks"])
-    yield from (f"you wait for the lock of {', '.join(paths)}" for paths in stands["lock_waits"])
+    yield from (f"you wait for the lock of {path_names(paths)}" for paths in stands["lock_waits"])
     for name in ("owes", "waits_for"):
         for request in stands[name]:
             text, asker = cut_short(" ".join(message_words(request).split()), 60), request["from"]
@@ -11002,9 +11054,10 @@ def _guide_command(args: argparse.Namespace) -> None:
     client = Identity(args).client
     try:
         text = client.guide()
-    except Unreachable:
-        answer = no_hub_guide(client.url)
-        show(args, answer, answer["guide"])
+    except Unreachable as error:
+        if not error.silent:  # one that hangs is there: another one is no help
+            answer = no_hub_guide(client.url)
+            show(args, answer, answer["guide"])
         raise
     show(args, {"guide": text}, text.rstrip())
 
@@ -11057,7 +11110,9 @@ def _agents_command(args: argparse.Namespace) -> None:
     if away := len(agents) - len(here):
         say(f"{away} more are offline: `agenthub agents --all` shows them")
     elif not agents:
-        say("nobody is registered")
+        wanted = {"has": args.capability, "is in": args.channel, "is": args.status}
+        which = " and ".join(f"{does} {word}" for does, word in wanted.items() if word)
+        say(f"nobody {which or 'is registered'}")
 
 
 @command_line("task propose", "propose a task", example='agenthub task propose ALL "review PR 7"')
@@ -11111,7 +11166,7 @@ operation_line(Operations.task, task_text, "one task, with its history and its r
 
 
 @command_line("lock", _LOCK_HELP, example="agenthub lock src/api --wait 60 -- make generate")
-@argument("paths", "paths and globs in the project; / is all of it", nargs="+")
+@argument("paths", "paths and globs in the project; / is all of it", nargs="+", type=path_word)
 @arguments(from_operation(Operations.take_lock, "note", "wait"))
 @argument("--ttl", _LOCK_TTL_HELP, type=duration, metavar="S")
 @argument("--shared", "together with others that share it", action="store_true")
@@ -11230,7 +11285,7 @@ def _wait_and_renew(child: subprocess.Popen[bytes], client: Client, lock: Json, 
 
 
 @command_line("unlock", "release locks", example="agenthub unlock src/api")
-@argument("what", "a lock's id, or paths that were locked", nargs="*")
+@argument("what", "a lock's id, or paths that were locked", nargs="*", type=path_word)
 @argument("--all", "all that you have", action="store_true")
 def _unlock_command(args: argparse.Namespace) -> None:
     if bool(args.what) == args.all:
@@ -11241,20 +11296,24 @@ def _unlock_command(args: argparse.Namespace) -> None:
     def _release(client: Client) -> list[Json]:
         if args.all:
             return client.unlock()
-        ids = {lock["lock_id"] for lock in client.locks()}
+        locks = client.locks()
+        ids = {lock["lock_id"] for lock in locks}
         freed = [lock for word in args.what if word in ids for lock in client.unlock(word)]
-        if paths := [word for word in args.what if word not in ids]:
-            freed += client.unlock(paths=identity.lock_paths(paths))
-        return freed
+        held = {path for lock in locks if lock["agent_id"] == client.agent_id for path in lock["paths"]}
+        paths: list[str] = []
+        for word in [word for word in args.what if word not in ids]:  # written from here, or as `lock` prints it
+            names = identity.lock_paths([word])
+            paths += [word] if word in held and held.isdisjoint(names) else names
+        return freed + (client.unlock(paths=paths) if paths else [])
 
     freed = identity.act(_release)
-    show_all(args, freed, lambda lock: f"released {', '.join(lock['paths'])}")
+    show_all(args, freed, lambda lock: f"released {path_names(lock['paths'])}", "you had locked nothing" * args.all)
     if not freed and not args.all:
         raise NotFound("you hold no such lock: see `agenthub locks`")
 
 
 @command_line("locks", "who has locked what, and who waits for it", example="agenthub locks src/api/x.py")
-@argument("path", "only what overlaps with this path or glob", nargs="?")
+@argument("path", "only what overlaps with this path or glob", nargs="?", type=path_word)
 @arguments(from_operation(Operations.locks, "holder"))
 def _locks_command(args: argparse.Namespace) -> None:
     identity = Identity(args)
@@ -11517,7 +11576,9 @@ class ListenAddress:
             port = (await server.listener.listen(tls, host=self.host or None, port=self.port))[0][1]
         except OSError as error:
             instead = "choose another with --port, --host or --unix"
-            raise HubError(f"can't listen on {where} ({error.strerror or error}): {instead}") from None
+            number = error.errno or 0
+            why = os.strerror(number) if number > 0 else error.strerror or error  # not the words of asyncio
+            raise HubError(f"can't listen on {where} ({why}): {instead}") from None
         here = ANYWHERE.get(self.host, self.host)
         there = self.names[0] if tls and self.names else self.host  # a certificate is for a name
         if there in ANYWHERE:
@@ -11735,8 +11796,11 @@ def _serve_command(args: argparse.Namespace) -> int:
 async def _serve_until_signal(args: argparse.Namespace) -> int:
     address, tls = ListenAddress(args), tls_context(args.certfile, args.keyfile)
     path = args.db or os.path.join(state_folder("DATA"), "hub.db")
+    if path != ":memory:" and not os.path.isdir(folder := os.path.dirname(os.path.abspath(path))):
+        raise Misuse(f"there is no folder {folder}: make it, or name another file with --db")
     settings, key = make_settings(args, address, path), read_key(args, address)
-    store, pasted = Store(path), ""
+    pasted = f'"$(cat {shell_quote(os.path.abspath(args.key_file))})"' if args.key_file else "KEY" if args.key else ""
+    store = Store(path)
     try:
         if key is None and address.public:
             key, pasted = keep_key(store.path)
@@ -11992,7 +12056,7 @@ CLIENT_ARGUMENTS = (
     argument("--as", "who you are; else AGENTHUB_AGENT", dest="identity", metavar="ID"),
     argument("--url", f"the hub; else AGENTHUB_URL, else {DEFAULT_URL}"),
     argument("--cacert", "a certificate (PEM) to trust, too; else AGENTHUB_CACERT", metavar="FILE"),
-    argument("--timeout", _TIMEOUT_HELP, type=duration, metavar="S"),
+    argument("--timeout", _TIMEOUT_HELP, type=duration, bounds=(0.001, _MOST_SECONDS), metavar="S"),
     JSON_OPTION,
 )
 
@@ -12046,8 +12110,10 @@ def read_command(words: list[str]) -> argparse.Namespace:
 def unknown_command(name: str) -> HubError:
     """The error for a command that is not there: with the nearest, and how that is used."""
     rows = command_lines()
-    near = difflib.get_close_matches(name, [*rows, *GROUPS], 1)
-    said = f"there is no command `{name}`" + (f": did you mean `{near[0]}`?" if near else "")
+    others = {"inbox": ["recv"], "read": ["recv"], "message": ["send"]}  # as other programs call it
+    near = others.get(name) or difflib.get_close_matches(name, [*rows, *GROUPS], 1)
+    instead = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(' '.join(TOPICS.values()).split())}"
+    said = f"there is no command `{name}`: {instead}"
     if name.startswith("-"):
         said = f"options such as {name} stand behind the command"
     row = next((row for command, row in rows.items() if near and command.startswith(near[0])), None)
@@ -12109,13 +12175,17 @@ def make_parser(row: command_line, words: list[str]) -> argparse.ArgumentParser:
 def for_argparse(options: Json) -> Json:
     """The options of an argument as argparse takes them: what is wrong with a value is said in the words of its kind,
     and a number of seconds is a duration."""
-    read = options.get("type")
+    read, (least, most) = options.get("type"), options.get("bounds", (0, _MOST_SECONDS))
+    options = {name: value for name, value in options.items() if name != "bounds"}
     if not read:
         return options
 
     def _read(text: str) -> Any:
         try:
-            return cast("Callable[[str], Any]", read)(text)
+            value = cast("Callable[[str], Any]", read)(text)
+            if read is duration and not least <= value <= most:
+                raise ValueError(f"a duration from {in_units(least, _UNITS)} to {in_units(most, _UNITS)}")
+            return value
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"must be {error}, not {refused_value(text)}") from None
 
@@ -12143,7 +12213,8 @@ def main(argv: list[str] | None = None) -> int:
         is_hook = words[:1] == ["hook"] and isinstance(error, Misuse)  # a session with a wrong one goes on all the same
         return 0 if is_hook else error.exit_code
     except (StoreError, OSError, UnicodeError) as error:
-        print_error(words, Failed(str(error)))
+        parts = [getattr(error, name, None) for name in ("filename", "strerror")]  # without Python's number
+        print_error(words, Failed(": ".join(map(str, filter(None, parts))) if parts[1] else str(error)))
         return 1
 
 
@@ -12257,6 +12328,7 @@ class SessionIdentity(Identity):
     """As whom the hooks and the MCP server of a session register; both say in which process it runs."""
 
     named: str | None = None  # what a new agent is to be called
+    tells_new = False
 
     def _register(self, saved: SavedHub) -> Json:
         """Register; under the session of the agent's predecessor where that has ended, as after a crash: where it was
@@ -13473,7 +13545,7 @@ class Installation:
 
 _AUTO_LOCK = argument("--auto-lock", action="store_true", help="lock files while they are edited (claude)")
 _INSTALL_ARGUMENTS = (
-    argument("product", choices=tuple(AGENT_CONFIGS), help="the coding agent"),
+    argument("product", type=one_of(*AGENT_CONFIGS)["type"], help="the coding agent: " + ", ".join(AGENT_CONFIGS)),
     argument("--user", action="store_false", dest="project", default=False, help="in all your projects: the default"),
     argument("--project", action="store_true", help="in this folder's project only"),
     argument("--dry-run", action="store_true", help="show what would be changed, as a diff, and change nothing"),
@@ -13493,7 +13565,8 @@ def install_command(args: argparse.Namespace) -> None:
     if hooks:
         edits.setdefault(hooks, []).append(functools.partial(with_hooks, groups=installation.hooks(config)))
     installation.install([edit_file(path, 0o666 if args.project else 0o600, *steps) for path, steps in edits.items()])
-    say(f"{config.title}: {config.note}")
+    if not args.dry_run:
+        say(f"{config.title}: {config.note}")
     if args.project:
         say("these files name a program of yours: whoever works on the project, too, runs the same command")
 
@@ -13522,7 +13595,9 @@ def uninstall_command(args: argparse.Namespace) -> None:
                 _remove(*(os.path.join(folder, name) for name in names), folder)
             _remove(installation.folder)
     installation.show(changes)
-    if was_there and not args.dry_run:
+    if not was_there:
+        say(f"{config.title}: nothing of ours is in its settings")
+    elif not args.dry_run:
         say(f"{config.title}: sessions that run now keep the hooks they began with: end them")
 
 
@@ -13592,6 +13667,7 @@ def plugin_command(args: argparse.Namespace) -> None:
     texts["skills/agenthub/SKILL.md"] = SKILL.replace("`agenthub ", f"`{shell_quote(installation.command)} ")
     by_path = {os.path.join(folder, *name.split("/")): text.encode() for name, text in texts.items()}
     installation.install([Change(path, _read_file(path), data, 0o666) for path, data in by_path.items()])
+    say(f"try it with `claude --plugin-dir {shell_quote(folder)}`")
 
 
 if __name__ == "__main__":

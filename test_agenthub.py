@@ -6188,6 +6188,7 @@ def test_every_recipe_of_the_guide_works(live: object) -> None:
     hub = live("--rate-limit", "0")
     beta = hub.client("beta")
     hub.env |= {"AGENTHUB_AGENT": "alpha"}
+    hub.here("register")
     text = hub.here("guide").stdout
     left = set(re.findall("`([a-z][^`]* [^`]+|agents)`", text.replace("\n", " ")))
 
@@ -9436,6 +9437,8 @@ def test_a_hub_that_hangs_is_noticed_and_sends_are_stored_once(live: object) -> 
         with pytest.raises(ah.Unreachable, match="does not answer") as error:
             client.heartbeat()
         assert "may be stored" not in error.value.message
+        guide = hub.here("guide", "--as", "sender", "--timeout", "0.1")
+        assert (guide.returncode, guide.stdout) == (3, "") and "does not answer" in guide.stderr
     ids = [re.search(r"--id (\S+) \(id", words)[1] for words in ids]
     assert len(set(ids)) == 4
     client.timeout = 20
@@ -9466,6 +9469,25 @@ def test_a_wait_on_a_hub_that_hangs_ends_soon(live: object, monkeypatch: pytest.
     with hub.hanging():
         waiting.join(20)
     assert "does not answer" in ends[0]
+    receipt = client.send_message("waits-too", "?")
+    later = rf"a later answer to m{receipt['seq']} will come to the inbox of waits"
+    with pytest.raises(ah.TimedOut, match=later):
+        client.answer_to(receipt, 0.01)
+    client.timeout = 0.1
+    with hub.hanging(), pytest.raises(ah.Unreachable, match=later):
+        client.answer_to(receipt, 60)
+
+
+def test_a_stream_of_a_hub_that_hangs_is_noticed_soon(shared_hub: LiveHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    receive, waits = ah.BlockingConnection.receive, []
+    heard = lambda self, seconds: waits.append(seconds) or receive(self, seconds)
+    ear, mouth = shared_hub.client("soon-ear"), shared_hub.client("soon-mouth")
+    stream = ear.listen()
+    monkeypatch.setattr(ah.BlockingConnection, "receive", heard)
+    for words in ("one", "two"):  # the second one comes on a stream that has begun
+        mouth.send_message("soon-ear", words)
+        assert next(stream)["message"] == words
+    assert max(waits) == 25
 
 
 def test_a_wait_goes_on_after_an_outage_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -9475,7 +9497,9 @@ def test_a_wait_goes_on_after_an_outage_for_the_rest(monkeypatch: pytest.MonkeyP
     async def pause(seconds: float) -> None:
         now[0] += 2
 
-    async def exchange(request: bytes, wait: float) -> dict:
+    async def exchange(request: bytes, wait: float = 0) -> dict:
+        if b" /health " in request:
+            return {}
         waits.append(float(re.search(rb"wait=([\d.]+)", request)[1]))
         if len(waits) == 1:
             now[0] += 5
@@ -9483,10 +9507,11 @@ def test_a_wait_goes_on_after_an_outage_for_the_rest(monkeypatch: pytest.MonkeyP
         now[0] += waits[-1]
         return {"messages": []}
 
+    client.on_back = lambda: waits.append("back")
     monkeypatch.setattr(client, "_pause", pause)
     monkeypatch.setattr(client, "_exchange", exchange)
     assert client.messages(unread=True, wait=30) == [] and now == [130.0]
-    assert waits == [15, 15, 8]
+    assert waits == [15, "back", 15, 8], "that the hub is there again is told before the wait goes on"
 
 
 def test_who_waits_goes_on_waiting_over_a_restart(live: object) -> None:
@@ -10315,7 +10340,7 @@ def test_commands_that_json_answers_suggest_can_be_typed(shared_hub: LiveHub) ->
     for words in (("task", "show", task), ("task", "accept", task), ("task", "complete", task, "so")):
         run(*words, "--as", "next-b")
     assert f"{called} task show {task} --as next-a" in run("recv")["next"]
-    job = run("task", "propose", "next-b", "more")["task_id"]
+    job = f"m{run('task', 'propose', 'next-b', 'more')['task']['seq']}"
     by_proposer, by_other = run("task", "show", job)["next"], run("task", "show", job, "--as", "next-b")["next"]
     assert by_proposer[1].startswith(f"{called} task cancel {job} ") and f" task accept {job} " in by_other[0]
     run("task", "accept", job, "--as", "next-b")
@@ -10330,8 +10355,8 @@ def test_commands_that_json_answers_suggest_can_be_typed(shared_hub: LiveHub) ->
     assert run("lock", "next/**", "it's", "next/a b")["next"] == [
         f"""{called} unlock 'next/**' 'it'"'"'s' 'next/a b' --as next-a"""
     ]
+    assert run("locks", "next")["next"][0].startswith(f"{called} unlock ")
     for words in (
-        ("locks",),
         ("agents",),
         ("note", "set", "next/k", "v"),
         ("note", "get", "next/k"),
@@ -10346,7 +10371,7 @@ def test_commands_that_json_answers_suggest_can_be_typed(shared_hub: LiveHub) ->
     ran = [
         shared_hub.here(*typed)
         for typed in said
-        if typed[0] not in ("recv", "register", "task", "leave") and "…" not in typed
+        if typed[0] not in ("recv", "register", "task", "leave", "unlock") and "…" not in typed
     ]
     assert len(ran) > 10 and not [done for done in ran if done.returncode], ran
 
@@ -10372,6 +10397,12 @@ def test_a_size_has_a_unit_or_is_in_bytes(text: str, size: float) -> None:
 
 @pytest.mark.parametrize(("typed", "said", "example"), [
     ("recieve", "there is no command `recieve`: did you mean `recv`?", "recv --wait 60"),
+    ("frobnicate", "there is no command `frobnicate`: there are register, send, ask, ", "--help"),
+    ("inbox", "there is no command `inbox`: did you mean `recv`?", "recv --wait 60"),
+    ("send a b --ttl 0", 'send: --ttl must be a duration from 0.001s to 366d, not "0"', "send alpha "),
+    ("recv --wait 99999999999d", "recv: --wait must be a duration such as ", "recv --wait 60"),
+    ("recv --timeout 0", 'recv: --timeout must be a duration from 0.001s to 36500d, not "0"', "recv --wait 60"),
+    ("install cludae", "PRODUCT must be one of claude, codex, gemini, cursor, not ", "install claude"),
     ("tasks", "there is no command `tasks`: did you mean `task`?", "task propose ALL "),
     ("--as alpha recv", "options such as --as stand behind the command", "--help"),
     ("task acept m1", "there is no command `task acept`: did you mean `task accept`?", "task accept "),
@@ -10487,8 +10518,10 @@ def test_what_reaches_nobody_exits_with_1_and_names_what_is_near(live: object) -
     done = hub.here("send", "#biuld", "green", "--as", "beta")
     assert done.returncode == 1 and "did you mean #build?" in done.stderr and "reached nobody" in done.stdout
     assert hub.here("send", "#biuld", "green", "--as", "beta", "--allow-nobody").returncode == 0
-    asked = hub.here("send", "@nocap", "x", "--as", "beta", "--json")
-    assert (asked.returncode, json.loads(asked.stdout)["recipients"], asked.stderr) == (1, [], "")
+    asked = hub.here("send", "#biuld", "x", "--as", "beta", "--json")
+    assert (asked.returncode, json.loads(asked.stdout)["recipients"]) == (1, [])
+    error = json.loads(asked.stderr)["error"]
+    assert (error["code"], error["did_you_mean"], error["exit_status"]) == ("unanswered", ["#build"], 1)
     assert hub.here("send", "#build", "green", "--as", "beta").returncode == 0
     assert hub.here("send", "omega", "for later", "--as", "beta").returncode == 0
     for words in (("ask", "alhpa", "?"), ("ping", "alhpa")):
@@ -10556,6 +10589,8 @@ def test_long_mail_is_cut_in_text_and_whole_as_json(shared_hub: LiveHub) -> None
     assert json.loads(shared_hub.here(*typed, "--as", "long-a").stdout)["message"] == "x" * 20_000
     rows = shared_hub.here("recv", "--as", "long-a", "--json").stdout.splitlines()
     assert len(rows) == 13 and json.loads(rows[0])["message"] == "x" * 20_000
+    for words in (("history", "--with", "long-b", "--limit", "13"), ("search", "x*")):
+        assert " … (cut: it has 20000 characters; all: " in shared_hub.here(*words, "--as", "long-a").stdout
 
 
 def test_who_is_here_is_listed_and_the_others_on_request(live: object) -> None:
@@ -10671,14 +10706,67 @@ def test_odd_words_are_refused_in_one_line_or_obeyed(live: object) -> None:
     assert "ok   hub" in hub.here("doctor", "nice name").stdout
     nobody = hub.here("ask", "@none", "?")
     assert (nobody.returncode, nobody.stderr.count("no other agent has the capability @none")) == (1, 1)
+    hub.here("register", "c")
     unheard = hub.here("ping", "b", "--wait", "0.01")
     assert unheard.returncode == 4 and "inbox" not in unheard.stderr
     for words, code in [
         (("history", "--limit", "0"), 2), (("backup", ""), 1), (("history", "--after", "999999"), 1), (("task",), 0),
-        (("history", "--limit", "5000"), 0), (("reply", "x", "y", "--type", "heartbeat"), 2),
+        (("history", "--limit", "5000"), 0), (("reply", "x", "y", "--type", "heartbeat"), 2), (("send", "b", ""), 2),
+        (("ping", "c"), 1), (("lock", ""), 2), (("locks", " "), 2), (("serve", "--db", str(hub.folder / "no/a.db")), 2),
     ]:  # fmt: skip
         done = hub.here(*words)
         assert done.returncode == code and "Traceback" not in done.stderr, (words, done)
+    assert not (hub.folder / "no").exists()
+    nobody = hub.here("agents", "--capability", "flying", "--channel", "#none").stderr
+    assert "nobody has flying and is in #none" in nobody
+    assert "you had locked nothing" in hub.here("unlock", "--all").stderr
+
+
+def test_who_is_new_here_is_told_who_it_is(live: object) -> None:
+    hub = live("--rate-limit", "0")
+    assert re.search(r"you are tester-\w+ from now on \(--as ID to choose\)\n", hub.here("send", "alpha", "hi").stderr)
+    assert hub.here("send", "alpha", "hi").stderr.count("\n") == 1, "only that nobody is registered as alpha"
+    assert hub.here("recv", "--as", "alpha").stderr == "agenthub: registered as alpha, which is new here\n"
+    said = hub.here("recv", "--as", "alhpa").stderr
+    assert "registered as alhpa, which is new here (did you mean alpha?)" in said and "nothing unread" in said
+    assert hub.here("recv", "--as", "alpha").stderr == "agenthub: nothing unread\n"
+
+
+def test_what_was_sent_before_is_not_told_as_new(shared_hub: LiveHub) -> None:
+    first, again = (shared_hub.here("send", "operator", "done", "--id", "dep-7", "--as", "twice") for _ in range(2))
+    seq = first.stdout.split()[0]
+    assert again.stdout == f"{seq} was sent before, nothing new was stored: {first.stdout.removeprefix(seq + ' ')}"
+    assert shared_hub.here("trace", seq.upper(), "--as", "twice").stdout.startswith(f"{seq} "), "M12 is m12, too"
+
+
+def test_a_lock_is_released_by_the_name_that_was_printed(
+    live: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = live("--rate-limit", "0")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "src" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "src" / "deep")
+    run = lambda *words: _ran(hub.here(*words, "--as", "printed"), 0)
+    for typed in ("x2.py", "src/deep/x2.py", str(tmp_path / "src/deep/x2.py")):
+        assert " src/deep/x2.py, " in run("lock", "x2.py") and run("unlock", typed) == "released src/deep/x2.py\n"
+    run("lock", "x2.py", "src/deep/x2.py")
+    assert run("unlock", "src/deep/x2.py") == "released src/deep/src/deep/x2.py\n", "as it is written from here"
+    run("unlock", "--all")
+    assert " exclusive /, " in run("lock", "/") and run("unlock", "/") == "released /\n"
+
+
+def test_who_holds_a_task_reads_what_to_type_next(shared_hub: LiveHub) -> None:
+    run = lambda *words: _ran(shared_hub.here(*words, "--as", "holds"), 0)
+    made = shared_hub.client("proposes").propose("holds", {"title": "review PR 9", "files": 3})
+    short = f"m{made['seq']}"
+    assert run("recv", "--limit", "1").endswith(': review PR 9 {"title":"review PR 9","files":3}\n')
+    assert "next:" not in run("task", "show", short)
+    wanted = f'next: {ah.program()} task complete {short} "…" --as holds'
+    for words in (("task", "accept", short), ("task", "show", short), ("task", "list", "--mine"), ("status",)):
+        assert run(*words).splitlines()[-1] == wanted
+    assert "next:" not in _ran(shared_hub.here("task", "show", short, "--as", "proposes"), 0)
+    rows = [json.loads(line) for line in run("agents", "--json").splitlines()]
+    assert [row["next"] for row in rows if row["agent_id"] == "holds"] == [[]]
 
 
 def test_teamwork_from_the_shell(live: object) -> None:
@@ -11155,6 +11243,7 @@ def test_every_limit_is_an_option_and_a_variable_and_port_is_honoured(
 def test_a_public_hub_makes_a_key_and_prints_it_once(live: object, tmp_path: Path) -> None:
     before = os.umask(0)
     try:
+        (tmp_path / "new").mkdir(0o700)
         hub = live("--host", "0.0.0.0", db="new/hub.db")
     finally:
         os.umask(before)
@@ -11201,9 +11290,10 @@ def test_open_mode_ignores_the_key_of_the_environment(live: object) -> None:
     assert hub.talk(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")[9:12] == b"200"
 
 
-def test_the_line_to_paste_is_valid_shell_and_names_the_certificates_host(live: object, certificate: object) -> None:
-    import shlex
-
+def test_the_line_to_paste_is_valid_shell_and_names_the_certificates_host(
+    live: object, certificate: object, tmp_path: Path
+) -> None:
+    (tmp_path / "a b").mkdir()
     hub = live("--host", "0.0.0.0", db="a b/hub.db")
     hub.stop()
     hub = live("--host", "0.0.0.0", db="a b/hub.db")
@@ -11218,6 +11308,14 @@ def test_the_line_to_paste_is_valid_shell_and_names_the_certificates_host(live: 
         "--host", "0.0.0.0", "--certfile", chain, "--keyfile", key, db="a b/hub.db", AGENTHUB_ALLOW_HOST="hub.example"
     )
     assert f"AGENTHUB_URL=https://hub.example:{hub.port} " in hub.line
+    hub.stop()
+    (tmp_path / "my key.txt").write_text("a-good-key-for-a-test")
+    hub = live("--key-file", str(tmp_path / "my key.txt"))
+    typed = hub.line.partition("next: ")[2]
+    done = subprocess.run(["sh", "-c", typed], capture_output=True, text=True, env=hub.compiled_env())
+    assert done.returncode == 0 and "a-good-key" not in hub.line, (typed, done)
+    done = hub.here("status", AGENTHUB_KEY="a-good-key-for-a-test")
+    assert re.match(r"http://\S+ is ok, agenthub \S+\n", done.stdout)
 
 
 def test_the_end_of_a_terminal_is_a_clean_end(live: object) -> None:
@@ -11409,13 +11507,14 @@ def test_the_exit_status_says_what_happened(live: object) -> None:
         (("send", "--help"), 0), (("send", "#UP", "x"), 1), (("send", "a", "{", "--json-message"), 1),
         (("recv", "--wait", "0.01"), 4), (("recv", "--wait", "-1"), 2), (("status", "--url", "http://127.0.0.1:1"), 3),
         (("status", "--url", "nonsense"), 1), (("serve", "--port", str(hub.port), "--db", ":memory:"), 1),
-        (("serve", "--db", "/proc/none/hub.db"), 1), (("serve", "--max-inbox", "-1"), 2),
+        (("serve", "--db", "/proc/none/hub.db"), 2), (("serve", "--max-inbox", "-1"), 2),
         (("serve", "--port", "99999"), 2), (("send", "a", "b", "--ttl", "nan"), 2),
         (("send", "a", "1e999", "--json-message"), 1), (("send", "a", "bad\udcff"), 1), (("status", "--as", "a b"), 1),
     ]:  # fmt: skip
         done = hub.here(*words)
         assert done.returncode == code, (words, done)
-        assert "Traceback" not in done.stderr and (code in (0, 2) or done.stderr.count("\n") == 1), done.stderr
+        said = [line for line in done.stderr.splitlines() if "from now on" not in line and "is new here" not in line]
+        assert "Traceback" not in done.stderr and (code in (0, 2) or len(said) == 1), done.stderr
         assert code == 0 or done.stdout == ""
 
 
@@ -11448,7 +11547,8 @@ def test_listen_survives_a_restart_and_is_interrupted_with_130(live: object) -> 
         ear.send_signal(signal.SIGINT)
         assert ear.wait(20) == 130
         words = [line.rpartition("(")[2].split(":")[-1].strip() for line in ear.stderr]
-        assert words == ["connected again", "trying again)", "connected again"], "each outage is told once"
+        lines = ["connected again", "registered as ear, which is new here", "trying again)", "connected again"]
+        assert words == lines, "each outage is told once"
 
 
 # === 8. In a coding agent =============================================================================================
@@ -12504,6 +12604,7 @@ def test_projects_and_moved_settings_have_files_of_their_own(
 
 def test_a_dry_run_and_a_refusal_change_nothing(home: Home) -> None:
     dry = home.run("install", "claude", "--dry-run")
+    assert "sessions that begin" not in dry.stderr
     assert "would be created" in dry.stdout and f"+++ {home.folder}/.claude.json" in dry.stdout
     assert home.files() == {} and not home.launcher.parent.exists()
     for text, words in (
@@ -12576,6 +12677,7 @@ def test_the_launcher_keeps_what_it_has_compiled_whatever_the_environment(home: 
     assert run() == "from the cache\n"
     home.run("uninstall", "cursor")
     assert not home.launcher.parent.exists()
+    assert "Cursor: nothing of ours is in its settings" in home.run("uninstall", "cursor").stderr
 
 
 def test_a_plugin_is_written_that_claude_accepts(home: Home, tmp_path: Path) -> None:
