@@ -10392,7 +10392,8 @@ def task_line(task: Json) -> str:
     text += f" by {task['holder']}" if "holder" in task and task["state"] in ("accepted", "completed") else ""
     text += f" until {task['lease_until'][11:19]} unless heard of" if "lease_until" in task else ""
     text += f", waits for {', '.join(task['waits_for'])}" if "waits_for" in task else ""
-    text += f", due {to_second(task['deadline_at'])}" if "deadline_at" in task and "result" not in task else ""
+    ended = task["state"] in ("completed", "cancelled", "failed")
+    text += f", due {to_second(task['deadline_at'])}" if "deadline_at" in task and not ended else ""
     text += f" ({task['reason'].removeprefix('cancelled ')})" if "reason" in task else ""
     step = task["history"][-1] if "history" in task else {"words": ""}
     text += f', {step["agent_id"]} {step["what"]}: "{title_of(step["words"])}"' if step["words"] else ""
