@@ -177,7 +177,7 @@ ACTIVE_SECONDS = 90  # three missed heartbeats of the seed's 30 s
 IDENTICAL_REPEATS = 10  # the same text to the same recipient in LOOP_WINDOW is a loop, not a conversation
 LOOP_WINDOW = 60  # seconds; long enough for two slow models to be seen going round
 TURN_WINDOW = 600  # seconds in which turns between two agents are counted, whatever they say
-SHORT_REPLY = 200  # characters of JSON: a model's thanks have fewer, and its reports more
+SHORT_REPLY = 120  # characters of JSON: a model's thanks have fewer, and its reports more
 MAX_PACES = 100_000  # messages remembered to see loops by, 30 MB; beyond, the older half is forgotten
 MAX_BUCKETS = 50_000  # callers whose rate is remembered, 10 MB, five for each agent; beyond, the idler half goes
 GUESS_RATE, GUESS_BURST = 1, 20  # wrong keys and tokens of one address, a second and at once: a typing human's patience
@@ -947,6 +947,9 @@ MISNAMED = {
     "from": "agent_id sender from_agent from_id author agent",
     "to": "recipient recipients receiver target channel to_agent agent",
     "agent_id": "from id agent sender name",
+    "up_to": "seq cursor",
+    "ids": "message_ids message_id",
+    "reply_to": "in_reply_to",
     "channel": "name id to",
     "paths": "path file files pattern patterns",
     "q": "query search text words",
@@ -4808,7 +4811,7 @@ class Operations:
         channels = [channel for channel, _ in sorted(api.hub.members.find("agent", name))]
         requests = requests_json(call, DEFAULT_LIMIT)
         agent = agents_json(call, [api.hub.agents[name]])[0] if name in api.hub.agents else {"agent_id": name}
-        stands: Json = {key: value for key, value in agent.items() if key not in ("tasks", "locks")}
+        stands: Json = {key: value for key, value in agent.items() if key not in ("tasks", "task_seqs", "locks")}
         stands |= {"unread": api.hub.unread(name), "tasks": tasks_json(call, held), "locks": locks}
         stands |= {"owes": [r for r in requests if name in r["waiting_for"]]}
         stands |= {"waits_for": [r for r in requests if r["from"] == name], "lock_waits": waits, "channels": channels}
@@ -5412,7 +5415,8 @@ def engaged_json(call: Call, agent: Agent) -> Json:
     hub, at, tasks = call.api.hub, call.at, list(call.api.hub.tasks.find("holder", agent.agent_id))
     away_until = timestamp(agent.away_until) if agent.away_until > at else ""
     paths = [path for lock in hub.locks.of(agent.agent_id) if hub.lock_ends(lock, at) > at for path in lock.paths]
-    return present(doing=agent.doing, away_until=away_until, tasks=tasks, locks=paths)
+    seqs = [hub.tasks[id].seq for id in tasks]  # of which their short ids are made
+    return present(doing=agent.doing, away_until=away_until, tasks=tasks, task_seqs=seqs, locks=paths)
 
 
 def requests_json(call: Call, limit: int) -> list[Json]:
@@ -5797,9 +5801,9 @@ _LIMIT = {"limit": f"default {TOOL_PAGE}"}
 _WHO = {"id": "your id, if you have none yet", "name": "", "capabilities": None, "doing": "a line others see"}
 _AGENTS = {"status": "default active", "capability": "", "channel": ""}
 _TO = {"to": "agent, ALL, #channel, @capability; several with commas", "message": "text, or any JSON value"}
-_SEND = {**_TO, "reply_to": "the id of what you answer: leave out `to`", "type": "default message"}
+_SEND = {**_TO, "reply_to": "what you answer; leave out `to`", "type": "default message"}
 _READ = {"wait": f"seconds, up to {MAX_TOOL_WAIT}", **_LIMIT, "from": "", "id": "only this one, read or not"}
-_READ |= {"offset": "with id: goes on from this character"}
+_READ |= {"offset": "with id: from this character"}
 _ASK = {**_TO, "wait": f"seconds, default and at most {MAX_TOOL_WAIT}"}
 _TASK = {"id": "the task; propose: may be chosen", "to": "propose: default ALL; assign: an agent"}
 _TASK |= {"message": "the task, result, reason or progress", "depends_on": "propose: task ids", "priority": ""}
@@ -5807,7 +5811,7 @@ _TASK |= {"offset": "show", "state": "list", "wait": f"next: seconds, up to {MAX
 _LOCK = {"paths": "relative to the project's root; release: none means all", "mode": ""}
 _LOCK |= {"ttl": f"seconds, default {LOCK_TTL}", "note": "what for", "wait": f"take: seconds, up to {MAX_TOOL_WAIT}"}
 _BOARD = {"key": "of a note", "value": "any JSON", "if_version": "set; 0: only if new", "prefix": "notes"}
-_BOARD |= {"channel": "", "with": "history: this agent", **_LIMIT, "before": "history"}
+_BOARD |= {"channel": "", "with": "history", **_LIMIT, "before": "history", "offset": "get"}
 
 # What the tools with an `action` do for each.
 _TASK_ACTIONS: dict[str, Row] = {"show": Operations.task, "list": Operations.tasks, "propose": Operations.propose_task}
@@ -5976,7 +5980,11 @@ def _standing(call: McpCall) -> Steps[Json]:
     """Where a caller stands, and who else is active."""
     stands = yield from call_operation(call, Operations.overview)
     held = {"tasks": [_task_shown(call, task | {"holder": "", "state": ""}) for task in stands["tasks"]]}
-    held["locks"] = [_pick("locks", lock | {"agent_id": ""}) for lock in stands["locks"]]
+    waiting = [[want["agent_id"] for want in lock.get("waiting", ())] for lock in stands["locks"]]
+    held["locks"] = [
+        _pick("locks", lock | {"agent_id": ""}) | present(waiting=_first(names))
+        for lock, names in zip(stands["locks"], waiting, strict=True)
+    ]
     usual = {"type": "message", "to": ""}
     for key, more in (("owes", {"waiting_for": ""}), ("waits_for", {})):
         requests = [one | usual | more | {"message": title_of(one["message"])} for one in stands[key]]
@@ -6129,13 +6137,14 @@ def _board_tool(call: McpCall, row: Row, values: Json) -> Steps[Json]:
         page = yield from call_operation(call, row, **values)
         rows = [_message_shown(call, envelope) for envelope in page["messages"]]
         return {"messages": rows} | present(before=page["previous"], note="" if rows else "nothing was said")
+    offset = values.pop("offset", 0)
     answer = yield from call_operation(call, row, **values)
     for kind in ("notes", "channels"):
         if kind in answer:
             return _listed(kind, [_pick(kind, each) for each in answer[kind]], f"there are no such {kind} yet")
     if row is Operations.get_note:
         call.quotes = True
-        return _pick("notes", answer) | {"value": answer["value"]}
+        return _pick("notes", answer) | _text_shown("value", answer["value"], f"board get, key {answer['key']}", offset)
     note = "you were not in it" if answer.get("left") is False else ""
     return _pick("notes" if "key" in answer else "channels", answer) | present(note=note)
 
@@ -6148,7 +6157,7 @@ TOOLS: dict[str, Tool] = {
     "ask_agent": Tool(_ask_tool, _ASK, Operations.send, Operations.read_inbox, slow=True),
     "task": Tool(_task_tool, _TASK, actions=_TASK_ACTIONS, more={"show": ("offset",)}),
     "lock": Tool(_lock_tool, _LOCK, actions=_LOCK_ACTIONS),
-    "board": Tool(_board_tool, _BOARD, actions=_BOARD_ACTIONS),
+    "board": Tool(_board_tool, _BOARD, actions=_BOARD_ACTIONS, more={"get": ("offset",)}),
 }
 
 
@@ -7949,7 +7958,7 @@ class HttpConnection:
         kind = "text/event-stream" if format == "sse" else "application/x-ndjson"
         extra = (("Transfer-Encoding", "chunked"), *UNBUFFERED, *request.headers)
         self.transport.write(plain_head(200, f"{kind}; charset=utf-8", extra, self.server.date))
-        self._comment_at, self._comment = self.server.loop.time(), http_chunk(":\n\n" if format == "sse" else "\n")
+        self._comment_at, self._comment = self.server.loop.time(), http_chunk(":\n" if format == "sse" else "\n")
 
     def _answer_stream(self, request: OpenRequest, stream: Stream | Watch | Subscription) -> None:
         """Begin an answer without end: the messages of an inbox, what happens in the hub, or which resources change."""
@@ -10188,14 +10197,22 @@ SHOWN_CHARACTERS = 8_000  # of one message in text: what is longer is cut, with 
 SHOWN_BYTES = 80_000  # of messages that one command prints as text, 20,000 tokens: others come with the next
 
 
-def say(text: str) -> None:
-    """Something for people, on stderr."""
-    print(f"agenthub: {harmless(indented(spelt(text)))}", file=sys.stderr, flush=True)
+def say(text: str, args: argparse.Namespace | None = None) -> None:
+    """Something for people, on stderr; the commands in it are for the agent and hub in `args`."""
+    print(f"agenthub: {harmless(indented(spelt(text, args)))}", file=sys.stderr, flush=True)
 
 
-def spelt(text: str) -> str:
+def spelt(text: str, args: argparse.Namespace | None = None) -> str:
     """Words of our own, in which each command (`agenthub recv`) is spelt as it can be typed here."""
+    if options := typed_options(args):
+        text = re.sub("`(agenthub [^`]*)`", lambda match: f"`{match[1]}{options}`", text)
     return re.sub(r"(^|`)agenthub(?= [A-Za-z-])", lambda match: match[1] + program(), text)
+
+
+def typed_options(args: argparse.Namespace | None) -> str:
+    """The options that say for which agent and hub a command was, so that the next one is for the same."""
+    options = (("--as", "identity"), ("--url", "url"), ("--cacert", "cacert"))
+    return "".join(f" {name} {shell_quote(getattr(args, at))}" for name, at in options if getattr(args, at, None))
 
 
 def did_you_mean(answer: Json) -> str:
@@ -10242,7 +10259,16 @@ def show_all(args: argparse.Namespace, items: list[Json], text: Callable[[Json],
     for item in items:
         show(args, item, text)
     if nothing and not items:
-        say(nothing)
+        say(nothing, args)
+
+
+def show_mail(args: argparse.Namespace, envelopes: list[Json], line: Callable[[Json], str], nothing: str) -> None:
+    """Messages that were looked up; as text no more of them than a model can take."""
+    weight = sys.maxsize if args.json else SHOWN_BYTES
+    rows, _ = take_within(weight, envelopes, lambda one: min(len(value_text(one["message"])), SHOWN_CHARACTERS))
+    show_all(args, rows, line, nothing)
+    if left := len(envelopes) - len(rows):
+        say(f"{left} more would be too much at once: use --limit, or what else narrows it")
 
 
 def program() -> str:
@@ -10329,7 +10355,8 @@ def message_line(envelope: Json, me: str | None = None, most: int = SHOWN_CHARAC
     whom = to if type in ("request", "response", "ping") else f"to {to}"  # asks beta, proposes a task to beta
     who = " ".join(filter(None, (envelope["from"], does, whom if to != me else "")))
     if 0 < most < len(words):
-        words = f"{words[:most]} … (cut: it has {len(words)} characters; all: {program()} trace {id} --json)"
+        words = f"{words[:most]} … (cut: it has {len(words)} characters; all: {program()} trace {id} --json"
+        words += f" --as {shell_quote(me)})" if me else ")"
     line = f"{id} {who}{',' if does else ''} {age_of(envelope['timestamp'])}"
     return f"{line}: {indented(words)}" if words else line
 
@@ -10376,7 +10403,8 @@ def engaged_text(agent: Json) -> str:
     """What an agent is doing, and what it holds."""
     parts = [f'"{agent["doing"]}"'] if agent.get("doing") else []
     parts += [f"away until {to_second(agent['away_until'])}"] if "away_until" in agent else []
-    parts += [f"task {id}" for id in agent.get("tasks", ())]
+    tasks = zip(agent.get("tasks", ()), agent.get("task_seqs", ()), strict=False)  # a caller may leave tasks out
+    parts += [f"task {short_id(id, seq)}" for id, seq in tasks]
     parts += [f"locked {path_names(agent['locks'])}"] if "locks" in agent else []
     return "".join(f"; {part}" for part in parts)
 
@@ -10405,6 +10433,9 @@ def task_text(answer: Json) -> str:
     """A task with its history and its result, or that of an answer."""
     task = answer.get("task") or answer
     lines = [task_line({name: value for name, value in task.items() if name != "history"})]
+    whole = value_text(task.get("message", ""))
+    if "task_id" in answer or "history" in task:  # else its proposer has just written it, or its holder read it
+        lines += [whole[:SHOWN_CHARACTERS]] if whole != title_of(whole) else []
     for step in task.get("history", ()):
         words = f": {step['words']}" if step["words"] else ""
         lines.append(f"{to_second(step['at'])} {step['agent_id'] or 'the hub'} {step['what']}{words}")
@@ -10531,8 +10562,6 @@ NEXT: dict[str, tuple[str, ...] | Callable[[Json], tuple[str, ...]]] = {
 
 def next_commands(args: argparse.Namespace, answer: Json) -> list[str]:
     """What to type after that answer, for the same agent and hub."""
-    options = (("--as", "identity"), ("--url", "url"), ("--cacert", "cacert"))
-    typed = [f" {option} {shell_quote(getattr(args, at))}" for option, at in options if getattr(args, at, None)]
     me = args.caller.agent_id if args.caller else None
     seq, about = answer.get("seq"), answer.get("reply_to") or answer.get("id") or answer.get("task_id", "")
     short = {"m": f"m{seq}", "about": short_id(about, answer.get("task_seq") or seq)} if seq else {}
@@ -10546,7 +10575,7 @@ def next_commands(args: argparse.Namespace, answer: Json) -> list[str]:
     for template in templates:
         with contextlib.suppress(KeyError):
             asks_hub = template.split()[0] not in ("serve", "demo", "bench")  # else it takes neither --as nor --url
-            commands.append(f"{program()} {template.format_map(quoted)}{''.join(typed) if asks_hub else ''}")
+            commands.append(f"{program()} {template.format_map(quoted)}{typed_options(args) if asks_hub else ''}")
     return commands
 
 
@@ -10882,13 +10911,14 @@ def _recv_command(args: argparse.Namespace) -> None:
             client.ack(ids=ids)
     others, until = page.get("claimed", 0), page.get("claimed_until", "")[11:19]
     more = page["unread"] - len(ids) - others
-    rest = f"{more} more are unread: `agenthub recv` again" if more > 0 else "" if ids else "nothing unread"
+    rest = f"{more} more {'is' if more == 1 else 'are'} unread: `agenthub recv` again" if more > 0 else ""
+    rest = rest or ("" if ids else "nothing unread")
     rest = f"nothing came within {in_units(args.wait, _UNITS)}" if args.wait and not ids else rest
     said = "; ".join(filter(None, (rest, f"{others} are being read elsewhere, until {until}" if others else "")))
     if args.wait and not ids:
         raise TimedOut(said)
     if said:
-        say(said)
+        say(said, args)
 
 
 def _read_page(args: argparse.Namespace, client: Client) -> tuple[Json, bool]:
@@ -10928,14 +10958,14 @@ def _history_command(args: argparse.Namespace) -> None:
     which = {name: getattr(args, name) for name in ("other", "thread", "type", "limit", "after", "channel")}
     identity, full = Identity(args), args.history == "full"
     envelopes = identity.act(lambda client: client.history(**which, full=full))
-    show_all(args, envelopes, functools.partial(message_line, me=identity.client.agent_id), "there is nothing")
+    show_mail(args, envelopes, functools.partial(message_line, me=identity.client.agent_id), "there is nothing")
 
 
 @command_line("search", "find what you sent or got by its words", NEWEST, example="agenthub search migration 'schema*'")
 @argument("words", 'all of them must be there; "a phrase", prefix*', nargs="+")
 def _search_command(args: argparse.Namespace) -> None:
     envelopes = Identity(args).act(lambda client: client.search(" ".join(args.words), args.limit))
-    show_all(args, envelopes, message_line, "nothing you sent or got holds that")
+    show_mail(args, envelopes, message_line, "nothing you sent or got holds that")
 
 
 @command_line("trace", "what became of a message", example="agenthub trace m42")
@@ -11109,7 +11139,7 @@ def _agents_command(args: argparse.Namespace) -> None:
     here = [agent for agent in agents if args.all or args.status or agent["status"] == "active"]
     show_all(args, here, _agent_text)
     if away := len(agents) - len(here):
-        say(f"{away} more are offline: `agenthub agents --all` shows them")
+        say(f"{away} more are offline: `agenthub agents --all` shows them", args)
     elif not agents:
         wanted = {"has": args.capability, "is in": args.channel, "is": args.status}
         which = " and ".join(f"{does} {word}" for does, word in wanted.items() if word)
@@ -11417,7 +11447,8 @@ class Doctor:
         if not self.agent["unread"]:
             return "ok", "nothing is unread"
         age = self.agent.get("unread_age", 0)
-        words = f"{self.agent['unread']} unread, the oldest for {ago(age)}: read with `agenthub recv`"
+        fix = f"read with `agenthub recv --as {self.agent['agent_id']}`"
+        words = f"{self.agent['unread']} unread, the oldest for {ago(age)}: {fix}"
         return "warn" if age > 3600 else "ok", words
 
     def _recipient(self) -> tuple[str, str]:
@@ -12108,11 +12139,16 @@ def read_command(words: list[str]) -> argparse.Namespace:
     return args
 
 
+# What other programs call a command.
+OTHER_WORDS = {"inbox": "recv", "read": "recv", "unread": "recv", "message": "send", "msg": "send", "post": "send"}
+OTHER_WORDS |= {"whoami": "status", "task take": "task accept", "task claim": "task accept", "task pick": "task next"}
+OTHER_WORDS |= {"task done": "task complete", "task finish": "task complete", "task give": "task release"}
+
+
 def unknown_command(name: str) -> HubError:
     """The error for a command that is not there: with the nearest, and how that is used."""
     rows = command_lines()
-    others = {"inbox": ["recv"], "read": ["recv"], "message": ["send"]}  # as other programs call it
-    near = others.get(name) or difflib.get_close_matches(name, [*rows, *GROUPS], 1)
+    near = [OTHER_WORDS[name]] if name in OTHER_WORDS else difflib.get_close_matches(name, [*rows, *GROUPS], 1)
     instead = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(' '.join(TOPICS.values()).split())}"
     said = f"there is no command `{name}`: {instead}"
     if name.startswith("-"):

@@ -5279,6 +5279,10 @@ def test_every_tool_does_what_its_operations_do_and_counts_the_unread(pair: Worl
     assert pair.tool("lock", me, action="release")["released"] == ["src/*.py"]
     assert pair.tool("board", me, action="set", key="plan/a", value=["x"])["version"] == 1
     assert pair.tool("board", "beta-2", action="get", key="plan/a")["value"] == ["x"]
+    pair.tool("board", me, action="set", key="long", value="z" * 9_000)
+    cut = pair.tool("board", me, action="get", key="long")
+    assert len(cut["value"]) == 8_000 and cut["cut"] == "1000 characters more: board get, key long, offset 8000"
+    assert len(pair.tool("board", me, action="get", key="long", offset=8_000)["value"]) == 1_000
     assert pair.tool("board", "beta-2", action="notes", prefix="plan")["notes"][0]["key"] == "plan/a"
     assert pair.tool("board", me, action="join", channel="#build")["members"] == [me]
     pair.send("beta-2", "#build", '"green"')
@@ -10547,7 +10551,8 @@ def test_what_could_not_be_printed_is_there_for_the_next_reader(live: object) ->
     reader.messages(unread=True, claim=60, limit=2)
     first = hub.here("recv", "--as", "reader", "--limit", "2")
     assert first.stdout.count("writer") == 2 and re.search(
-        r"1 more are unread: `\S+ \S+ recv` again; 2 are being read elsewhere, until \d\d:\d\d:\d\d\n$", first.stderr
+        r"1 more is unread: `\S+ \S+ recv --as reader` again; 2 are being read elsewhere, until \d\d:\d\d:\d\d\n$",
+        first.stderr,
     )
     assert hub.here("recv", "--as", "reader").stdout.count("writer") == 1
     nothing = hub.here("recv", "--as", "reader")
@@ -10584,10 +10589,10 @@ def test_long_mail_is_cut_in_text_and_whole_as_json(shared_hub: LiveHub) -> None
     first = shared_hub.here("recv", "--as", "long-a", "--peek")
     assert len(first.stdout) < ah.SHOWN_BYTES and " more are unread" in first.stderr
     line = first.stdout.splitlines()[0]
-    whole = re.search(r"(x+) … \(cut: it has 20000 characters; all: (.+ trace m\d+ --json)\)$", line)
+    whole = re.search(r"(x+) … \(cut: it has 20000 characters; all: (.+ trace m\d+ --json --as long-a)\)$", line)
     assert len(whole[1]) == ah.SHOWN_CHARACTERS
     typed = shlex.split(whole[2].removeprefix(ah.program()))
-    assert json.loads(shared_hub.here(*typed, "--as", "long-a").stdout)["message"] == "x" * 20_000
+    assert json.loads(shared_hub.here(*typed).stdout)["message"] == "x" * 20_000
     rows = shared_hub.here("recv", "--as", "long-a", "--json").stdout.splitlines()
     assert len(rows) == 13 and json.loads(rows[0])["message"] == "x" * 20_000
     for words in (("history", "--with", "long-b", "--limit", "13"), ("search", "x*")):
@@ -11066,7 +11071,7 @@ def test_the_doctor_says_what_is_wrong_and_changes_nothing(live: object) -> None
     assert [name for name, (state, _) in well.items() if state == "fail"] == []
     assert (
         "1 unread" in well["queue"][1]
-        and f"`{ah.program()} recv`" in well["queue"][1]
+        and f"`{ah.program()} recv --as alpha`" in well["queue"][1]
         and "no connection open" in well["recipient"][1]
     )
     assert hub.client("alpha").trace(hub.client("alpha").messages()[0]["id"])["trace"][0]["state"] == "queued"
@@ -11499,6 +11504,33 @@ def test_the_last_ping_before_the_close_proves_receipt(live: object) -> None:
         line.shutdown(socket.SHUT_WR)
         assert hub.process.wait(20) == 0
     assert live(port=str(hub.port)).client("late").heartbeat()["unread"] == 0
+
+
+def test_hints_are_for_who_asked_and_long_answers_are_bounded(live: object) -> None:
+    hub, long = live("--rate-limit", "0", "--loop-guard", "0"), "x" * 9_000
+    for name in ("ann", "ben"):
+        hub.client(name)
+    for number in range(12):
+        hub.here("send", "ben", f"{number} {long}", "--as", "ann")
+    got = hub.here("recv", "--limit", "1", "--as", "ben", "--url", hub.url)
+    options = f"--as ben --url {hub.url}"
+    assert f"11 more are unread: `{ah.program()} recv {options}` again" in got.stderr
+    assert f"{ah.program()} trace m1 --json --as ben)" in got.stdout
+    past = hub.here("history", "--as", "ben")
+    assert len(past.stdout) < 90_000 and "2 more would be too much at once" in past.stderr
+    assert len(hub.here("history", "--as", "ben", "--json").stdout.splitlines()) == 12
+    text = "migrate the users table\nand take the lock on db/ first " + "y" * 100
+    hub.here("task", "propose", "ben", text, "--as", "ann")
+    assert "on db/ first yyy" in hub.here("task", "next", "--as", "ben").stdout
+    assert "ben active" in (who := hub.here("agents", "--as", "ann").stdout) and "; task m13" in who
+    for typed, meant in (("task done m1", "task complete"), ("task take m1", "task accept"), ("whoami", "status")):
+        assert f"did you mean `{meant}`?" in hub.here(*typed.split()).stderr
+    with socket.create_connection(("127.0.0.1", hub.port), timeout=20) as line:
+        line.sendall(b"GET /api/v1/stream?agent_id=ben&after=999 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        got = b""
+        while b":\n" not in got.partition(b"\r\n\r\n")[2]:
+            got += line.recv(65536)
+        assert got.partition(b"\r\n\r\n")[2].startswith(b"2\r\n:\n\r\n"), "a stream begins with no empty line"
 
 
 def test_the_exit_status_says_what_happened(live: object) -> None:
