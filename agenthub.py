@@ -50,6 +50,7 @@ import time
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
+from json.scanner import make_scanner
 from operator import attrgetter
 from shlex import quote as shell_quote
 from typing import TYPE_CHECKING, Annotated, Any, Generic, NamedTuple, ParamSpec, TypedDict, TypeVar, cast, overload
@@ -219,6 +220,8 @@ CATCH_UP_PAGE = 256  # messages read from the log at a time for a reader that is
 SLOW_COMMIT = 0.003  # seconds; the loop waits for quicker commits itself, a slower disk gets a thread
 CHECKPOINT_PAGES = 1_000  # of write-ahead log, SQLite's own figure; a log that starts over does not grow, and an
 # fsync that need not record a new length takes half as long. The checkpoint itself takes 1.5 ms, between two commits.
+PROOF_SECONDS = 1  # a busy WebSocket is asked to prove what it has received this often, a quiet one at once
+PROOF_SHARE = 0.0005  # seconds more for each reader, so that proofs (25 us each) cost a hub 5 % of its time at most
 PING_SECONDS = 20  # a WebSocket is asked for a sign of life this often, and cut after twice as long
 COMMENT_SECONDS = 15  # an event stream gets a comment this often, so that proxies keep it open
 SWEEP_SECONDS = 15  # between two looks at which agents have fallen silent
@@ -863,6 +866,16 @@ def _finite(text: str) -> float:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
+_scan = make_scanner(cast(Any, _DECODER))  # it takes what a decoder has
+
+
+def _decode_json(text: str) -> Any:
+    """The value in a text. The decoder takes twice as long where it has to look for space around it."""
+    try:
+        value, end = _scan(text, 0)
+    except StopIteration:
+        end = -1
+    return value if end == len(text) else _DECODER.decode(text)
 
 
 def _too_deep(value: Any, levels: float) -> bool:
@@ -875,7 +888,7 @@ def _too_deep(value: Any, levels: float) -> bool:
 def parse_json(data: bytes, max_depth: float) -> Any:
     """A JSON value (RFC 8259), strictly. Raises InvalidJson, which says what is wrong and roughly where."""
     try:
-        value = _DECODER.decode(data.decode())
+        value = _decode_json(data.decode())
         if data.count(b"[") + data.count(b"{") > max_depth and _too_deep(value, max_depth):
             raise RecursionError
         if b"\\u" in data:
@@ -7271,6 +7284,23 @@ def encode_event(format: str, event: str, text: str, seq: int = 0) -> bytes:
     return http_chunk(f"{id}{sse(event, text)}" if format == "sse" else f"{text}\n")
 
 
+class MailRun:
+    """Messages that were committed together for the same inboxes; `seqs` ascend. They are framed once for each format,
+    and each reader gets them as one write."""
+
+    def __init__(self, messages: list[Message]) -> None:
+        self.messages, self.seqs = messages, [message.seq for message in messages]
+        self._frames: dict[str, bytes] = {}
+
+    def frames(self, format: str) -> bytes:
+        """The messages in the format of a reader."""
+        frames = self._frames.get(format)
+        if frames is None:
+            each = (encode_event(format, one.type, one.envelope(), one.seq) for one in self.messages)
+            frames = self._frames[format] = b"".join(each)
+        return frames
+
+
 class Reader:
     """What an open connection gets as it happens. What a turn of the loop brings is written at its end, in one go. A
     kind of reader adds what it gets, how that is framed, and how its receipt is proven."""
@@ -7351,21 +7381,20 @@ class InboxReader(Reader):
             self.write(encode_event(self.format, "welcome", dump(server.api.welcome(opened))))
         self.fall_behind()
 
-    def push(self, message: Message, frames: dict[str, bytes]) -> bool:
-        """Take a message that was just committed, framed once for each format. Returns whether it goes out now."""
-        if message.seq <= self.cursor:
+    def push(self, run: MailRun) -> bool:
+        """Take messages that were just committed. Returns whether they go out now, all of them."""
+        first, last = run.seqs[0], run.seqs[-1]
+        if last <= self.cursor:
             return False
-        frame = frames.get(self.format)
-        if frame is None:
-            frame = frames[self.format] = encode_event(self.format, message.type, message.envelope(), message.seq)
-        if not self.live or self.paused or self.queued > self.server.limits.max_unsent:
-            self.owed += len(frame)
+        frames = run.frames(self.format)
+        if not self.live or self.paused or self.queued > self.server.limits.max_unsent or first <= self.cursor:
+            self.owed += len(frames)
             self.fall_behind()
             return False
-        self.cursor = message.seq
-        self.write(frame)
+        self.cursor = last
+        self.write(frames)
         if self.proves:
-            self.written.append(message.seq)
+            self.written += run.seqs
         return True
 
     def fall_behind(self, seq: int = sys.maxsize) -> None:
@@ -7377,18 +7406,23 @@ class InboxReader(Reader):
             self._coming = True
             self.server.loop.call_soon(self.catch_up)
 
+    def _next_seqs(self) -> list[int]:
+        """A page of what the peer has not got: first what is unread, then all that came after."""
+        api, name = self.server.api, self.agent_id
+        if self.cursor < self.unread_up_to:
+            return self.server.hub.mail(name).after(self.cursor, min(self.unread_up_to, api.committed), CATCH_UP_PAGE)
+        if self.cursor < api.committed:
+            return api.log.seqs("deliveries", name, self.cursor, api.committed + 1, CATCH_UP_PAGE)
+        return []
+
     def catch_up(self) -> None:
         """Read one page of what the peer has not got, and go on until there is no more or the peer is full."""
         self._coming = False
         if self.live or self.paused or self.closed:
             return
         api, mail, up_to = self.server.api, self.server.hub.mail(self.agent_id), self.unread_up_to
-        unread = self.cursor < up_to
-        if unread:
-            seqs = mail.after(self.cursor, min(up_to, api.committed), CATCH_UP_PAGE)
-        else:
-            seqs = api.log.seqs("deliveries", self.agent_id, self.cursor, api.committed + 1, CATCH_UP_PAGE)
-        messages, cut = api.log.messages(seqs, self.server.clock(), most=READ_AHEAD)
+        unread, seqs = self.cursor < up_to, self._next_seqs()
+        messages, cut = api.log.messages(seqs, self.server.clock(), most=READ_AHEAD) if seqs else ([], False)
         for message in messages:
             again = holds(mail.pushed, message.seq)
             self.write(encode_event(self.format, message.type, message.envelope(again), message.seq))
@@ -7432,16 +7466,21 @@ class SocketReader(InboxReader):
         super().__init__(server, upgrade, socket.transport)
         self.proves, self._socket = not upgrade.explicit, socket
         self._pinged: tuple[int, ...] = ()  # what the ping that is on its way stands for
+        self._proof_at, self._open = 0.0, socket.protocol.state  # when (loop time) it may be asked for proof again
 
     def flush(self, ping: bool = False, last: bool = False) -> None:
-        """Write, and a ping after the messages unless one is on its way. The `last` one, before a close frame, stands
-        for all messages that were not proven yet, so that none is sent again after an orderly end."""
+        """Write, and a ping after the messages: at once where none was sent for a while, else when it is time, which
+        `check` sees to. The `last` one, before a close frame, stands for all messages that were not proven yet, so that
+        none is sent again after an orderly end."""
         if self.written and (last or not self._pinged):
-            self._pinged, self.written = tuple(sorted((*self._pinged, *self.written))), []
-            ping = True
+            now = self.server.loop.time()
+            if last or now >= self._proof_at:
+                self._pinged, self.written = tuple(sorted((*self._pinged, *self.written))), []
+                self._proof_at = now + max(PROOF_SECONDS, PROOF_SHARE * len(self.server.readers))
+                ping = True
         if ping:
             self.out.append(websocket_frame(b"%d" % (self._pinged[-1] if self._pinged else 0), PING))
-        if self._socket.protocol.state.name != "OPEN":  # after a close frame nothing may follow (RFC 6455 5.5.1)
+        if self._socket.protocol.state is not self._open:  # after a close frame nothing may follow (RFC 6455 5.5.1)
             self.out.clear()
         super().flush()
 
@@ -7520,7 +7559,6 @@ TOUCHES: dict[ChangeKind, Callable[[Any], Iterable[str]]] = {
     (Put, Agent): lambda change: () if change.how == "lapsed" else ("hub://agents",),  # that is about its tokens
     (Gone, Agent): lambda change: ("hub://agents",),
     Presence: lambda news: ("hub://agents",),
-    Sent: lambda sent: [f"hub://inbox/{name}" for name in sent.inboxes],
     Transferred: lambda change: [f"hub://inbox/{change.agent_id}"],
     Handed: lambda change: [f"hub://inbox/{change.agent_id}"],
 }
@@ -7660,7 +7698,7 @@ class StepRunner(Reader):
         if not self.closed:
             self.go(self._parked.resume(value, self.server.clock()))
 
-    def push(self, message: Message, frames: dict[str, bytes]) -> bool:
+    def push(self, run: MailRun) -> bool:
         """Mail came. The answer, when it is made, notes what it holds as pushed."""
         self.wake(NEWS)
         return False
@@ -8099,6 +8137,7 @@ class HubSocket(ServerConnection):
     where they arrive, without waking a task for each."""
 
     stream: SocketReader | None = None
+    unmask: Callable[[bytes, bytes], bytes]  # websockets' own (`Listener`)
     _partial_at = 0.0  # since when a message has been arriving, if one is not whole
     _taking = _held = False
     _over = False  # a close frame was sent or received: what comes after it is not looked at
@@ -8109,6 +8148,8 @@ class HubSocket(ServerConnection):
         self._heard_at = self._pinged_at = server.loop.time()
         self._parts: list[bytes] = []
         self._waiting = bytearray()
+        self._left = 0  # bytes of a frame that the library reads, which have not arrived yet
+        self._most = {128 | TEXT: min(server.limits.max_message + FRAME_OVERHEAD, READ_AHEAD), 128 | PONG: 125}
         self._runners: dict[StepRunner, None] = {}  # frames whose answer is not there yet
         server.listener.count_in(self)
 
@@ -8124,23 +8165,65 @@ class HubSocket(ServerConnection):
         self._taking = False
         if self.stream is None and self.protocol.state.name == "OPEN":
             self.stream = SocketReader(self.hub_server, self.upgrade, self)
-        until = self.hub_server.share()
-        while self._waiting and self.stream and not self.transport.is_closing():
-            piece = bytes(self._waiting[:SLICE])
-            del self._waiting[:SLICE]
-            heard, self._heard_at = self._heard_at, -1.0
-            super().data_received(piece)
-            if self._heard_at < 0 or self._parts:  # none of its frames is whole, or its message is not
-                self._partial_at = self._partial_at or self.hub_server.loop.time()
-            else:
-                self._partial_at = 0.0
-            self._heard_at = max(self._heard_at, heard)
+        until, more = self.hub_server.share(), True
+        while more and self._waiting and self.stream and not self.transport.is_closing():
+            more = self._take_frame()
             if not whole and self.hub_server.loop.time() > until:
                 break
+        looked_at_all = not (more and self._waiting)
+        partial = looked_at_all and (
+            self._waiting or self._left or self._parts
+        )  # of a frame or message, the rest lacks
+        self._partial_at = (self._partial_at or self.hub_server.loop.time()) if partial else 0.0
         self._hold()
-        if self._waiting and self.stream and not (self._taking or self.transport.is_closing()):
+        if more and self._waiting and self.stream and not (self._taking or self.transport.is_closing()):
             self._taking = True
             self.hub_server.loop.call_soon(self.take)
+
+    def _take_frame(self) -> bool:
+        """Read one frame, or what has arrived of one; returns whether that was possible. An ordinary one that is whole,
+        a text or a pong, is read here, because the library takes four times as long. It gets all others from their
+        first byte to their last, so that it always stands between two frames here."""
+        if not self._left:
+            start, size = self._head_of_frame()
+            if not start:
+                return False
+            kind, masked = self._waiting[0], self._waiting[1] & 128
+            if masked and size <= self._most.get(kind, -1) and not (self._parts or self._over):
+                return self._take_ordinary(kind, start, start + size)
+            self._left = start + size
+        piece = bytes(self._waiting[: min(self._left, SLICE)])
+        del self._waiting[: len(piece)]
+        self._left -= len(piece)
+        super().data_received(piece)
+        return True
+
+    def _head_of_frame(self) -> tuple[int, int]:
+        """How many bytes the head of the next frame has, and how many come after it (RFC 6455 5.2); 0 and 0 where not
+        all of the head has arrived."""
+        data = self._waiting
+        if len(data) < 2:
+            return 0, 0
+        size, start = data[1] & 127, 2
+        if size > 125:
+            start = 4 if size == 126 else 10
+            if len(data) < start:
+                return 0, 0
+            size = int.from_bytes(data[2:start], "big")
+        return start + (4 if data[1] & 128 else 0), size
+
+    def _take_ordinary(self, kind: int, start: int, end: int) -> bool:
+        data = self._waiting
+        if len(data) < end:
+            return False
+        payload = self.unmask(bytes(data[start:end]), bytes(data[start - 4 : start]))
+        del data[:end]
+        self._heard_at = self.hub_server.loop.time()
+        if kind == 128 | TEXT:
+            self._on_text(payload)
+        elif self.stream:
+            self.stream.pong(payload)
+        return True
 
     def _hold(self) -> None:
         """Read no more from a peer that has sent enough for now, or does not take its answers or its pongs."""
@@ -8313,6 +8396,15 @@ class WorkThread:
         return not self._thread.is_alive()
 
 
+def call_each(call: Callable[[Any], object], many: Iterable[Any]) -> None:
+    """Call for each: a bug in one of the calls must not keep the others from being made."""
+    for one in many:
+        try:
+            call(one)
+        except Exception:
+            log_exception("after a commit")
+
+
 class Committer:
     """Commits what one turn of the loop brought as one transaction. Only when that is on disk, the server shows its
     changes, the replies that waited leave, and the next one begins. No timer: a lone sender waits for nothing."""
@@ -8400,17 +8492,9 @@ class Committer:
 
     def _committed(self, changes: list[Any], top: int, waiters: list[Leave]) -> None:
         self.api.committed = top
-        self._each(self._server.show, changes)
+        self._server.show(changes)
         self._server.note_pushes()
         self._end_turn(waiters, None)
-
-    def _each(self, call: Callable[[Any], object], many: Iterable[Any]) -> None:
-        """Call for each: a bug in one of the calls must not keep the others from being made."""
-        for one in many:
-            try:
-                call(one)
-            except Exception:
-                log_exception("after a commit")
 
     def _failed(self, error: HubError, waiters: list[Leave], changes: list[Any]) -> None:
         """Undo a batch that the disk refused: the hub is again what the disk says, and all that waited get the error.
@@ -8440,7 +8524,7 @@ class Committer:
             self.when_durable(lambda error: transport.resume_reading())
 
     def _end_turn(self, waiters: list[Leave], error: HubError | None) -> None:
-        self._each(lambda leave: leave(error), waiters)
+        call_each(lambda leave: leave(error), waiters)
         self._server.flush()
         if self.store.pages > CHECKPOINT_PAGES:
             self._tidy(self.store.checkpoint)
@@ -8557,6 +8641,7 @@ class Listener:
         await asyncio.sleep(LIBRARY_SECONDS)
         await self.loop.run_in_executor(None, __import__, "websockets.asyncio.server")
         from websockets.asyncio.server import ServerConnection, serve
+        from websockets.frames import apply_mask  # type: ignore[attr-defined]  # the quicker of its two
         from websockets.server import ServerProtocol
         from websockets.typing import Subprotocol
 
@@ -8564,7 +8649,7 @@ class Listener:
         max_size = None if most == NEVER else int(most)
         logger = logging.getLogger("agenthub.websockets")
         logger.setLevel(logging.CRITICAL)  # what it reports is a peer that went away or broke the protocol
-        kind: Any = type("HubServerConnection", (HubSocket, ServerConnection), {})
+        kind: Any = type("HubServerConnection", (HubSocket, ServerConnection), {"unmask": staticmethod(apply_mask)})
 
         async def _run(socket: Any) -> None:
             socket.take()
@@ -8643,8 +8728,15 @@ class Server:
 
     # what a commit shows
 
-    def show(self, change: Any) -> None:
-        """Show a change that was committed to those it is for."""
+    def show(self, changes: list[Any]) -> None:
+        """Show changes that were committed to those they are for: messages for the same inboxes together."""
+        for kind, same in itertools.groupby(changes, type):
+            if kind is Sent:
+                call_each(self._show_sent, [list(run) for _, run in itertools.groupby(same, attrgetter("inboxes"))])
+            else:
+                call_each(self._show_change, same)
+
+    def _show_change(self, change: Any) -> None:
         kind: ChangeKind = type(change)
         if kind is Put or kind is Gone:
             kind = (kind, type(change.value))
@@ -8660,17 +8752,20 @@ class Server:
             for subscriber in self.subscribers:
                 subscriber.touch(touched)
 
-    def _show_sent(self, sent: Sent) -> None:
-        self.metrics["messages_total"] += 1
-        self.metrics["deliveries_total"] += len(sent.inboxes)
-        frames: dict[str, bytes] = {}
-        message = sent.message
-        if message.expires_at and message.expires_at <= self.clock():
-            return  # it was due only just before
-        for name in sent.inboxes:
-            took = [reader.via for reader in list(self.readers.get(name, ())) if reader.push(message, frames)]
-            if took:
-                self._pushes.setdefault((name, took[0]), []).append(message.seq)
+    def _show_sent(self, sents: list[Sent]) -> None:
+        now, inboxes = self.clock(), sents[0].inboxes
+        self.metrics["messages_total"] += len(sents)
+        self.metrics["deliveries_total"] += len(sents) * len(inboxes)
+        run = MailRun(
+            [sent.message for sent in sents if not 0 < sent.message.expires_at <= now]
+        )  # due only just before
+        for name in inboxes if run.seqs else ():
+            if readers := self.readers.get(name):
+                took = [reader.via for reader in list(readers) if reader.push(run)]
+                if took:
+                    self._pushes.setdefault((name, took[0]), []).extend(run.seqs)
+        for subscriber in self.subscribers:
+            subscriber.touch({f"hub://inbox/{name}" for name in inboxes})
 
     def note_pushes(self) -> None:
         """Note what of a batch was pushed, before the receipts leave that say so."""
@@ -8734,7 +8829,6 @@ class Server:
         (Put, Member): lambda self, change: self._wake(change.value.agent_id),
         (Put, Lock): lambda self, change: self.move_up_locks(),
         (Gone, Lock): lambda self, change: self.move_up_locks(),
-        Sent: _show_sent,
         Transferred: lambda self, change: self._fall_behind(change.agent_id, min(change.seqs, default=sys.maxsize)),
         Handed: lambda self, change: self._fall_behind(change.agent_id, change.seq),
         Presence: _show_presence,

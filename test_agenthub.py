@@ -278,7 +278,7 @@ def until(condition: Callable[[], object], seconds: float = 20) -> object:
 
 
 # Hubs under test look at deadlines and counts more often than others and import websockets at once: tests wait less.
-QUICK = {"TICK_SECONDS": 0.05, "COUNT_SECONDS": 0.1, "LIBRARY_SECONDS": 0}
+QUICK = {"TICK_SECONDS": 0.05, "COUNT_SECONDS": 0.1, "LIBRARY_SECONDS": 0, "PROOF_SECONDS": 0.1}
 assert all(hasattr(ah, name) for name in QUICK)
 PROGRAM = (
     "import sys, agenthub\nfor name, value in {}.items(): setattr(agenthub, name, value)\nsys.exit(agenthub.main())"
@@ -7290,15 +7290,48 @@ def test_a_message_is_framed_once_for_all_websockets() -> None:
         protocol = types.SimpleNamespace(state=types.SimpleNamespace(name="OPEN"))
         socket = types.SimpleNamespace(transport=transport, protocol=protocol)
         readers = [ah.SocketReader(server, ah.Upgrade("a", 0, True, True, "", "", ""), socket) for _ in range(3)]
-        message, frames = ah.Message(1, "", "message", "b", "", '"x"', 0), {}
+        run = ah.MailRun([ah.Message(seq, "", "message", "b", "", '"x"', 0) for seq in (1, 2)])
         await asyncio.sleep(0)  # they say welcome, and are live
         wrote.clear()
         for reader in readers:
-            assert reader.push(message, frames)
+            assert reader.push(run)
             reader.flush()
-        assert list(frames) == ["websocket"] and wrote == [frames["websocket"]] * 3
+        assert wrote == [run.frames("websocket")] * 3 and wrote[0] is wrote[1] and wrote[0].count(b'"seq":') == 2
         for reader in readers:
             reader.close()
+        await server.stop()
+
+    asyncio.run(play())
+
+
+def test_a_busy_reader_is_asked_for_proof_once_a_second() -> None:
+    async def play() -> None:
+        server, wrote = ah.Server(ah.Store(":memory:"), ah.Settings(ah.Limits(), websockets=False)), []
+        hub = server.hub
+        hub.register(server.clock(), "a", "s", "s", None, None, None, b"t" * 32, True)
+        socket = types.SimpleNamespace(transport=fake_transport(wrote.append), protocol=types.SimpleNamespace(state=1))
+        reader = ah.SocketReader(server, ah.Upgrade("a", 0, False, True, "", "", ""), socket)
+        await asyncio.sleep(0)
+
+        def come() -> None:
+            message = ah.Message(0, "", "message", "operator", "", '"x"', 0)
+            reader.push(ah.MailRun([hub.send(server.clock(), ah.Draft(message, "a", None)).message]))
+            reader.flush()
+
+        pings = lambda: sum(ah.websocket_frame(b"%d" % seq, ah.PING) in b"".join(wrote) for seq in range(1, 9))
+        come()
+        assert pings() == 1, "a quiet reader at once"
+        reader.pong(b"1")
+        come(), come()
+        assert pings() == 1 and hub.unread("a") == 2, "a busy one not yet"
+        reader._proof_at = server.loop.time()  # a second later
+        reader.flush()
+        assert pings() == 2
+        reader.pong(b"3")
+        assert hub.unread("a") == 0
+        come()
+        reader.flush(last=True)
+        assert pings() == 3, "and before an orderly close"
         await server.stop()
 
     asyncio.run(play())
@@ -7312,16 +7345,16 @@ def test_a_reader_of_a_peer_that_takes_nothing_keeps_nothing_for_it() -> None:
         reader = ah.InboxReader(server, ah.Stream("a", 0, "sse", True), transport)
         watcher = ah.Watcher(server, ah.Watch("operator", "sse"), transport)
         await asyncio.sleep(0)
-        message, frames = ah.Message(1, "", "message", "b", "", '"x"', 0), {}
-        server.show(ah.Put(ah.Member("#c", "a", 0)))
-        assert not reader.push(message, frames) and reader.owed == len(frames["sse"])
+        run = ah.MailRun([ah.Message(1, "", "message", "b", "", '"x"', 0)])
+        server.show([ah.Put(ah.Member("#c", "a", 0))])
+        assert not reader.push(run) and reader.owed == len(run.frames("sse"))
         server.flush()
         assert wrote == []
         reader.resume(), watcher.resume()
         await asyncio.sleep(0)
-        assert reader.live and reader.push(message, frames)
+        assert reader.live and reader.push(run)
         server.flush()
-        assert b'"event":"missed"' in wrote[0] and wrote[1] == frames["sse"]
+        assert b'"event":"missed"' in wrote[0] and wrote[1] == run.frames("sse")
 
     asyncio.run(play())
 
@@ -7682,7 +7715,7 @@ def test_a_stuck_watcher_gets_the_number_of_what_it_missed() -> None:
         watcher.flush()
         watcher.pause()
         for n in range(5):
-            server.show(ah.Put(ah.Member("#c", f"a{n}", 0)))
+            server.show([ah.Put(ah.Member("#c", f"a{n}", 0))])
         watcher.flush()
         assert len(wrote) == 1 and wrote[0].startswith(b"%x\r\nevent: counts" % (len(wrote[0]) - 6))
         watcher.resume(), watcher.flush()
@@ -8454,6 +8487,47 @@ def test_random_frames_on_a_connection_do_no_harm(shared_hub: LiveHub) -> None:
                 line.socket.sendall(bytes(frame))
             line.recv(0)
     assert shared_hub.client().health()["status"] == "ok"
+
+
+def test_frames_that_arrive_in_pieces_are_read_as_if_whole(shared_hub: LiveHub) -> None:
+    pytest.importorskip("websockets")
+    chance = random.Random(7)
+    shared_hub.client("pieces")
+
+    def frame(first: int, data: bytes) -> bytes:
+        size, mask = len(data), chance.randbytes(4)
+        long = b"\xfe" + size.to_bytes(2, "big") if size < 1 << 16 else b"\xff" + size.to_bytes(8, "big")
+        head = bytes([first, 0x80 | size]) if size < 126 else bytes([first]) + long
+        return head + mask + bytes(byte ^ mask[i % 4] for i, byte in enumerate(data))
+
+    kinds = [lambda text: frame(0x81, text), lambda text: frame(0x8A, b"late") + frame(0x81, text)]
+    kinds += [lambda text: frame(1, text[:9]) + frame(0x89, b"hey") + frame(0x80, text[9:])]
+    sent, refs = b"", range(40)
+    for ref in refs:
+        padding = b" " * chance.choice([0, 0, 90, 300, 66_000 if ref % 13 == 0 else 0])
+        sent += chance.choice(kinds)(b'{"type":"heartbeat","ref":%d%s}' % (ref, padding))
+    with shared_hub.socket("pieces") as line:
+        next_frame(line, "welcome")
+        while sent:
+            cut = chance.choice([1, 3, 7, 2_000, 70_000])
+            line.socket.sendall(sent[:cut])
+            sent = sent[cut:]
+        assert [next_frame(line, "heartbeat")["ref"] for _ in refs] == list(refs)
+
+
+def test_a_peer_that_floods_is_not_cut_as_slow(live: object) -> None:
+    pytest.importorskip("websockets")
+    hub = live("--head-timeout", "0.2", "--rate-limit", "0")
+    hub.client("flood")
+    with hub.socket("flood") as line:
+        next_frame(line, "welcome")
+        flood = b"\x81\x94\0\0\0\0" + b'{"type":"heartbeat"}'
+        reading, start = threading.Thread(target=lambda: [None for _ in line], daemon=True), time.monotonic()
+        reading.start()
+        while time.monotonic() - start < 0.8:  # four times as long as part of a frame may wait for its rest
+            line.socket.sendall(flood * 400)
+        line.send('{"type":"status","doing":"still here"}')
+        until(lambda: hub.client().agent("flood").get("doing") == "still here")
 
 
 def test_a_peer_that_pings_and_never_reads_its_pongs_costs_little(live: object) -> None:
