@@ -8171,10 +8171,9 @@ class HubSocket(ServerConnection):
             if not whole and self.hub_server.loop.time() > until:
                 break
         looked_at_all = not (more and self._waiting)
-        partial = looked_at_all and (
-            self._waiting or self._left or self._parts
-        )  # of a frame or message, the rest lacks
-        self._partial_at = (self._partial_at or self.hub_server.loop.time()) if partial else 0.0
+        rest_is_missing = self._waiting or self._left or self._parts  # of a frame, or of a message in several
+        late = looked_at_all and rest_is_missing
+        self._partial_at = (self._partial_at or self.hub_server.loop.time()) if late else 0.0
         self._hold()
         if more and self._waiting and self.stream and not (self._taking or self.transport.is_closing()):
             self._taking = True
