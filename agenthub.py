@@ -355,6 +355,11 @@ def timestamp(ms: int) -> str:
     return f"{_second(ms // 1000)}.{ms % 1000:03d}Z"
 
 
+def seconds_at(text: str) -> float:
+    """The seconds since 1970 at a time that `timestamp` wrote."""
+    return datetime.datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+
+
 def sha256(text: str) -> bytes:
     """The digest under which a token or key is kept."""
     return hashlib.sha256(text.encode()).digest()
@@ -3197,8 +3202,7 @@ class Hub:
             full = self.unread(holder) >= self.limits.max_inbox
             if holder == want.agent_id or full or self._notices.get(key, 0) > at:
                 continue
-            if len(self._notices) >= MAX_NOTICES:
-                self._notices.clear()
+            self._notices = newer_half(self._notices, MAX_NOTICES - 1)
             self._notices[key] = at + NOTICE_SECONDS * 1000
             words = f"{want.agent_id} {'waits for' if want.wait_until > at else 'was refused'} {shown_path(mine)},"
             words += f" which you have locked ({shown_path(theirs)}): release it as soon as you can, or say how long"
@@ -5919,7 +5923,7 @@ def _message_shown(call: McpCall, envelope: Json, offset: int = 0) -> Json:
     if envelope["type"].startswith("task_"):
         task = about or _short(call, envelope["id"])
         seldom |= {"title": envelope.get("task"), "reply_to": "", "task": task if task != id else ""}
-    sent_at = datetime.datetime.fromisoformat(envelope["timestamp"].replace("Z", "+00:00")).timestamp()
+    sent_at = seconds_at(envelope["timestamp"])
     if envelope["from"] == call.agent_id != envelope["to"]:
         seldom["from"] = ""
     else:  # also from itself: in open mode anybody may have said so
@@ -10286,7 +10290,7 @@ def instead_of_waiter(client: Client) -> Iterator[None]:
 # --- Output -----------------------------------------------------------------------------------------------------------
 
 
-SHOWN_CHARACTERS = 8_000  # of one message in text: what is longer is cut, with how to get all of it
+SHOWN_CHARACTERS = TOOL_TEXT  # of one message in text: what is longer is cut, with how to get all of it
 SHOWN_BYTES = 80_000  # of messages that one command prints as text, 20,000 tokens: others come with the next
 
 
@@ -10394,7 +10398,7 @@ def ago(seconds: float) -> str:
 
 def age_of(text: str) -> str:
     """How long ago a time of the hub was: `12 s ago`."""
-    then = datetime.datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+    then = seconds_at(text)
     return f"{ago(max(0.0, time.time() - then))} ago"
 
 
@@ -11496,7 +11500,7 @@ class Doctor:
             raise
         if not {"status", "version", "time"} <= health.keys():
             raise HubError(f"what answers at {url} is not an agenthub: check the address")
-        theirs = datetime.datetime.fromisoformat(health["time"].replace("Z", "+00:00")).timestamp()
+        theirs = seconds_at(health["time"])
         self.health, self.skew = health, started + took / 2 - theirs
         if health["status"] != "ok":
             return "fail", f"{url} answers, but takes no changes: {health.get('reason')}"
@@ -12272,7 +12276,7 @@ def usage_error(row: command_line, words: list[str], said: str) -> HubError:
             whom = is_group(word) or "," in word or (" " not in word and row.name != "task propose")
             said = f"{'TEXT' if whom else 'TO'} is missing"
     elif kind == "unrecognized arguments" and word.startswith("-"):
-        near = difflib.get_close_matches(word.partition("=")[0], names, 1)
+        near = difflib.get_close_matches(word.partition("=")[0], names, 1, 0.75)  # all share two dashes
         said = f"there is no option {refused_value(word)[1:-1]}{f': did you mean {near[0]}?' if near else ''}"
     elif kind == "unrecognized arguments":
         said = f"{refused_value(word)} is one word too many: quote what belongs together"
