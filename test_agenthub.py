@@ -453,6 +453,14 @@ def next_frame(line: object, kind: str, timeout: float = 20) -> dict:
             return frame
 
 
+def proven(line: object, client: object) -> bool:
+    """Whether the hub knows that all was received. It reads on: the client of websockets 13.1 answers no ping behind a
+    frame that nobody has read, be it only that somebody came."""
+    with contextlib.suppress(TimeoutError):
+        line.recv(0)
+    return client.heartbeat()["unread"] == 0
+
+
 # === 1. Ground ========================================================================================================
 
 # --- Limits -----------------------------------------------------------------------------------------------------------
@@ -7211,7 +7219,7 @@ def test_a_websocket_gets_welcome_then_everything_unread_then_what_comes(shared_
         envelope = next_envelope(line)
         assert envelope["message"] == "two" and "redelivered" not in envelope
         assert envelope == me.messages(limit=1)[0]
-        until(lambda: me.heartbeat()["unread"] == 0)
+        until(lambda: proven(line, me))
     assert other.send_message("reader-1", "three")["recipients"][0]["state"] == "queued"
 
 
@@ -7436,7 +7444,7 @@ def test_a_slow_second_connection_still_gets_acknowledged_messages(
         for n in range(200):
             feeder.send_message("twofold", [n, "x" * 40_000])
             assert next_envelope(quick)["message"][0] == n
-        until(lambda: me.heartbeat()["unread"] == 0)
+        until(lambda: proven(quick, me))
         assert [next_envelope(slow)["message"][0] for _ in range(200)] == list(range(200))
 
 
@@ -7451,7 +7459,7 @@ def test_mail_for_a_new_name_reaches_an_open_connection(shared_hub: LiveHub) -> 
         me = ah.Client(shared_hub.url, "reader-8", name="New Name")
         until(lambda: me.register()["unread"] == 0 or True)
         assert next_envelope(line)["message"] == "early"
-        until(lambda: me.heartbeat()["unread"] == 0)
+        until(lambda: proven(line, me))
 
 
 def test_a_stuck_reader_is_cut_off_and_gets_everything_later(live: object) -> None:
@@ -7514,7 +7522,8 @@ def test_a_trace_names_the_interface_a_message_was_pushed_and_acknowledged_by(sh
         next_frame(line, "welcome")
         receipt = other.send_message("traced", "hi")
         assert next_envelope(line)["id"] == receipt["message_id"]
-        done = until(lambda: (t := other.trace(receipt["message_id"]))["trace"][0]["state"] == "acknowledged" and t)
+        until(lambda: proven(line, me))
+    done = other.trace(receipt["message_id"])
     (line_,) = done["trace"]
     assert (done["via"], line_["pushed_via"], line_["acknowledged_via"]) == ("http", "websocket", "websocket")
     assert line_["stored"] <= line_["pushed"] <= line_["acknowledged"]
