@@ -24,7 +24,7 @@ end of its row, and a test holds it to that.
   4. Operations         Steps, Api, Operations, JSON, Metrics, Tools, MCP, Endpoint, Guide, Access, Dispatch  1 to 3
   5. Server             Readers, Watchers, Running, Connections, Sockets, Committer, Listener, Server         1 to 4
   6. Clients            Requests, Client, AgentClient                                                         1, 4
-  7. Command line       Identity, Output, Command lines, Commands, Doctor, Setup, Serve, Demo, Main           1, 3 to 6
+  7. Command line       Identity, Output, Command lines, Commands, Doctor, Setup, Serve, Demo, Bench, Main   1, 3 to 6
   8. In a coding agent  Session, Hooks, Stdio, Settings, Install                                              1, 4, 6, 7
 """
 
@@ -69,8 +69,10 @@ if TYPE_CHECKING:
     import http
     import ipaddress
     import logging
+    import multiprocessing
     import queue
     import resource
+    import selectors
     import shlex
     import signal
     import socket
@@ -88,8 +90,9 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self, Unpack
 else:
-    LAZY = "argparse asyncio base64 datetime difflib fcntl gc hashlib hmac http ipaddress logging queue resource shlex"
-    LAZY += " signal socket sqlite3 ssl stat subprocess tempfile threading traceback unicodedata"
+    LAZY = "argparse asyncio base64 datetime difflib fcntl gc hashlib hmac http ipaddress logging"
+    LAZY += " multiprocessing queue resource selectors shlex signal socket sqlite3 ssl stat subprocess tempfile"
+    LAZY += " threading traceback unicodedata"
 
     class LazyModule:
         """A module that is imported when something in it is first used: one command needs few of them. From then on it
@@ -12028,27 +12031,32 @@ def _most_connections() -> float:
 # --- Demo -------------------------------------------------------------------------------------------------------------
 
 DEMO_PAUSE = 0.25  # seconds after each step where a person looks on: 4 s in all
-BENCH_SECONDS = 1.5  # for each of four figures: 7 s with all that is around them
-BENCH_GROUP = 64  # messages of one WebSocket that are under way, and rows of one commit to compare it with
-BENCH_TEXT = "x" * 100  # a short message, and as much in a row
 _DEMO_HELP = "two agents at work on a hub of their own, for a few seconds"
-_BENCH_EXAMPLE = "agenthub bench"
-_BENCH_HELP = "how many messages a second a hub makes durable here, beside SQLite alone; takes 7 s"
 JSON_OPTION = argument("--json", "one JSON object a line", action="store_true")
 
 
+def own_command(cache: str, *words: str, module: bool = True) -> Json:
+    """The arguments of Popen that run a command of this program, whatever the environment says: as a module, which is
+    kept compiled in `cache`, or as a script, which Python compiles each time."""
+    folder, file = os.path.split(os.path.abspath(__file__))
+    env = {k: v for k, v in os.environ.items() if k not in ("PORT", "PYTHONDONTWRITEBYTECODE")}
+    env = {k: v for k, v in env.items() if not k.startswith("AGENTHUB_")}
+    env |= {"PYTHONPYCACHEPREFIX": cache, "XDG_STATE_HOME": cache}
+    how = ["-m", file.removesuffix(".py")] if module else [file]
+    return {"args": [sys.executable, *how, *words], "cwd": folder, "env": env}
+
+
 @contextlib.contextmanager
-def own_hub(*options: str) -> Iterator[str]:
-    """The URL of a hub in a process of its own that ends with this, also at SIGTERM. Raises HubError."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("AGENTHUB_") and k != "PORT"}
-    command = [sys.executable, os.path.abspath(__file__), "serve", "--host", HOST, "--port", "0", *options]
+def own_hub(**command: Any) -> Iterator[tuple[str, int]]:
+    """The URL and the id of a hub's process, which ends with this, also at SIGTERM; `command` is what Popen takes.
+    Raises HubError."""
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    hub = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
+    hub = subprocess.Popen(**command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         url = re.search(r" at (http://\S+),", hub.stdout.readline() if hub.stdout else "")
         if not url:
             raise HubError("the hub did not start: `agenthub serve --port 0 --db :memory:` says why")
-        yield url[1]
+        yield url[1], hub.pid
     finally:
         hub.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -12080,7 +12088,10 @@ STEPS = (
 @command_line("demo", _DEMO_HELP, JSON_OPTION, example="agenthub demo", client=False)
 def _demo_command(args: argparse.Namespace) -> None:
     results: list[Any] = [None]  # of step 1, 2, ...
-    with own_hub("--db", ":memory:") as url, tempfile.TemporaryDirectory(prefix="agenthub-demo-") as folder:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="agenthub-demo-"))
+        serve = ("serve", "--db", ":memory:", "--host", HOST, "--port", "0")
+        url, _ = stack.enter_context(own_hub(**own_command(folder, *serve, module=False)))
         os.environ.update(XDG_STATE_HOME=folder, AGENTHUB_TOKEN="", AGENTHUB_KEY="")  # or the user's would be used
         show(args, {"hub": url}, f"A hub at {url}, which keeps nothing, and two agents:")
         for number, (words, who, template) in enumerate(STEPS, 1):
@@ -12106,76 +12117,518 @@ def _demo_command(args: argparse.Namespace) -> None:
     show(args, {"task_id": task["task_id"], "winner": task["holder"]}, f"{text}{program()} serve")
 
 
+# --- Bench ------------------------------------------------------------------------------------------------------------
+#
+# What a hub does in a second, beside a floor from the same run: the least that its work costs on this machine (SQLite
+# alone, a bare TCP, HTTP or WebSocket server). Each load and each floor is a process of its own. A load sends bytes
+# that were made beforehand and counts markers in what comes back, so that it measures the hub and not itself.
+
+BENCH_GROUP = 64  # messages under way on one WebSocket, and rows of one commit to compare it with
+BENCH_SPREAD = 100  # recipients of a load that is spread
+BENCH_CLIENTS = 16  # connections of a load that comes from several sides
+BENCH_READERS = 1_000  # of a broadcast
+BENCH_IDLE = 5_000  # WebSockets that only stay open
+BENCH_PATIENCE = 10  # seconds without any answer: the hub refuses, or hangs
+BENCH_BUSY = 0.9  # of its time: a load that is busier is the limit itself
+_BENCH_EXAMPLE = "agenthub bench --only sends --rounds 3"
+_BENCH_HELP = "how much a hub does in a second here, beside a floor that is measured in the same run"
+
+
+class Sample(NamedTuple):
+    """What was measured: how many a second, or what one costs (milliseconds, KiB); of how long each took the median
+    and the 99th of 100 (milliseconds); which part of the time the load, and then the hub, was at work."""
+
+    value: float
+    p50: float = 0.0
+    p99: float = 0.0
+    busy: float = 0.0
+    cpu: float = 0.0
+
+
+class BenchTarget(NamedTuple):
+    """A hub under load, or a floor: its port, its process (0: another machine's, or unknown), and what a load does."""
+
+    port: int
+    pid: int
+    seconds: float
+    size: int
+    key: str = ""
+
+    @property
+    def text(self) -> str:
+        """The text of each message."""
+        return "x" * self.size
+
+    def frame(self, to: str, mark: str = "") -> bytes:
+        """A WebSocket frame that sends it."""
+        return masked_frame(1, dump({"to": to, "message": mark + self.text}).encode())
+
+    def request(self, method: str, path: str, body: str = "") -> bytes:
+        """An HTTP request."""
+        key = f"Authorization: Bearer {self.key}\r\n" if self.key else ""
+        head = f"{method} {path} HTTP/1.1\r\nHost: {HOST}:{self.port}\r\n{key}Content-Type: application/json\r\n"
+        return f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+
+    def handshake(self, path: str) -> bytes:
+        """A request for a WebSocket (RFC 6455 4.1)."""
+        upgrade = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: "
+        return self.request("GET", path)[:-2] + f"{upgrade}{'A' * 22}==\r\n\r\n".encode()
+
+
+def masked_frame(opcode: int, payload: bytes) -> bytes:
+    """A whole frame of a client (RFC 6455 5.2) of less than 64 KiB; its mask is zero, so that it can be made once."""
+    size = len(payload)
+    length = bytes([0x80 | size]) if size < 126 else b"\xfe" + size.to_bytes(2, "big")
+    return bytes([0x80 | opcode]) + length + bytes(4) + payload
+
+
+class LoadConnection:
+    """A connection of a load, with a `path` a WebSocket. It counts `marker` in what comes back, and answers pings."""
+
+    def __init__(self, target: BenchTarget, marker: bytes, path: str = "", requests: Iterable[bytes] = ()) -> None:
+        self.socket = socket.create_connection((HOST, target.port), BENCH_PATIENCE)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.marker, self._websocket, self._rest = marker, bool(path), b""
+        self._requests, self._sent_at = itertools.cycle(requests), collections.deque[float]()
+        if path:
+            self.socket.sendall(target.handshake(path))
+            while b"\r\n\r\n" not in self._rest:
+                self._rest += self._read()
+            head, _, self._rest = self._rest.partition(b"\r\n\r\n")
+            if b" 101 " not in head:
+                raise HubError(f"no WebSocket: {head.splitlines()[0].decode()}")
+
+    def send(self, count: int = 1) -> None:
+        """Send so many of its requests, as one write."""
+        self._sent_at.extend([time.perf_counter()] * count)
+        self.socket.sendall(b"".join(itertools.islice(self._requests, count)))
+
+    def receive(self) -> list[float]:
+        """Wait for bytes; how many seconds each of the answers in them took (0: to no request of this connection)."""
+        data = self._rest + self._read()
+        count = self._count_frames(data) if self._websocket else self._count_markers(data)
+        now = time.perf_counter()
+        return [now - self._sent_at.popleft() if self._sent_at else 0.0 for _ in range(count)]
+
+    def _read(self) -> bytes:
+        data = self.socket.recv(1 << 18)
+        if not data:
+            raise HubError("a connection was closed during the measurement")
+        return data
+
+    def _count_markers(self, data: bytes) -> int:
+        self._rest = data[len(data) - len(self.marker) + 1 :]
+        return data.count(self.marker)
+
+    def _count_frames(self, data: bytes) -> int:
+        """How many frames with the marker; the last ping is answered, which answers those before it."""
+        at, count, ping = 0, 0, None
+        while len(data) >= at + 4:
+            size, start = data[at + 1], at + 2
+            if size == 126:
+                size, start = int.from_bytes(data[start : start + 2], "big"), start + 2
+            if size == 127 or len(data) < start + size:  # a frame of 64 KiB would never end here
+                break
+            payload, opcode, at = data[start : start + size], data[at] & 15, start + size
+            count += opcode == 1 and self.marker in payload
+            ping = payload if opcode == 9 else ping
+        self._rest = data[at:]
+        if ping is not None:
+            self.socket.sendall(masked_frame(10, ping))
+        return count
+
+
+def ready(connections: Iterable[LoadConnection]) -> Iterator[LoadConnection]:
+    """Each connection from which something can be read, without end. Raises HubError where nothing comes for long."""
+    with selectors.DefaultSelector() as selector:
+        for connection in connections:
+            selector.register(connection.socket, selectors.EVENT_READ, connection)
+        while True:
+            events = selector.select(BENCH_PATIENCE)
+            if not events:
+                raise HubError("nothing came back: run the hub with --rate-limit 0 --loop-guard 0 --max-inbox 0")
+            yield from [key.data for key, _ in events]
+
+
+def load_sends(target: BenchTarget, connections: list[LoadConnection], under_way: int) -> Sample:
+    """Keep so many requests under way on each connection."""
+    for connection in connections:
+        connection.send(under_way)
+    times: list[float] = []
+    busy, start = time.process_time(), time.perf_counter()
+    for connection in ready(connections):
+        answered = connection.receive()
+        times += answered
+        if time.perf_counter() - start >= target.seconds:
+            break
+        if answered:
+            connection.send(len(answered))
+    return sample(times, time.perf_counter() - start, time.process_time() - busy)
+
+
+def sample(times: list[float], took: float, busy: float, each: int = 1) -> Sample:
+    """What came of a load that took so long (seconds), and in which each of these was so many."""
+    times.sort()
+    p50, p99 = (times[int(len(times) * part)] * 1000 if times else 0.0 for part in (0.5, 0.99))
+    return Sample(len(times) * each / took, p50, p99, busy / took)
+
+
+def load_socket(target: BenchTarget, under_way: int, recipients: int = 1, senders: int = 1) -> Sample:
+    """Sends over WebSockets, each with so many under way."""
+    frames = [target.frame(f"bench-{number}") for number in range(recipients)]
+    paths = [f"/ws/bench-sender-{number}" for number in range(senders)]
+    return load_sends(target, [LoadConnection(target, b'"type":"sent"', path, frames) for path in paths], under_way)
+
+
+def load_requests(target: BenchTarget, method: str, path: str, to: str = "", fill: int = 0) -> Sample:
+    """One HTTP request after the other on each of several connections, with a message where there is a recipient; to
+    an inbox that holds so many messages."""
+    if fill:
+        load_sends(
+            target._replace(seconds=0),
+            [LoadConnection(target, b'"type":"sent"', f"/ws/{to}", [target.frame(to)])],
+            fill,
+        )
+    body = dump({"from": "bench-sender-0", "to": to, "message": target.text}) if method == "POST" else ""
+    request = target.request(method, path, body)
+    connections = [LoadConnection(target, b"HTTP/1.1 200", "", [request]) for _ in range(BENCH_CLIENTS)]
+    return load_sends(target, connections, 1)
+
+
+def load_latency(target: BenchTarget, reader: str = "", sender: str = "/") -> Sample:
+    """From a sender to an online reader, 100 a second; without a reader, to the sender and back."""
+    sending = LoadConnection(target, b"BENCH", sender, [target.frame("bench-0", "BENCH")])
+    reading = LoadConnection(target, b"BENCH", reader) if reader else sending
+    times: list[float] = []
+    start = time.perf_counter()
+    for turn in itertools.count():
+        time.sleep(max(0.0, start + turn / 100 - time.perf_counter()))  # the load: one each 10 ms
+        if time.perf_counter() - start > target.seconds:
+            break
+        sent_at = time.perf_counter()
+        sending.send()
+        while not reading.receive():
+            pass
+        times.append(time.perf_counter() - sent_at)
+    done = sample(times, time.perf_counter() - start, 0.0)
+    return done._replace(value=done.p50)
+
+
+def load_broadcast(target: BenchTarget, under_way: int, sender: str, readers: Sequence[str]) -> Sample:
+    """Messages to many readers, so many of them under way: deliveries a second."""
+    reading = [LoadConnection(target, b"BENCH", path) for path in readers]
+    sending = LoadConnection(target, b'"type":"sent"', sender, [target.frame("ALL", "BENCH")])
+    times: list[float] = []
+    received, sent_at = 0, collections.deque[float]()
+    busy, start = time.process_time(), time.perf_counter()
+    sending.send(under_way)
+    sent_at.extend([start] * under_way)
+    for connection in ready([*reading, sending]):
+        count = len(connection.receive())
+        received += count if connection is not sending else 0
+        now = time.perf_counter()
+        if received >= len(reading) * (len(times) + 1):
+            times.append(now - sent_at.popleft())
+            if now - start >= target.seconds:
+                break
+            sending.send()
+            sent_at.append(now)
+    return sample(times, time.perf_counter() - start, time.process_time() - busy, len(reading))
+
+
+def load_connects(target: BenchTarget, hub: bool) -> Sample:
+    """Connect again and again, from several sides: with a hub register, upgrade, and wait for the welcome."""
+    times: list[float] = []
+
+    async def _come(number: int, start: float) -> None:
+        kept, names = await asyncio.open_connection(HOST, target.port) if hub else None, itertools.count()
+        while (began := time.perf_counter()) - start < target.seconds:
+            name = f"bench-{os.getpid()}-{number}-{next(names)}"
+            if kept:
+                kept[1].write(target.request("POST", "/api/v1/agents/register", dump({"agent_id": name})))
+                await kept[0].readuntil(b'"unread":')
+            reader, writer = await asyncio.open_connection(HOST, target.port)
+            writer.write(target.handshake(f"/ws/{name}"))
+            await reader.readuntil(b'"welcome"')
+            times.append(time.perf_counter() - began)
+            writer.close()
+
+    async def _come_all() -> Sample:
+        busy, start = time.process_time(), time.perf_counter()
+        await asyncio.gather(*[_come(number, start) for number in range(BENCH_CLIENTS)])
+        return sample(times, time.perf_counter() - start, time.process_time() - busy)
+
+    return asyncio.run(_come_all())
+
+
+def load_database(target: BenchTarget, rows: int) -> Sample:
+    """SQLite alone: so many rows a commit, each of them durable."""
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="agenthub-bench-"))
+        with contextlib.closing(sqlite3.connect(os.path.join(folder, "raw.db"), isolation_level=None)) as database:
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute("PRAGMA synchronous = FULL")
+            database.execute("CREATE TABLE bench (text)")
+            times: list[float] = []
+            start = began = time.perf_counter()
+            while began - start < target.seconds:
+                database.execute("BEGIN")
+                database.executemany("INSERT INTO bench VALUES (?)", [(target.text,)] * rows)
+                database.execute("COMMIT")
+                now = time.perf_counter()
+                times.append(now - began)
+                began = now
+    return sample(times, began - start, 0.0, rows)
+
+
+# The floors that are servers, as a program of their own, because their memory and their start are measured as well.
+BARE_SERVER = r"""
+import asyncio, sys
+kind, size = sys.argv[1], int(sys.argv[2])
+peers = []
+
+class Bare(asyncio.Protocol):
+    def connection_made(self, transport):
+        self.transport = transport
+        peers.append(transport)
+
+    def data_received(self, data):
+        if kind == "http":
+            self.transport.write(answer * data.count(b"\r\n\r\n"))
+        for _ in range(data.count(b"BENCH") if kind == "tcp" else 0):
+            for peer in peers:
+                peer.write(answer)
+
+async def echo(connection):
+    await connection.send('{"type":"welcome"}')
+    async for message in connection:
+        await connection.send(message)
+
+async def main():
+    if kind == "websocket":
+        from websockets.asyncio.server import serve
+        server = await serve(echo, "127.0.0.1", 0, compression=None)
+    else:
+        server = await asyncio.get_running_loop().create_server(Bare, "127.0.0.1", 0)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await asyncio.Event().wait()
+
+head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {size}\r\n\r\n"
+answer = head.encode() + b"x" * size if kind == "http" else b"BENCH" + b"x" * size
+asyncio.run(main())
+"""
+
+
+class BenchRun(NamedTuple):
+    """How a row is measured: on the hub that was named (else one is made), for how long (seconds), with messages of how
+    much text (bytes). `cache` is where Python keeps this file compiled."""
+
+    url: str
+    seconds: float
+    size: int
+    cache: str
+
+    @contextlib.contextmanager
+    def hub(self, agents: Iterable[str] = ()) -> Iterator[BenchTarget]:
+        """A hub in a process of its own, or the one that was named, with these agents."""
+        with contextlib.ExitStack() as stack:
+            url, pid = self.url, 0
+            if not url:
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="agenthub-bench-"))
+                options = ["--db", os.path.join(folder, "hub.db"), "--host", HOST, "--port", "0", "--max-inbox", "0"]
+                options += ["--rate-limit", "0", "--max-connections", "0", "--max-per-address", "0"]
+                url, pid = stack.enter_context(own_hub(**own_command(self.cache, "serve", *options)))
+            with Client(url) as client:
+                for client.agent_id in agents:
+                    client.session_id, client.token = None, ""
+                    client.register()
+            yield BenchTarget(int(url.rpartition(":")[2]), pid, self.seconds, self.size, client.key)
+
+    @contextlib.contextmanager
+    def bare(self, kind: str, size: int = 0) -> Iterator[BenchTarget]:
+        """A floor that is a server: `http`, `tcp` or `websocket`. What it answers or passes on has that size."""
+        command = [sys.executable, "-c", BARE_SERVER, kind, str(size)]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        try:
+            port = server.stdout.readline() if server.stdout else ""
+            yield BenchTarget(int(port), server.pid, self.seconds, self.size)
+        finally:
+            server.kill()
+            server.communicate()
+
+    def measure(self, target: BenchTarget, load: Callable[..., Sample], *args: Any) -> Sample:
+        """Have a process of its own put a load on a hub or a floor."""
+        before = process_figures(target.pid)[1]
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            measured = pool.apply(load, (target, *args))
+        return measured._replace(cpu=(process_figures(target.pid)[1] - before) / self.seconds)
+
+
+def process_figures(pid: int) -> tuple[float, float]:
+    """The memory (KiB) that a process holds, and the processor time that it has used (seconds); 0 where that can't be
+    read: this is /proc of Linux."""
+    try:
+        with open(f"/proc/{pid}/statm") as memory, open(f"/proc/{pid}/stat") as stat_file:
+            ticks = stat_file.read().rpartition(")")[2].split()[11:13]
+            pages = int(memory.read().split()[1])
+    except OSError:
+        return 0.0, 0.0
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1024, sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+
+
+class Bench(NamedTuple):
+    """A row of the bench: what is measured, in which unit, and how; `alone` where it needs a hub of its own."""
+
+    name: str
+    what: str
+    unit: str
+    floor: Callable[[BenchRun], Sample]
+    hub: Callable[[BenchRun], Sample]
+    alone: bool = False
+
+
+def _database(rows: int) -> Callable[[BenchRun], Sample]:
+    return lambda run: run.measure(BenchTarget(0, 0, run.seconds, run.size), load_database, rows)
+
+
+def _bare(kind: str, size: int, load: Callable[..., Sample], *args: Any) -> Callable[[BenchRun], Sample]:
+    def _measure(run: BenchRun) -> Sample:
+        with run.bare(kind, size) as target:
+            return run.measure(target, load, *args)
+
+    return _measure
+
+
+def _hub(agents: Sequence[str], load: Callable[..., Sample], *args: Any) -> Callable[[BenchRun], Sample]:
+    def _measure(run: BenchRun) -> Sample:
+        with run.hub(agents) as target:
+            return run.measure(target, load, *args)
+
+    return _measure
+
+
+def _idle_memory(run: BenchRun, target: BenchTarget, path: str) -> Sample:
+    """What each of many WebSockets that only stay open costs a server."""
+    before, most = process_figures(target.pid)[0], min(BENCH_IDLE, _most_connections())
+    held = run.measure(target, load_idle, path, int(most), target.pid)
+    return Sample((held.value - before) / most)
+
+
+def load_idle(target: BenchTarget, path: str, count: int, pid: int) -> Sample:
+    """Open so many WebSockets, and read how much memory that process has then."""
+    _most_connections()  # raises this process's own limit
+    kept = [LoadConnection(target, b"", path.format(number)) for number in range(count)]
+    return Sample(process_figures(pid)[0] if kept else 0.0)
+
+
+def _hub_idle(run: BenchRun) -> Sample:
+    with run.hub([f"bench-{number}" for number in range(BENCH_IDLE)]) as target:
+        return _idle_memory(run, target, "/ws/bench-{}")
+
+
+def _bare_idle(run: BenchRun) -> Sample:
+    with run.bare("websocket") as target:
+        return _idle_memory(run, target, "/")
+
+
+def _start(server: contextlib.AbstractContextManager[BenchTarget]) -> Sample:
+    """How long a server takes to its first answer (milliseconds)."""
+    start = time.perf_counter()
+    with server as target, socket.create_connection((HOST, target.port)) as connection:
+        connection.sendall(target.request("GET", "/health"))
+        connection.recv(1)
+        return Sample((time.perf_counter() - start) * 1000)
+
+
+def _memory(server: contextlib.AbstractContextManager[BenchTarget]) -> Sample:
+    """What a server holds when it has answered (KiB)."""
+    with server as target, socket.create_connection((HOST, target.port)) as connection:
+        connection.sendall(target.request("GET", "/health"))
+        connection.recv(1)
+        return Sample(process_figures(target.pid)[0])
+
+
+def _cold(run: BenchRun, send: bool, module: bool = True) -> Sample:
+    """How long a whole process takes (milliseconds): one that sends a message, or one that imports what any needs."""
+    with run.hub(["bench-0"]) as target:
+        words = ["send", "bench-0", "hi", "--as", "bench-0", "--url", f"http://{HOST}:{target.port}"]
+        command = own_command(run.cache, *words, module=module)
+        if not send:
+            command["args"] = [sys.executable, "-c", "import socket, json"]
+        times = []
+        for _ in range(11):
+            start = time.perf_counter()
+            subprocess.run(**command, stdout=subprocess.DEVNULL, check=True)
+            times.append(time.perf_counter() - start)
+    cold = sample(times[1:], 1, 0)  # the first one compiles
+    return cold._replace(value=cold.p50)
+
+
+_READING = [f"bench-{number}" for number in range(BENCH_READERS)]
+_SENDING = [f"bench-sender-{number}" for number in range(BENCH_CLIENTS)]
+_FEW, _SPREAD, _MANY = ["bench-0", *_SENDING], [*_READING[:BENCH_SPREAD], *_SENDING], [*_READING, *_SENDING]
+_READERS, _SENDER = [f"/ws/{name}" for name in _READING], "/ws/bench-sender-0"
+_INBOX = "/api/v1/messages?agent_id=bench-0&limit=50"
+_SINGLY, _GROUPED = _database(1), _database(BENCH_GROUP)
+_REPLIES, _PAGE = _bare("http", 250, load_requests, "GET", "/"), _bare("http", 13_000, load_requests, "GET", "/")
+_ECHO, _OPEN = _bare("websocket", 0, load_latency), _bare("websocket", 0, load_connects, False)
+_FAN_OUT = _bare("tcp", 300, load_broadcast, 1, "", [""] * BENCH_READERS)
+_PUSH, _POST = (load_latency, "/ws/bench-0", _SENDER), (load_requests, "POST", "/api/v1/messages", "bench-0")
+
+BENCHES = (
+    Bench("send", "sends, one WebSocket", "/s", _SINGLY, _hub(_FEW, load_socket, 1)),
+    Bench("sends", f"  {BENCH_GROUP} under way", "/s", _GROUPED, _hub(_FEW, load_socket, BENCH_GROUP)),
+    Bench(
+        "spread", f"  to {BENCH_SPREAD} agents", "/s", _GROUPED, _hub(_SPREAD, load_socket, BENCH_GROUP, BENCH_SPREAD)
+    ),
+    Bench("senders", f"  {BENCH_CLIENTS} senders", "/s", _SINGLY, _hub(_FEW, load_socket, 1, 1, BENCH_CLIENTS)),
+    Bench("latency", "sender to reader", "ms", _ECHO, _hub(_FEW, *_PUSH)),
+    Bench("broadcast", "broadcast to 1,000", "/s", _FAN_OUT, _hub(_MANY, load_broadcast, 1, _SENDER, _READERS), True),
+    Bench("broadcasts", "  8 under way", "/s", _FAN_OUT, _hub(_MANY, load_broadcast, 8, _SENDER, _READERS), True),
+    Bench("post", f"POST, {BENCH_CLIENTS} connections", "/s", _REPLIES, _hub(_FEW, *_POST)),
+    Bench("health", "GET /health", "/s", _REPLIES, _hub([], load_requests, "GET", "/health")),
+    Bench("inbox", "GET of 50 messages", "/s", _PAGE, _hub(_FEW, load_requests, "GET", _INBOX, "bench-0", 50)),
+    Bench("connects", "register and connect", "/s", _OPEN, _hub([], load_connects, True)),
+    Bench("idle", "memory of a WebSocket", "KiB", _bare_idle, _hub_idle, True),
+    Bench(
+        "start", "serve to first answer", "ms", lambda run: _start(run.bare("websocket")), lambda run: _start(run.hub())
+    ),
+    Bench(
+        "memory", "memory at start", "KiB", lambda run: _memory(run.bare("websocket")), lambda run: _memory(run.hub())
+    ),
+    Bench("cold", "cold send, module", "ms", lambda run: _cold(run, False), lambda run: _cold(run, True)),
+    Bench("script", "cold send, script", "ms", lambda run: _cold(run, False), lambda run: _cold(run, True, False)),
+)
+
+
 @command_line("bench", _BENCH_HELP, JSON_OPTION, example=_BENCH_EXAMPLE, client=False)
+@argument("--only", "only this row; may be repeated", action="append", **one_of(*[row.name for row in BENCHES]))
+@argument("--seconds", "how long each load goes on, default 2 seconds", type=duration, default=2)
+@argument("--size", "of the text in each message, default 100", type=size, default=100)
+@argument("--rounds", "how often; shown are medians, default 1", type=whole_number, default=1)
+@argument("--url", "a hub that runs already, as far as its rows go", default="")
 def _bench_command(args: argparse.Namespace) -> None:
-    with tempfile.TemporaryDirectory(prefix="agenthub-bench-") as folder:
-        options = ("--db", os.path.join(folder, "hub.db"), "--rate-limit", "0", "--max-inbox", "0")
-        with own_hub(*options) as url, contextlib.closing(Store(os.path.join(folder, "raw.db"))) as store:
-            Client(url, "bench-reader").register()
-            for group, what, measure in BENCHES:
-                alone = _sqlite_rate(store, group)
-                _show_rate(args, f"SQLite alone, {group} a commit", alone)
-                if measure is not _socket_rate or has_websockets():
-                    _show_rate(args, what, measure(url), alone)
-                else:
-                    say("websockets is not installed: no figure for a WebSocket")
+    rows = [row for row in BENCHES if (not args.only or row.name in args.only) and not (args.url and row.alone)]
+    head = f"{'':<24}{'hub':>12}     {'p50 ms':>8}{'p99 ms':>8}{'CPU':>6}{'floor':>13}{'ratio':>8}   of all rounds"
+    show(args, {"columns": head.split()}, head)
+    with tempfile.TemporaryDirectory(prefix="agenthub-bench-") as cache:
+        run = BenchRun(args.url, args.seconds, args.size, cache)
+        for row in rows:
+            say(f"measuring {row.name}")
+            _show_rounds(args, row, [(row.floor(run), row.hub(run)) for _ in range(args.rounds)])
 
 
-def _show_rate(args: argparse.Namespace, what: str, rate: float, alone: float = 0) -> None:
-    ratio = {"ratio": round(rate / alone, 3)} if alone else {}
-    text = f"{what:<32}{rate:>10,.0f} a second" + (f"{rate / alone:>8.2f} of SQLite alone" if alone else "")
-    show(args, {"what": what, "per_second": round(rate, 1), **ratio}, text)
-
-
-def _rate(once: Callable[[], int]) -> float:
-    """How many a second, where each call does as many as it returns."""
-    done, start = 0, time.perf_counter()
-    while (took := time.perf_counter() - start) < BENCH_SECONDS:
-        done += once()
-    return done / took
-
-
-def _sqlite_rate(store: Store, group: int) -> float:
-    with contextlib.closing(store.connect()) as database:
-        database.execute("PRAGMA synchronous = FULL")
-        database.execute("CREATE TABLE IF NOT EXISTS bench (text)")
-
-        def _commit() -> int:
-            database.execute("BEGIN")
-            database.executemany("INSERT INTO bench VALUES (?)", [(BENCH_TEXT,)] * group)
-            database.execute("COMMIT")
-            return group
-
-        return _rate(_commit)
-
-
-def _http_rate(url: str) -> float:
-    with Client(url, "bench-http") as client:
-        client.register()
-        return _rate(lambda: len(client.send_message("bench-reader", BENCH_TEXT)["recipients"]))
-
-
-def _socket_rate(url: str) -> float:
-    from websockets.asyncio.client import connect
-
-    async def _send_on(sock: socket.socket) -> float:
-        frame = dump({"to": "bench-reader", "message": BENCH_TEXT})
-        room = 2 * BENCH_GROUP  # for the answers that are still to come when it closes
-        async with connect("ws://localhost/ws/bench-socket", sock=sock, compression=None, max_queue=room) as connection:
-            for _ in range(BENCH_GROUP):
-                await connection.send(frame)
-            done, start = 0, time.perf_counter()
-            while (took := time.perf_counter() - start) < BENCH_SECONDS:
-                if '"type":"sent"' in str(await connection.recv()):
-                    done += 1
-                    await connection.send(frame)
-        return done / took
-
-    Client(url, "bench-socket").register()
-    return asyncio.run(_send_on(socket.create_connection((HOST, int(url.rpartition(":")[2])))))
-
-
-BENCHES = ((1, "HTTP, one connection", _http_rate), (BENCH_GROUP, f"WebSocket, {BENCH_GROUP} under way", _socket_rate))
+def _show_rounds(args: argparse.Namespace, row: Bench, rounds: list[tuple[Sample, Sample]]) -> None:
+    """Print a row: the round whose ratio is the median one, and the ratios of all."""
+    rounds.sort(key=lambda pair: pair[1].value / pair[0].value)
+    ratios = [round(hub.value / floor.value, 3) for floor, hub in rounds]
+    (floor, hub), ratio = rounds[len(rounds) // 2], ratios[len(rounds) // 2]
+    limits = [name for name, one in (("hub", hub), ("floor", floor)) if one.busy > BENCH_BUSY]
+    value = {"row": row.name, "unit": row.unit, "ratio": ratio, "ratios": ratios, "load_was_limit": limits}
+    value |= {"hub": hub._asdict(), "floor": floor._asdict()}
+    text = f"{row.what:<24}{hub.value:>12,.1f} {row.unit:<4}{hub.p50:>8.2f}{hub.p99:>8.2f}{hub.cpu:>6.0%}"
+    text += f"{floor.value:>13,.1f}{ratio:>8.3f}   {ratios[0]:.3f} to {ratios[-1]:.3f}"
+    show(args, value, text + (f"; the load itself was the limit ({', '.join(limits)})" if limits else ""))
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------

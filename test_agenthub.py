@@ -11466,16 +11466,21 @@ def test_the_demo_shows_what_really_happened_and_leaves_nothing(
     )
 
 
-def test_the_bench_compares_each_way_with_sqlite(
-    shared_hub: LiveHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(ah, "BENCH_SECONDS", 0.01)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    rows = [json.loads(line) for line in shared_hub.here("bench", "--json").stdout.splitlines()]
-    ways = 2 if ah.has_websockets() else 1
-    kinds = [("ratio" in row, row["what"].startswith("SQLite")) for row in rows]
-    assert kinds == [(False, True), (True, False)] * ways + [(False, True)] * (2 - ways)
-    assert all(row["per_second"] > 0 for row in rows) and not list(tmp_path.iterdir())
+def test_the_bench_measures_rows_beside_their_floors(shared_hub: LiveHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("websockets")
+    monkeypatch.setattr(tempfile, "tempdir", str(shared_hub.folder))
+    before = set(shared_hub.folder.iterdir())
+    only = ["sends", "latency", "inbox", "connects", "memory", "cold"]
+    done = shared_hub.cli("bench", "--json", "--seconds", "0.2", *[w for name in only for w in ("--only", name)])
+    _, *rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["row"] for row in rows] == only, done.stderr
+    assert all(row["hub"]["value"] > 0 < row["floor"]["value"] for row in rows)
+    assert all(row["ratio"] == round(row["hub"]["value"] / row["floor"]["value"], 3) for row in rows)
+    assert set(shared_hub.folder.iterdir()) <= before | {shared_hub.folder / "state"}
+    there = shared_hub.cli("bench", "--url", shared_hub.url, "--only", "health", "--seconds", "0.1", "--rounds", "2")
+    assert re.search(r"GET /health +[\d,.]+ /s", there.stdout), there
+    refused = shared_hub.here("bench", "--only", "nothing")
+    assert refused.returncode == 2 and "sends" in refused.stderr
 
 
 def test_a_demo_that_is_interrupted_takes_its_hub_along(tmp_path: Path) -> None:
