@@ -20,7 +20,7 @@ end of its row, and a test holds it to that.
 
   1. Ground             Limits, Errors, Text, Values, Paths, Fields, HTTP, Files                              -
   2. Rules              Changes, State, Pace, Inboxes, Locks, Hub                                             1
-  3. Log                Tables, Search, Store                                                                 1, 2
+  3. Log                Tables, Deliveries, Search, Store                                                         1, 2
   4. Operations         Steps, Api, Operations, JSON, Metrics, Tools, MCP, Endpoint, Guide, Access, Dispatch  1 to 3
   5. Server             Readers, Watchers, Running, Connections, Sockets, Committer, Listener, Server         1 to 4
   6. Clients            Requests, Client, AgentClient                                                         1, 4
@@ -233,6 +233,11 @@ SWEEP_DELIVERIES = 1_000  # and no more inboxes than this in one turn, unless it
 SWEEP_BYTES = 2 << 20  # and about this much of messages: freeing their pages costs too, 1 ms for 256 KiB
 SWEEP_PAUSE = 0.005  # seconds between two such turns while there is more: 10,000 messages a second may run out
 MAX_REQUESTS = 100_000  # unanswered requests tracked at a time, 40 MB; beyond, the oldest is no longer tracked
+FLOOR_STEP = 64  # messages an inbox acknowledges, and a quarter of what it has unread, until its floor is written
+MAX_KNOWN = 50_000  # audiences, and ends of inboxes' ranges, that the store need not look up; 10 MB
+MAX_GROUPS = 100  # and groups with all who belong to them
+MAX_RECENT = 5_000  # newest messages whose inboxes it knows, on average a hundred, for when they are pushed; 5 MB
+FEW = 8  # recipients of a group with which the same was so at once, up to which each has a row of its own
 INDEX_BATCH = 100  # messages taken into the search index in one turn: 2 ms, when nothing else is to be done
 INDEX_BYTES = 64 * 1024  # and no more than about this much of their text, which takes 7 ms
 INDEX_TEXT = 32 * 1024  # characters of one message that a search looks at
@@ -532,13 +537,15 @@ class Message(NamedTuple):
 
 class Wanted(NamedTuple):
     """A filter on messages; an empty field fits any. `root` is the seq of the thread's first message, which does not
-    name the thread; `between` are two agents: what either sent the other."""
+    name the thread; `between` are two agents: what either sent the other. An `inbox` does not hold what its agent sent
+    to a group."""
 
     type: str = ""
     sender: str = ""
     thread: str = ""
     root: int = 0
     between: tuple[str, str] = ("", "")
+    inbox: str = ""
 
 
 class Receipt(NamedTuple):
@@ -1613,10 +1620,19 @@ class Acknowledged(NamedTuple):
     via: str
 
 
-class Pushed(NamedTuple):
-    """Change: unread messages were written to a live reader of their inbox for the first time."""
+class Cleared(NamedTuple):
+    """Change: all that lies in an inbox up to `seq` is settled, but these, which are unread."""
 
     inbox: str
+    seq: int
+    but: tuple[int, ...]
+
+
+class Pushed(NamedTuple):
+    """Change: messages were written to live readers of these inboxes for the first time. No other message lies between
+    them there that is unread and was not pushed."""
+
+    inboxes: tuple[str, ...]
     seqs: tuple[int, ...]
     at: int
     via: str
@@ -1871,7 +1887,7 @@ class Pace:
 # --- Inboxes ----------------------------------------------------------------------------------------------------------
 
 
-def holds(seqs: array[int], seq: int) -> bool:
+def holds(seqs: Sequence[int], seq: int) -> bool:
     """Whether that is one of these, which ascend."""
     at = bisect_left(seqs, seq)
     return at < len(seqs) and seqs[at] == seq
@@ -1880,14 +1896,16 @@ def holds(seqs: array[int], seq: int) -> bool:
 class Inbox:
     """What one recipient has not acknowledged, as bare numbers: 8 bytes a message, whatever the message weighs.
     `pushed` are those that were written to a live reader, and are redelivered when written again; `claims` says until
-    when (milliseconds since 1970) a claiming reader has a message for itself."""
+    when (milliseconds since 1970) a claiming reader has a message for itself. `since_floor` is how many messages were
+    acknowledged since the store knows up to where all is settled (`Cleared`)."""
 
-    __slots__ = ("claims", "pushed", "unread")
+    __slots__ = ("claims", "pushed", "since_floor", "unread")
 
     def __init__(self) -> None:
         self.unread: array[int] = array("q")
         self.pushed: array[int] = array("q")
         self.claims: dict[int, int] = {}
+        self.since_floor = FLOOR_STEP  # so that many short runs of a hub do not add up
 
     def after(self, seq: int, up_to: int, limit: int, unclaimed_at: int | None = None) -> list[int]:
         """Up to `limit` unread seqs above `seq`, up to `up_to`; with a time, only those without a claim then."""
@@ -1897,15 +1915,22 @@ class Inbox:
         free = (seq for seq in self.unread[start:stop] if self.claims.get(seq, 0) <= unclaimed_at)
         return list(itertools.islice(free, limit))
 
-    def push(self, seqs: tuple[int, ...]) -> tuple[int, ...]:
-        """Note that these, which ascend, were written to a reader. Returns those that are unread and never were."""
+    def push(self, seqs: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Note that these, which ascend, were written to a reader. Returns those that are unread and never were, in
+        runs between which nothing else is."""
         last = self.pushed[-1] if self.pushed else 0
-        new = tuple([s for s in seqs if holds(self.unread, s) and not (s <= last and holds(self.pushed, s))])
+        new = [s for s in seqs if holds(self.unread, s) and not (s <= last and holds(self.pushed, s))]
+        if len(new) > 1:  # a run ends where the next has more before it that was never pushed
+            ranks = [bisect_left(self.unread, s) - bisect_left(self.pushed, s) - n for n, s in enumerate(new)]
+            pairs = itertools.groupby(zip(ranks, new, strict=True), lambda pair: pair[0])
+            runs = [tuple([seq for _, seq in run]) for _, run in pairs]
+        else:
+            runs = [tuple(new)] if new else []
         if new and new[0] > last:
             self.pushed.extend(new)
         elif new:
             self.pushed = array("q", sorted((*self.pushed, *new)))
-        return new
+        return runs
 
     def take(self, low: int, high: int) -> array[int]:
         """Remove and return those above `low` up to `high`."""
@@ -1931,6 +1956,7 @@ class Inbox:
         """Take in messages of another inbox, as if they had just come. Returns those that were here already."""
         both = sorted(set(seqs) & set(self.unread))
         self._forget(array("q", both))
+        self.since_floor = FLOOR_STEP
         self.unread = array("q", sorted({*self.unread, *seqs}))
         return both
 
@@ -2115,7 +2141,8 @@ class Hub:
     def load(self, snapshot: Snapshot, at: int = 0) -> None:
         """Become what the snapshot says. Connections and pace are not in it and stay."""
         self.changes: list[Any] = []
-        self.deferred: list[Any] = []
+        self.deferred: dict[tuple[tuple[int, ...], int, str], list[str]] = {}  # inboxes by what was pushed, at, via
+        self._cleared: dict[str, None] = {}  # inboxes whose floor is to be written
         self.close_to.cache_clear()
         self.loaded_at, self.epoch, self.seq, self.fence = at, snapshot.epoch, snapshot.seq, snapshot.fence
         self.next_at = 0.0  # nothing that `elapse` does is due before then
@@ -2174,8 +2201,10 @@ class Hub:
 
     def settle(self) -> None:
         """Have what could wait for the next commit committed now."""
-        self.changes += self.deferred
+        self.changes += [Pushed(tuple(names), *key) for key, names in self.deferred.items()]
+        self.changes += [Cleared(name, self.seq, tuple(self.mail(name).unread)) for name in self._cleared]
         self.deferred.clear()
+        self._cleared.clear()
 
     def apply(self, name: str, at: int, *args: Any, **named: Any) -> Any:
         """Apply one command and return its result. Raises HubError, and has then changed nothing."""
@@ -2436,7 +2465,7 @@ class Hub:
 
     def pushes(self, seq: int) -> dict[str, tuple[int, str]]:
         """When and by what that message was written to readers, where this is not with the store yet."""
-        return {c.inbox: (c.at, c.via) for c in self.deferred if type(c) is Pushed and seq in c.seqs}
+        return {name: (at, via) for (seqs, at, via), names in self.deferred.items() if seq in seqs for name in names}
 
     def seq_of(self, message_id: str) -> int:
         """The seq in an id that this hub made, or may yet make (`made_id`); 0 for any other."""
@@ -2636,7 +2665,12 @@ class Hub:
                 for seq in run:
                     self._drop_job(seq, at)
             self._hand_out(agent_id, at)  # it has done one, or has room again
-        return sum(map(len, runs))
+        count = sum(map(len, runs))
+        inbox.since_floor += count
+        if count and inbox.since_floor > FLOOR_STEP + len(inbox.unread) // 4:
+            self._cleared[agent_id] = None
+            inbox.since_floor = crc32(agent_id.encode()) % (FLOOR_STEP // 2)  # not all of a group at the same time
+        return count
 
     def _ponged(self, seq: int) -> tuple[str, str]:
         """One inbox less owes an answer to this ping, if it is one."""
@@ -2647,8 +2681,8 @@ class Hub:
 
     def push(self, at: int, agent_id: str, seqs: tuple[int, ...], via: str) -> None:
         """Messages, whose seqs ascend, were written to a live reader."""
-        if new := self.inboxes.get(agent_id, _NO_MAIL).push(seqs):
-            self.deferred.append(Pushed(agent_id, new, at, via))
+        for run in self.inboxes.get(agent_id, _NO_MAIL).push(seqs):
+            self.deferred.setdefault((run, at, via), []).append(agent_id)
 
     def claim(self, at: int, agent_id: str, seqs: tuple[int, ...], until: int) -> None:
         """Hide these messages from the other claiming readers of their inbox."""
@@ -2690,6 +2724,7 @@ class Hub:
         Mail of an agent that left does not go to a name, however that reads."""
         fold = agent.name.casefold()
         self._unregistered.discard(agent.agent_id)
+        self.settle()  # what was pushed until now is not what comes in here
         for name in sorted(name for name in self._unregistered if name.casefold() == fold):
             self._unregistered.discard(name)
             inbox, old = self._inbox(agent.agent_id), self.inboxes.pop(name)
@@ -3345,6 +3380,7 @@ class Hub:
             self._unregistered.discard(name)
         for name in sorted(n for n in self.departed if n not in self.inboxes and n not in self._aside):
             self._drop(self.departed, name, "forgotten")
+            self._cleared[name] = None
 
     def _forget_old(self, before: float, at: int) -> None:
         """Forget what ended longer ago than messages are kept; cancel tasks that nobody has taken in that time."""
@@ -3370,7 +3406,8 @@ class Hub:
 
 FSYNC_FAILED = (1034, 1290)  # SQLITE_IOERR_FSYNC and _DIR_FSYNC; Python says which from 3.11 on
 APPLICATION_ID = 0x61676874  # "aght" in SQLite's header: how a file says whose it is
-STORE_VERSION = 1
+STORE_VERSION = 2
+EVER = 1 << 62  # the `last` of a membership that goes on
 WAL_KEPT = 64 << 20  # bytes of write-ahead log that stay after a burst: to overwrite them is quicker than to grow again
 PROBE_BYTES = 16_384  # four pages, what a small commit writes (see `write`): a disk that takes them takes that too
 
@@ -3455,14 +3492,16 @@ _NAMED_CODECS = zip(Message._fields[2:], _codecs(Message)[2:], strict=True)
 _PAYLOAD = Message._fields.index("payload")  # where it stands in a row
 _MESSAGE_COLUMNS = ", ".join(f'"{name}" {column}' for name, (column, *_) in _NAMED_CODECS)
 # Without an id, it is the one that the hub makes of epoch and seq.
-_MESSAGE_TABLE = f"(seq INTEGER PRIMARY KEY, id TEXT, {_MESSAGE_COLUMNS}, inboxes TEXT NOT NULL, refused TEXT NOT NULL)"
+_MESSAGE_TABLE = f"(seq INTEGER PRIMARY KEY, id TEXT, {_MESSAGE_COLUMNS}, refused TEXT NOT NULL"
+_RANGES = "(inbox TEXT, last INTEGER, first INTEGER, at INTEGER, via TEXT, PRIMARY KEY (inbox, last)) WITHOUT ROWID"
 _NEW_EPOCH = "lower(hex(randomblob(4)))"
 _MADE_ID = "(SELECT value FROM meta WHERE key = 'epoch') || printf('-%013x', seq)"
 SCHEMA = f"""
 BEGIN IMMEDIATE;
 CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
-CREATE TABLE messages {_MESSAGE_TABLE};
-CREATE TABLE delayed {_MESSAGE_TABLE};
+CREATE TABLE messages {_MESSAGE_TABLE}, audience INTEGER NOT NULL);
+CREATE TABLE delayed {_MESSAGE_TABLE}, inboxes TEXT NOT NULL);
+CREATE INDEX message_audiences ON messages (audience, seq);
 CREATE UNIQUE INDEX message_ids ON messages (id) WHERE id IS NOT NULL;
 CREATE INDEX message_expiry ON messages (expires_at) WHERE expires_at > 0;
 CREATE INDEX message_pings ON messages (seq) WHERE type = 'ping';
@@ -3470,8 +3509,17 @@ CREATE INDEX message_senders ON messages (sender);
 CREATE INDEX message_receipts ON messages (receipt_seq) WHERE receipt_seq > 0;
 CREATE UNIQUE INDEX delayed_ids ON delayed (id);
 CREATE INDEX delayed_due ON delayed (due_at);
-CREATE TABLE deliveries (inbox TEXT, seq INTEGER, acked_at INTEGER, acked_via TEXT, pushed_at INTEGER, pushed_via TEXT,
-    claimed_at INTEGER, claimed_until INTEGER, expired_at INTEGER, PRIMARY KEY (inbox, seq)) WITHOUT ROWID;
+CREATE TABLE audiences (id INTEGER PRIMARY KEY, name TEXT UNIQUE);
+CREATE TABLE audience_of (inbox TEXT, audience INTEGER, first INTEGER, last INTEGER,
+    PRIMARY KEY (inbox, audience, first)) WITHOUT ROWID;
+CREATE INDEX audience_members ON audience_of (audience, last);
+CREATE TABLE acks {_RANGES};
+CREATE TABLE pushes {_RANGES};
+CREATE TABLE turns (last INTEGER PRIMARY KEY, first INTEGER, at INTEGER, via TEXT);
+CREATE TABLE group_marks (seq INTEGER, kind TEXT, at INTEGER, via TEXT, names TEXT, listed INTEGER,
+    PRIMARY KEY (seq, kind, at, via, names)) WITHOUT ROWID;
+CREATE TABLE claims (seq INTEGER, inbox TEXT, at INTEGER, until INTEGER, PRIMARY KEY (seq, inbox)) WITHOUT ROWID;
+CREATE TABLE floors (inbox TEXT PRIMARY KEY, seq INTEGER, but TEXT) WITHOUT ROWID;
 CREATE TABLE channel_messages (channel TEXT, seq INTEGER, PRIMARY KEY (channel, seq)) WITHOUT ROWID;
 CREATE TABLE gaps (inbox TEXT PRIMARY KEY, seq INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE forgotten (seq INTEGER PRIMARY KEY);
@@ -3488,12 +3536,10 @@ UPDATE meta SET value = {_NEW_EPOCH} WHERE key = 'epoch'
 """
 
 
-def _message_rows(batch: list[Sent | Delayed]) -> list[tuple[Any, ...]]:
+def _message_row(sent: Sent | Delayed, where: int | str) -> tuple[Any, ...]:
     """An id that the hub made follows from the seq and is not stored, unless the seq is not the one it was made of."""
-    return [
-        (m.seq, m.id if m.digest or m.due_at else None, *m[2:], dump(inboxes), dump(full) if full else "[]")
-        for m, inboxes, full in batch
-    ]
+    m, _, full = sent
+    return (m.seq, m.id if m.digest or m.due_at else None, *m[2:], dump(full) if full else "[]", where)
 
 
 def _channel_rows(batch: list[Sent]) -> list[tuple[str, int]]:
@@ -3502,56 +3548,69 @@ def _channel_rows(batch: list[Sent]) -> list[tuple[str, int]]:
 
 
 _CAME_AT = "max(sent_at, due_at)"  # when a message came into its inboxes
-_ITS_DELIVERIES = "inbox IN (SELECT value FROM messages, json_each(inboxes) WHERE messages.seq = {0}) AND seq = {0}"
+# The inboxes of a message m, as a JSON list, in the order in which its receipt named them; those of a group by name.
+_INBOXES = """iif(m.audience > 0, (SELECT name FROM audiences WHERE id = m.audience), (SELECT json_group_array(inbox)
+    FROM (SELECT inbox FROM audience_of WHERE audience = m.audience AND last >= m.seq AND first <= m.seq
+    AND inbox <> m.sender ORDER BY inbox)))"""
+_IN_INBOX = """EXISTS (SELECT 1 FROM audience_of AS a WHERE a.inbox = {0} AND a.audience = m.audience
+    AND m.seq BETWEEN a.first AND a.last AND (m.audience > 0 OR m.sender <> {0}))"""
+_STORED = {  # how whole messages are read
+    "messages": f"SELECT m.*, {_INBOXES} AS inboxes FROM messages AS m",
+    "delayed": "SELECT *, inboxes FROM delayed",
+}
+# The copies of a message: their inboxes, and the seq.
+_COPIES = f"(SELECT value AS inbox, seq FROM messages AS m, json_each({_INBOXES}) WHERE seq = ?) AS h"
+# The first of the ranges of an inbox that end there or later; they do not overlap, so no other holds that seq.
+_TURN = "(SELECT first FROM turns WHERE last >= h.seq ORDER BY last LIMIT 1)"
+_RANGE = "(SELECT {1} FROM {0} WHERE inbox = h.inbox AND last >= h.seq ORDER BY last LIMIT 1)"
 _FORGET = "INSERT OR IGNORE INTO forgotten SELECT {0} FROM meta WHERE key = 'indexed' AND value >= {0}"
-_GAP = """
-    INSERT INTO gaps SELECT value, seq FROM messages, json_each(inboxes) WHERE seq = :each.seqs
+_GAP = f"""
+    INSERT INTO gaps SELECT value, seq FROM messages AS m, json_each({_INBOXES}) WHERE seq = :each.seqs
     AND value IN (SELECT agent_id FROM agents UNION SELECT agent_id FROM departed UNION SELECT 'operator')
     ON CONFLICT DO UPDATE SET seq = max(seq, excluded.seq)"""
 _INSERT_MESSAGE = f"INSERT INTO {{}} VALUES ({', '.join('?' * (len(Message._fields) + 2))})"
+_JUST_CAME = """
+    DELETE FROM claims WHERE seq = :seq AND inbox = :inbox;
+    UPDATE group_marks SET names = iif(listed, (SELECT json_group_array(value) FROM json_each(names)
+    WHERE value <> :inbox), json_insert(names, '$[#]', :inbox)) WHERE seq = :seq;
+    UPDATE floors SET but = (SELECT json_group_array(value) FROM json_each(but) WHERE value < :seq), seq = :seq - 1
+    WHERE inbox = :inbox AND seq >= :seq"""
 # What each change does to the tables, by its type; of state, by the value's type too.
 _STATEMENTS: dict[type | tuple[type, type], str] = {
     Released: "DELETE FROM delayed WHERE seq = :seq",
-    Acknowledged: """
-        UPDATE deliveries SET acked_at = :at, acked_via = :via WHERE inbox = :inbox AND seq BETWEEN :first AND :last
-        AND acked_at IS NULL AND expired_at IS NULL""",
-    Pushed: "UPDATE deliveries SET pushed_at = :at, pushed_via = :via WHERE inbox = :inbox AND seq = :each.seqs",
-    Claimed: "UPDATE deliveries SET claimed_at = :at, claimed_until = :until WHERE inbox = :inbox AND seq = :each.seqs",
-    Transferred: """
-        UPDATE OR REPLACE deliveries SET inbox = :agent_id WHERE inbox = :inbox AND seq = :each.seqs;
-        UPDATE messages SET inboxes = (SELECT json_group_array(DISTINCT iif(value = :inbox, :agent_id, value))
-        FROM json_each(inboxes)) WHERE seq = :each.seqs""",
+    Claimed: """
+        INSERT INTO claims SELECT seq, :inbox, :at, :until FROM messages WHERE seq = :each.seqs
+        ON CONFLICT DO UPDATE SET at = excluded.at, until = excluded.until""",
     Expired: f"""
         {_GAP};
         {_FORGET.format(":each.seqs")};
-        UPDATE deliveries SET expired_at = (SELECT expires_at FROM messages WHERE seq = :each.seqs)
-        WHERE acked_at IS NULL AND {_ITS_DELIVERIES.format(":each.seqs")};
         UPDATE messages SET payload = 'null', expires_at = -abs(expires_at) WHERE seq = :each.seqs""",
     Dropped: f"""
         {_GAP};
         {_FORGET.format(":each.seqs")};
-        DELETE FROM deliveries WHERE {_ITS_DELIVERIES.format(":each.seqs")};
+        DELETE FROM claims WHERE seq = :each.seqs;
+        DELETE FROM group_marks WHERE seq = :each.seqs;
         DELETE FROM channel_messages WHERE seq = :each.seqs AND channel IN (SELECT value FROM messages,
         json_each(iif("to" LIKE '[%', "to", json_array(json("to")))) WHERE messages.seq = :each.seqs);
         DELETE FROM messages WHERE seq = :each.seqs;
         UPDATE meta SET value = max(value, :seq) WHERE key = 'seq'""",
     Handed: f"""
-        UPDATE messages SET id = ifnull(id, {_MADE_ID}), receipt_seq = iif(receipt_seq, receipt_seq, seq), seq = :seq,
-        inboxes = json_array(:agent_id) WHERE seq = :was;
-        DELETE FROM deliveries WHERE inbox = :inbox AND seq = :was;
-        INSERT INTO deliveries (inbox, seq) VALUES (:agent_id, :seq);
+        UPDATE messages SET id = ifnull(id, {_MADE_ID}), receipt_seq = iif(receipt_seq, receipt_seq, seq), seq = :seq
+        WHERE seq = :was;
+        DELETE FROM claims WHERE seq = :was;
         UPDATE channel_messages SET seq = :seq WHERE channel = :group AND seq = :was;
         {_FORGET.format(":was")}""",
     (Put, Lock): "UPDATE meta SET value = max(value, :value.token) WHERE key = 'fence'",
     (Gone, Departed): "DELETE FROM gaps WHERE inbox = :value.agent_id AND :how = 'forgotten'",
 }
 WRITES: dict[type | tuple[type, type], list[Write]] = {
-    Sent: [
-        (_INSERT_MESSAGE.format("messages"), _message_rows),
-        _compile("INSERT INTO deliveries (seq, inbox) VALUES (:message.seq, :each.inboxes)"),
-        ("INSERT INTO channel_messages VALUES (?,?)", _channel_rows),
+    Cleared: [
+        ("INSERT OR REPLACE INTO floors VALUES (?,?,?)", lambda batch: [(*c[:2], dump(c.but)) for c in batch]),
     ],
-    Delayed: [(_INSERT_MESSAGE.format("delayed"), _message_rows)],
+    Sent: [("INSERT INTO channel_messages VALUES (?,?)", _channel_rows)],
+    Delayed: [
+        (_INSERT_MESSAGE.format("delayed"), lambda batch: [_message_row(sent, dump(sent.inboxes)) for sent in batch])
+    ],
     **{(Put, kind): [table.put] for kind, table in TABLES.items()},
     **{(Gone, kind): [table.gone] for kind, table in TABLES.items()},
 }
@@ -3559,16 +3618,266 @@ for _change, _text in _STATEMENTS.items():
     WRITES.setdefault(_change, []).extend(map(_compile, _text.split(";")))
 
 
-def statements_of(changes: list[Any]) -> Iterator[tuple[str, list[Any]]]:
-    """The statements that write the changes, each with its rows; changes of one kind in a row are written together."""
-    for kind, run in itertools.groupby(changes, type):
-        batch = list(run)
-        if kind is Put or kind is Gone:
-            for of, same in itertools.groupby(batch, lambda change: type(change.value)):
-                values = list(same)
-                yield from [(sql, rows(values)) for sql, rows in WRITES.get((kind, of), ())]
-        for sql, rows in WRITES.get(kind, ()):
-            yield sql, rows(batch)
+def statements_of(kind: type, batch: list[Any]) -> Iterator[tuple[str, list[Any]]]:
+    """The statements that write changes of one kind, each with its rows."""
+    if kind is Put or kind is Gone:
+        for of, same in itertools.groupby(batch, lambda change: type(change.value)):
+            values = list(same)
+            yield from [(sql, rows(values)) for sql, rows in WRITES.get((kind, of), ())]
+    for sql, rows in WRITES.get(kind, ()):
+        yield sql, rows(batch)
+
+
+# --- Deliveries -------------------------------------------------------------------------------------------------------
+
+
+# What inboxes have unread, above their floors and below; of it, what has marks of a group, what was pushed, and claims.
+UNREAD = [
+    f"""
+    SELECT h.inbox, json_group_array(h.seq), json_group_array(h.seq) FILTER
+    (WHERE EXISTS (SELECT 1 FROM group_marks AS g WHERE g.seq = h.seq)),
+    json_group_array(h.seq) FILTER (WHERE h.seq >= {_RANGE.format("pushes", "first")} OR h.seq >= {_TURN}),
+    json_group_array(json_array(h.seq, c.until)) FILTER (WHERE c.until)
+    FROM ({held}) AS h LEFT JOIN claims AS c ON c.seq = h.seq AND c.inbox = h.inbox
+    WHERE NOT ifnull(h.seq >= {_RANGE.format("acks", "first")}, 0) GROUP BY h.inbox"""
+    for held in (
+        "SELECT a.inbox, m.seq FROM audience_of AS a LEFT JOIN floors AS f ON f.inbox = a.inbox CROSS JOIN"
+        " messages AS m ON m.audience = a.audience AND m.seq BETWEEN max(a.first, ifnull(f.seq, 0) + 1) AND a.last"
+        " WHERE m.audience > 0 OR m.sender <> a.inbox",
+        "SELECT f.inbox, m.seq FROM floors AS f CROSS JOIN json_each(f.but) AS b CROSS JOIN messages AS m"
+        " ON m.seq = b.value",
+    )
+]
+
+
+_UNKNOWN: tuple[int, tuple[str, ...]] = (0, ())
+
+
+class Deliveries:
+    """In which inboxes a message lies, and what became of it there. A message is one row, and names its audience: a
+    list of inboxes, with an id above 0; or with one below, those who belonged to a group at that seq, without the
+    message's sender, so that a row is written only when one comes or goes. What was received or pushed is a range of
+    seqs (`acks`, `pushes`): what lay in an inbox then. Everything in it up to its floor is settled, `but` a few.
+    `turns` are ranges of all messages that were pushed to all of their inboxes at once. For a part of those of a group
+    message there is one row (`group_marks`), which names them (`listed`), or the others."""
+
+    def __init__(self, writer: sqlite3.Connection) -> None:
+        self._run, self._run_many = writer.execute, writer.executemany
+        self.forget()
+
+    def forget(self) -> None:
+        """Know nothing of what the tables hold: what was written has been undone."""
+        self._lists: dict[tuple[str, ...], int] = {}  # audiences by their inboxes
+        self._groups: dict[str, tuple[int, set[str]]] = {}  # and by the `to` of messages, with who belongs there now
+        self._inboxes: dict[int, tuple[int, tuple[str, ...]]] = {}  # of the newest messages, with their audience
+        self._names = 0  # in all of these
+        self._ends: dict[tuple[str, str], int] = {}  # no range of that table and inbox ends later
+        self._left, self._emptier = set[int](), set[str]()  # audiences and inboxes for `tidy` to look at
+
+    def _audience(self, message: Message, inboxes: tuple[str, ...]) -> int:
+        if len(inboxes) > 1 and message.sender not in inboxes and any(map(is_group, named_in(message.to))):
+            audience = self._group(message, inboxes)
+        else:
+            audience = self._lists.get(inboxes) or self._list(inboxes)
+        self._inboxes[message.seq] = audience, inboxes
+        self._names += len(inboxes)
+        while len(self._inboxes) > MAX_RECENT or self._names > MAX_RECENT * 100:
+            self._names -= len(self._inboxes.pop(next(iter(self._inboxes)))[1])
+        return audience
+
+    def _list(self, inboxes: tuple[str, ...]) -> int:
+        if len(self._lists) >= MAX_KNOWN:
+            self._lists.clear()
+        id, new = self._id_of(dump(inboxes), "max(0, ifnull(max(id), 0)) + 1")
+        if new:
+            self._run_many("INSERT INTO audience_of VALUES (?,?,0,?)", [(name, id, EVER) for name in inboxes])
+        if len(inboxes) <= FEW:
+            self._lists[inboxes] = id
+        return id
+
+    def _id_of(self, name: str, following: str) -> tuple[int, bool]:
+        """The id of an audience, and whether it is new: then it gets the `following` one."""
+        row = self._run("SELECT id FROM audiences WHERE name = ?", (name,)).fetchone()
+        if row:
+            return row[0], False
+        return self._run(f"INSERT INTO audiences SELECT {following}, ? FROM audiences", (name,)).lastrowid or 0, True
+
+    def _group(self, message: Message, inboxes: tuple[str, ...]) -> int:
+        seq, sql = message.seq, "SELECT inbox FROM audience_of WHERE audience = ? AND last = ?"
+        if message.to not in self._groups:
+            if len(self._groups) >= MAX_GROUPS:
+                self._groups.clear()
+            id, _ = self._id_of(message.to, "min(0, ifnull(min(id), 0)) - 1")
+            self._groups[message.to] = id, {name for (name,) in self._run(sql, (id, EVER))}
+        id, members = self._groups[message.to]
+        came = set(inboxes) - members
+        gone = members.difference(inboxes, (message.sender,))
+        if came or gone:
+            sql = "UPDATE audience_of SET last = ? WHERE inbox = ? AND audience = ? AND last = ?"
+            self._run_many(sql, [(seq - 1, name, id, EVER) for name in gone])
+            self._run_many("INSERT INTO audience_of VALUES (?,?,?,?)", [(name, id, seq, EVER) for name in came])
+            members |= came
+            members -= gone
+        return id
+
+    def send(self, batch: list[Sent]) -> None:
+        """Store messages, each with its audience."""
+        rows = [_message_row(sent, self._audience(sent.message, sent.inboxes)) for sent in batch]
+        self._run_many(_INSERT_MESSAGE.format("messages"), rows)
+
+    def hand(self, batch: list[Handed]) -> None:
+        """Give a job another audience; all else that is to be done needs no look at what is there."""
+        for change in batch:
+            self._readdress(change.was, (change.agent_id,))
+
+    def _readdress(self, seq: int, inboxes: tuple[str, ...]) -> None:
+        row = self._run("SELECT audience FROM messages WHERE seq = ?", (seq,)).fetchone()
+        self._run("UPDATE messages SET audience = ? WHERE seq = ?", (self._list(inboxes), seq))
+        self._names -= len(self._inboxes.pop(seq, _UNKNOWN)[1])
+        self._left.update(row or ())
+
+    def transfer(self, batch: list[Transferred]) -> None:
+        """Have messages in another inbox as if they had just come: no older range or floor there holds them."""
+        for inbox, agent_id, seqs in batch:
+            for seq in seqs:
+                row = self._run(f"SELECT {_INBOXES} FROM messages AS m WHERE seq = ?", (seq,)).fetchone()
+                names = json.loads(row[0]) if row else ()
+                self._readdress(seq, tuple(dict.fromkeys(agent_id if name == inbox else name for name in names)))
+                self._split("acks", agent_id, seq)
+                self._split("pushes", agent_id, seq)
+            for sql in _JUST_CAME.split(";"):
+                self._run_many(sql, [{"inbox": agent_id, "seq": seq} for seq in seqs])
+
+    def _split(self, table: str, inbox: str, seq: int) -> None:
+        """Take a seq out of the range that holds it, if one does."""
+        sql = f"SELECT * FROM {table} WHERE inbox = ? AND last >= ? ORDER BY last LIMIT 1"
+        _, last, first, *how = self._run(sql, (inbox, seq)).fetchone() or (inbox, 0, seq + 1)
+        if first <= seq:
+            self._run(f"DELETE FROM {table} WHERE inbox = ? AND last = ?", (inbox, last))
+            parts = [(inbox, high, low, *how) for low, high in ((first, seq - 1), (seq + 1, last)) if low <= high]
+            self._run_many(f"INSERT INTO {table} VALUES (?,?,?,?,?)", parts)
+
+    def acknowledge(self, batch: list[Acknowledged]) -> None:
+        """Note what was received."""
+        marks: dict[tuple[Sequence[int], int, str], list[str]] = {}
+        for inbox, first, last, at, via in batch:
+            marks.setdefault((range(first, last + 1), at, via), []).append(inbox)
+        self._mark("acks", [(names, *what) for what, names in marks.items()])
+
+    def push(self, batch: list[Pushed]) -> None:
+        """Note what was pushed: in ranges of all messages, where those were pushed to all of their inboxes."""
+        counts: dict[tuple[int, str, int], int] = {}
+        for names, seqs, at, via in batch:
+            for seq in seqs:
+                counts[at, via, seq] = counts.get((at, via, seq), 0) + len(names)
+        whole = {key for key, count in counts.items() if count == len(self._inboxes.get(key[2], _UNKNOWN)[1])}
+        runs = itertools.groupby(enumerate(sorted(whole)), lambda pair: (*pair[1][:2], pair[1][2] - pair[0]))
+        for (at, via, _), run in runs:
+            turn = [seq for _, (_, _, seq) in run]
+            self._run("INSERT OR IGNORE INTO turns VALUES (?,?,?,?)", (turn[-1], turn[0], at, via))
+        if len(whole) < len(counts):
+            rest = [(names, [s for s in seqs if (at, via, s) not in whole], at, via) for names, seqs, at, via in batch]
+            self._mark("pushes", [row for row in rest if row[1]])
+
+    def expire(self, batch: list[Expired]) -> None:
+        """Note messages as settled where they were not acknowledged: what is received later does not go over them."""
+        sql = f"SELECT h.inbox FROM {_COPIES} WHERE NOT ifnull(h.seq >= {_RANGE.format('acks', 'first')}, 0)"
+        acks = "SELECT names, listed FROM group_marks WHERE seq = ? AND kind = 'acks'"
+        for seq in [seq for change in batch for seq in change.seqs]:
+            names = tuple([name for (name,) in self._run(sql, (seq,))])
+            for text, listed in self._run(acks, (seq,)):
+                here = {*json.loads(text)}
+                names = tuple([name for name in names if (name in here) != listed])
+            for (at,) in self._run("SELECT abs(expires_at) FROM messages WHERE seq = ?", (seq,)).fetchall():
+                self._mark("acks", [(names, (seq,), at, "expired")])
+
+    def _mark(self, kind: str, marks: Iterable[tuple[Sequence[str], Sequence[int], int, str]]) -> None:
+        """Note messages, as (inboxes, seqs, at, via), in ranges; those to a group in a row each."""
+        ranges: list[tuple[str, int, int, int, str]] = []
+        groups: dict[tuple[int, str, int, str], list[str]] = {}
+        for names, seqs, at, via in marks:
+            if len(names) > max(len(seqs), FEW) and all(self._inboxes.get(seq, _UNKNOWN)[0] < 0 for seq in seqs):
+                for seq in seqs:
+                    groups.setdefault((seq, kind, at, via), []).extend(names)
+            else:
+                ranges += [(name, seqs[0], seqs[-1], at, via) for name in names]
+        self._note(kind, ranges)
+        if groups:
+            rows = [(*key, *self._shorter(key[0], names)) for key, names in groups.items()]
+            self._run_many("INSERT OR IGNORE INTO group_marks VALUES (?,?,?,?,?,?)", rows)
+
+    def _shorter(self, seq: int, names: list[str]) -> tuple[str, bool]:
+        """These of a message's inboxes, listed, or the others."""
+        _, inboxes = self._inboxes[seq]
+        if len(names) <= len(inboxes) / 2:
+            return dump(names), True
+        here = {*names}
+        return dump([name for name in inboxes if name not in here]), False
+
+    def _note(self, table: str, ranges: Iterable[tuple[str, int, int, int, str]]) -> None:
+        """Note ranges, as (inbox, first, last, at, via): what is in an earlier one stays there."""
+        rows: list[tuple[Any, ...]] = []
+        insert, ends = f"INSERT INTO {table} VALUES (?,?,?,?,?)", self._ends
+        if len(ends) >= MAX_KNOWN:
+            ends.clear()
+        for inbox, first, last, at, via in ranges:
+            end = ends.get((table, inbox))
+            if end is None:
+                end = self._run(f"SELECT ifnull(max(last), 0) FROM {table} WHERE inbox = ?", (inbox,)).fetchone()[0]
+            if first <= end:
+                self._run_many(insert, rows)
+                rows = []
+                sql = f"SELECT first, last FROM {table} WHERE inbox = ? AND last >= ? ORDER BY last"
+                for low, high in self._run(sql, (inbox, first)):
+                    if low > first:
+                        rows.append((inbox, min(low - 1, last), first, at, via))
+                    first = high + 1
+                    if high >= last:
+                        break
+            if first <= last:
+                rows.append((inbox, last, first, at, via))
+            ends[table, inbox] = max(end, last)
+        self._run_many(insert, rows)
+
+    def drop(self, batch: list[Dropped]) -> None:
+        """Note where messages lay that will be gone."""
+        sql = f"SELECT m.audience, {_INBOXES} FROM messages AS m WHERE seq = ?"
+        for seq in [seq for change in batch for seq in change.seqs]:
+            for audience, text in self._run(sql, (seq,)):
+                self._left.add(audience)
+                self._emptier.update(json.loads(text))
+
+    def tidy(self) -> None:
+        """Delete what nothing needs any more, of audiences and inboxes that messages have left."""
+        for audience in self._left:
+            sql = "SELECT seq FROM messages WHERE audience = ? ORDER BY seq LIMIT 1"
+            oldest = self._run(sql, (audience,)).fetchone()
+            self._run("DELETE FROM audience_of WHERE audience = ? AND last < ?", (audience, *(oldest or (EVER + 1,))))
+            if not oldest:
+                (name,) = self._run("SELECT name FROM audiences WHERE id = ?", (audience,)).fetchone()
+                self._run("DELETE FROM audiences WHERE id = ?", (audience,))
+                self._groups.pop(name, None)
+                self._lists.pop(tuple(json.loads(name)) if audience > 0 else (), None)
+        if self._emptier:
+            (oldest,) = self._run("SELECT ifnull(min(seq), ?) FROM messages", (EVER,)).fetchone()
+            values = [(name, oldest) for name in self._emptier]
+            self._run("DELETE FROM turns WHERE last < ?", (oldest,))
+            self._run_many("DELETE FROM acks WHERE inbox = ? AND last < ?", values)
+            self._run_many("DELETE FROM pushes WHERE inbox = ? AND last < ?", values)
+            unused = "NOT EXISTS (SELECT 1 FROM audience_of WHERE inbox = ?1)"
+            self._run_many(f"DELETE FROM floors WHERE inbox = ?1 AND ?2 AND {unused}", values)
+        self._left, self._emptier = set(), set()
+
+
+WRITERS: dict[type, Callable[[Deliveries, list[Any]], None]] = {
+    Sent: Deliveries.send,
+    Acknowledged: Deliveries.acknowledge,
+    Pushed: Deliveries.push,
+    Transferred: Deliveries.transfer,
+    Handed: Deliveries.hand,
+    Expired: Deliveries.expire,
+    Dropped: Deliveries.drop,
+}
 
 
 # --- Search -----------------------------------------------------------------------------------------------------------
@@ -3700,8 +4009,7 @@ class Search:
 
 
 _MINE = (  # what an agent sent or got, and is still to be had
-    "((m.sender = :who OR EXISTS (SELECT 1 FROM deliveries AS d WHERE d.inbox = :who AND d.seq = m.seq))"
-    " AND (m.expires_at = 0 OR m.expires_at > :now))"
+    f"((m.sender = :who OR {_IN_INBOX.format(':who')}) AND (m.expires_at = 0 OR m.expires_at > :now))"
 )
 SCANS = (  # of what is not in the index, and of what is
     f"SELECT seq, {_MINE} AS mine, CASE WHEN {_MINE} THEN payload END FROM messages AS m"
@@ -3715,11 +4023,11 @@ SCANS = (  # of what is not in the index, and of what is
 
 # The times in the tables, in milliseconds: of what has happened, and of what is to come.
 _PAST = "seen at, agents registered_at, tasks proposed_at, tasks since, locks taken_at, locks renewed_at, notes at,"
-_PAST += " delayed sent_at, messages sent_at, messages due_at"
+_PAST += " pushes at, delayed sent_at, messages sent_at, messages due_at"
 _FUTURE = "agents away_until, jobs until, tasks deadline_at, notes expires_at, delayed due_at, delayed expires_at,"
-_FUTURE += " messages expires_at, deliveries claimed_until"
+_FUTURE += " messages expires_at, claims until"
 BEHIND, AHEAD = ([tuple(one.split()) for one in text.split(", ")] for text in (_PAST, _FUTURE))
-SEQS_BY = {"deliveries": "inbox", "messages": "sender", "channel_messages": "channel"}
+SEQS_BY = {"deliveries": "audience", "messages": "sender", "channel_messages": "channel"}
 ANYTHING = Wanted()
 
 
@@ -3742,7 +4050,7 @@ class Store:
                 self._prepare_file()
             self._writer = self._reader = self.connect()
             self._open_tables()
-            self.search = Search(self._writer)
+            self._deliveries, self.search = Deliveries(self._writer), Search(self._writer)
             if not memory:
                 self._reader = self.connect()
                 self._reader.execute("PRAGMA query_only = ON")
@@ -3822,9 +4130,10 @@ class Store:
         empty = not writer.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
         if owner != APPLICATION_ID and not (empty and owner == 0):
             raise StoreError(f"{self.path} is a database of another program: name another file with --db")
-        if version > STORE_VERSION:
+        if version not in (0, STORE_VERSION):
+            age = "a newer" if version > STORE_VERSION else "an older"
             raise StoreError(
-                f"{self.path} was written by a newer agenthub (store version {version}, this one knows"
+                f"{self.path} was written by {age} agenthub (store version {version}, this one knows"
                 f" {STORE_VERSION}): use that agenthub, or name another file with --db"
             )
         writer.execute("PRAGMA journal_mode = WAL")
@@ -3849,9 +4158,14 @@ class Store:
         before = self._writer.total_changes
         try:
             self._writer.execute("BEGIN IMMEDIATE")
-            for sql, rows in statements_of(changes):
-                self._writer.executemany(sql, rows)
-                self.search.untidy = self.search.untidy or "INTO forgotten" in sql
+            for kind, run in itertools.groupby(changes, type):
+                batch = list(run)
+                if kind in WRITERS:
+                    WRITERS[kind](self._deliveries, batch)
+                for sql, rows in statements_of(kind, batch):
+                    self._writer.executemany(sql, rows)
+                    self.search.untidy = self.search.untidy or "INTO forgotten" in sql
+            self._deliveries.tidy()
         except sqlite3.Error as error:
             raise self._refusal(error) from error
         text = sum(len(change.message.payload) for change in changes if type(change) in (Sent, Delayed))
@@ -3870,6 +4184,7 @@ class Store:
 
     def undo(self) -> None:
         """Take back a batch that could not be written."""
+        self._deliveries.forget()
         if self._writer.in_transaction:
             self._writer.execute("ROLLBACK")
 
@@ -3982,26 +4297,24 @@ class Store:
     def load(self) -> Snapshot:
         """Everything the hub keeps in memory. Raises StoreError where the file is damaged."""
         rows = self._reader.execute
-        pings = (
-            "SELECT seq, id, sender, (SELECT count(*) FROM json_each(m.inboxes), deliveries AS d WHERE d.inbox = value"
-            " AND d.seq = m.seq AND acked_at IS NULL AND expired_at IS NULL) AS n"
-            " FROM messages AS m WHERE type = 'ping' AND n > 0 ORDER BY seq"
-        )
-        new = "FROM deliveries WHERE acked_at IS NULL AND expired_at IS NULL"
         newest = "SELECT max((SELECT ifnull(max(seq), 0) FROM messages), (SELECT ifnull(max(seq), 0) FROM delayed))"
-        # as JSON, a list an inbox, because a million rows would be a million tuples
-        unread = f"SELECT inbox, json_group_array(seq) {new} GROUP BY inbox ORDER BY inbox"
-        claims = f"SELECT inbox, seq, claimed_until {new} AND claimed_until IS NOT NULL ORDER BY inbox, seq"
         delayed = "SELECT seq, inboxes FROM delayed ORDER BY seq"
+        pings = f"SELECT seq, id, sender, {_INBOXES} FROM messages AS m WHERE type = 'ping' AND seq >= ? ORDER BY seq"
         try:
             meta = dict(rows("SELECT key, value FROM meta"))
+            unread, pushed, claims = self._unread()
+            oldest = min((seqs[0] for seqs in unread.values()), default=EVER)
             return Snapshot(
                 self.epoch,
                 max(meta["seq"], rows(newest).fetchone()[0]),
-                tuple((name, tuple(sorted(json.loads(seqs)))) for name, seqs in rows(unread)),
-                tuple(rows(f"SELECT inbox, seq {new} AND pushed_at IS NOT NULL ORDER BY inbox, seq")),
-                tuple(rows(claims)),
-                tuple((seq, id or made_id(self.epoch, seq), *rest) for seq, id, *rest in rows(pings)),
+                tuple(unread.items()),
+                tuple((name, seq) for name in unread for seq in sorted(pushed[name])),
+                tuple((name, seq, until) for name in unread for seq, until in sorted(claims[name])),
+                tuple(
+                    (seq, id or made_id(self.epoch, seq), sender, count)
+                    for seq, id, sender, names in rows(pings, (oldest,))
+                    if (count := sum(holds(unread.get(name, ()), seq) for name in json.loads(names)))
+                ),
                 tuple((seq, tuple(json.loads(names))) for seq, names in rows(delayed)),
                 meta["fence"],
                 tuple(tuple(map(table.read, rows(table.select))) for table in TABLES.values()),
@@ -4012,8 +4325,32 @@ class Store:
                 " `sqlite3 FILE .recover`, and name another file with --db; this one is left as it is"
             ) from None
 
+    def _unread(self) -> tuple[dict[str, tuple[int, ...]], dict[str, set[int]], dict[str, list[tuple[int, int]]]]:
+        """What each inbox has unread, what of it was pushed, and claims in it as (seq, until)."""
+        rows, gone, pushed = self._reader.execute, dict[str, set[int]](), dict[str, set[int]]()
+        unread, claims = dict[str, list[int]](), dict[str, list[tuple[int, int]]]()
+        in_group: dict[int, list[str]] = {}  # inboxes with a group message that may be unread, by its seq
+        for name, *lists in itertools.chain.from_iterable(map(rows, UNREAD)):  # as JSON: rows would be tuples
+            seqs, group, pushes, until = map(json.loads, lists)
+            unread[name] = unread.get(name, []) + seqs
+            pushed[name] = pushed.get(name, set()) | {*pushes}
+            claims[name] = claims.get(name, []) + until
+            for seq in group:
+                in_group.setdefault(seq, []).append(name)
+        sql = "SELECT m.* FROM json_each(?) CROSS JOIN group_marks AS m ON m.seq = value"
+        for seq, kind, *_, text, listed in rows(sql, (dump([*in_group]),)):
+            names, marks = {*json.loads(text)}, gone if kind == "acks" else pushed
+            for name in in_group[seq]:
+                if (name in names) == listed:
+                    marks.setdefault(name, set()).add(seq)
+        for name, over in gone.items():
+            unread[name] = [seq for seq in unread[name] if seq not in over]
+            pushed[name] -= over
+            claims[name] = [claim for claim in claims[name] if claim[0] not in over]
+        return {name: tuple(sorted(seqs)) for name, seqs in sorted(unread.items()) if seqs}, pushed, claims
+
     def _message(self, row: tuple[Any, ...]) -> Message:
-        return Message(row[0], row[1] or made_id(self.epoch, row[0]), *row[2:-2])
+        return Message(row[0], row[1] or made_id(self.epoch, row[0]), *row[2 : len(Message._fields)])
 
     def messages(
         self, seqs: Iterable[int], now: int, want: Wanted = ANYTHING, most: int = MAX_ANSWER
@@ -4023,8 +4360,8 @@ class Store:
         rows = self._rows(
             "SELECT m.* FROM json_each(:seqs) AS wanted CROSS JOIN messages AS m ON m.seq = wanted.value"
             " WHERE (m.expires_at = 0 OR m.expires_at > :now) AND :type IN ('', m.type) AND :sender IN ('', m.sender)"
-            " AND (:thread IN ('', m.thread) OR m.seq = :root) AND (:me = '' OR m.sender IN (:me, :other) AND EXISTS"
-            " (SELECT 1 FROM deliveries AS d WHERE d.inbox = iif(m.sender = :me, :other, :me) AND d.seq = m.seq))"
+            " AND (:thread IN ('', m.thread) OR m.seq = :root) AND (m.audience > 0 OR m.sender <> :inbox)"
+            f" AND (:me = '' OR m.sender IN (:me, :other) AND {_IN_INBOX.format('iif(m.sender = :me, :other, :me)')})"
             " ORDER BY wanted.key",
             want._asdict() | {"seqs": dump(seqs), "now": now, "me": want.between[0], "other": want.between[1]},
         )
@@ -4033,10 +4370,22 @@ class Store:
 
     def seqs(self, table: str, name: str, after: int, before: int, limit: int, newest: bool = False) -> list[int]:
         """The seqs of up to `limit` messages between the two, oldest or newest first: what came to an inbox, read or
-        not (`deliveries`), what an agent sent (`messages`), or what was said in a channel (`channel_messages`)."""
-        column, order = SEQS_BY[table], "DESC" if newest else "ASC"
-        query = f"SELECT seq FROM {table} WHERE {column} = ? AND seq > ? AND seq < ? ORDER BY seq {order} LIMIT ?"
-        return [seq for (seq,) in self._rows(query, (name, after, before, limit))]
+        not (`deliveries`), what an agent sent (`messages`), or what was said in a channel (`channel_messages`). Among
+        the first is what an agent sent to a group that it belongs to: `messages` leaves it out for that `inbox`."""
+        column, spans = SEQS_BY[table], [(name, after, before)]
+        if table == "deliveries":
+            query = "SELECT audience, max(first - 1, ?2), min(last + 1, ?3) FROM audience_of"
+            query += " WHERE inbox = ?1 AND last > ?2 AND first < ?3"
+            table, spans = "messages", list(self._rows(query, spans[0]))
+        query = f"SELECT seq FROM {table} WHERE {column} = ? AND seq > ? AND seq < ? ORDER BY seq"
+        query += " DESC LIMIT ?" if newest else " LIMIT ?"
+        for step in (limit // len(spans) + 9, limit) if len(spans) > 4 else (limit,):  # a few of each may do
+            pages = [[seq for (seq,) in self._rows(query, (*span, step))] for span in spans]
+            seqs = sorted(itertools.chain.from_iterable(pages), reverse=newest)
+            ends = sorted([page[-1] for page in pages if len(page) == step], reverse=newest)
+            if not ends or seqs.index(ends[0]) + 1 >= limit:  # up to there none is left out
+                break
+        return seqs[:limit]
 
     def find_words(self, query: Query, who: str, before: int, limit: int, now: int) -> tuple[list[Message], int]:
         """Up to `limit` messages below `before` that `who` sent or got and that match, newest first, and the seq to go
@@ -4082,10 +4431,10 @@ class Store:
         """The receipt of a message that was sent or is delayed, by its seq, that which its first receipt named, or an
         id that does not follow from it."""
         where = "seq = ?" if seq else "id = ?"
-        places = [f"messages WHERE {where}", f"delayed WHERE {where}"]
-        places += ["messages WHERE receipt_seq > 0 AND receipt_seq = ?"] if seq else []
-        for place in places:
-            for row in self._rows(f"SELECT * FROM {place}", (seq or message_id,)):
+        places = [("messages", where), ("delayed", where)]
+        places += [("messages", "receipt_seq > 0 AND receipt_seq = ?")] if seq else []
+        for table, condition in places:
+            for row in self._rows(f"{_STORED[table]} WHERE {condition}", (seq or message_id,)):
                 return self._receipt(row)
         return None
 
@@ -4095,14 +4444,36 @@ class Store:
         return dict(self._rows(f"SELECT id, seq FROM messages WHERE id IN ({wanted})", (dump(ids),)))
 
     def _receipt(self, row: tuple[Any, ...]) -> Receipt:
-        return Receipt(self._message(row), tuple(json.loads(row[-2])), tuple(json.loads(row[-1])))
+        return Receipt(self._message(row), tuple(json.loads(row[-1])), tuple(json.loads(row[-3])))
 
     def deliveries(self, seq: int) -> dict[str, dict[str, Any]]:
         """When a message was pushed, claimed, acknowledged and so on (ms since 1970), and how, by inbox."""
-        columns = "inbox, acked_at, acked_via, pushed_at, pushed_via, claimed_at, claimed_until, expired_at"
-        rows = self._rows(f"SELECT {columns} FROM deliveries WHERE {_ITS_DELIVERIES.format('?1')}", (seq,))
-        names = ("acknowledged", "acknowledged_via", "pushed", "pushed_via", "claimed", "claimed_until", "expired")
-        return {row[0]: dict(zip(names, row[1:], strict=True)) for row in rows}
+        ranges = "LEFT JOIN {0} AS {1} ON {1}.inbox = h.inbox AND {1}.first <= h.seq AND {1}.last = "
+        ranges += _RANGE.format("{0}", "last")
+        rows = self._rows(
+            f"SELECT h.inbox, c.at, c.until, k.at, k.via, p.at, p.via FROM {_COPIES}"
+            f" {ranges.format('acks', 'k')} {ranges.format('pushes', 'p')}"
+            " LEFT JOIN claims AS c ON c.seq = h.seq AND c.inbox = h.inbox",
+            (seq,),
+        )
+        query = (
+            "SELECT kind, at, via, listed, names FROM group_marks WHERE seq = ?1 UNION ALL SELECT 'pushes', at, via, 0,"
+            " '[]' FROM (SELECT * FROM turns WHERE last >= ?1 ORDER BY last LIMIT 1) WHERE first <= ?1"
+        )
+        deliveries, marks = {}, [(*mark, {*json.loads(names)}) for *mark, names in self._rows(query, (seq,))]
+        for inbox, claimed, until, *ranged in rows:
+            times: dict[str, list[tuple[int, str]]] = {"acks": [], "pushes": []}
+            for kind, at, via, listed, names in marks:
+                if (inbox in names) == listed:
+                    times[kind].append((at, via))
+            settled, via = min([*times["acks"], tuple(ranged[:2])], key=lambda mark: mark[0] or EVER)
+            if (ranged[2] or EVER) <= (settled or EVER):  # else it goes over what was read without a push
+                times["pushes"].append(tuple(ranged[2:]))
+            pushed, push_via = min(times["pushes"], default=(None, None), key=lambda mark: mark[0] or EVER)
+            acked, over = (None, settled) if via == "expired" else (settled, None)
+            row = {"acknowledged": acked, "acknowledged_via": acked and via, "pushed": pushed, "pushed_via": push_via}
+            deliveries[inbox] = row | {"claimed": claimed, "claimed_until": until, "expired": over}
+        return deliveries
 
     def last_said(self, channels: Iterable[str]) -> dict[str, int]:
         """When the newest message of each of these channels came, in milliseconds since 1970."""
@@ -4148,18 +4519,18 @@ class Store:
 
     def due(self, now: int) -> list[tuple[Message, tuple[str, ...], tuple[str, ...]]]:
         """Some delayed messages whose time has come, in the order in which it came, as (message, inboxes, full)."""
-        query = "SELECT * FROM delayed WHERE due_at <= ? ORDER BY due_at, seq LIMIT ?"
+        query = f"{_STORED['delayed']} WHERE due_at <= ? ORDER BY due_at, seq LIMIT ?"
         return [receipt[:3] for receipt in self._sweep(query, now, SWEEP_BATCH)]
 
     def expired(self, now: int) -> list[tuple[int, str, tuple[str, ...]]]:
         """Some messages that are past their own time, as (seq, id, inboxes)."""
-        query = "SELECT * FROM messages WHERE expires_at > 0 AND expires_at <= ? LIMIT ?"
+        query = f"{_STORED['messages']} WHERE expires_at > 0 AND expires_at <= ? LIMIT ?"
         return [(message.seq, message.id, inboxes) for message, inboxes, *_ in self._sweep(query, now, SWEEP_BATCH)]
 
     def aged(self, before: int, deep: bool = True) -> list[tuple[int, str, tuple[str, ...]]]:
         """Some of the oldest messages, those that came before then, as (seq, id, inboxes). Not `deep`: none unless the
         very oldest did, because a time lies behind the text in its row, and to read a hundred may take 10 ms."""
-        query = f"SELECT * FROM (SELECT * FROM messages ORDER BY seq LIMIT ?) WHERE {_CAME_AT} < ?"
+        query = f"SELECT * FROM ({_STORED['messages']} ORDER BY seq LIMIT ?) WHERE {_CAME_AT} < ?"
         if not deep and not self._sweep(query, 1, before):
             return []
         return [(message.seq, message.id, inboxes) for message, inboxes, *_ in self._sweep(query, SWEEP_BATCH, before)]
@@ -4168,7 +4539,7 @@ class Store:
         """What the query gives, but no more inboxes and bytes than can be written in one turn."""
         inbox = SWEEP_BYTES // SWEEP_DELIVERIES  # what one costs, in bytes
         rows = self._rows(query, values)
-        taken, _ = take_within(SWEEP_BYTES, rows, lambda row: len(row[_PAYLOAD]) + inbox * (row[-2].count(",") + 1))
+        taken, _ = take_within(SWEEP_BYTES, rows, lambda row: len(row[_PAYLOAD]) + inbox * (row[-1].count(",") + 1))
         return [self._receipt(row) for row in taken]
 
 
@@ -4489,7 +4860,7 @@ class InboxQuery(NamedTuple):
     def page(self, api: Api, cursor: int, at: int) -> tuple[list[Message], int, bool, str]:
         """Messages from a cursor on, oldest first; the cursor after them; whether it stopped at MAX_SCAN deliveries
         looked at; and of the newest ones the field (JSON text) that says before which seq there may be older ones."""
-        step = self.limit if self.wanted == Wanted() else MAX_PAGE
+        step = self.limit if self.wanted == Wanted(inbox=self.wanted.inbox) else MAX_PAGE
         messages: list[Message] = []
         scanned, cut, end = 0, False, False
         while len(messages) < self.limit and scanned < MAX_SCAN and not (cut or end):
@@ -4909,7 +5280,8 @@ class Operations:
             api.probe()
         root = api.find(thread) if thread else None
         between = (name, other) if other else ("", "")
-        wanted = Wanted(type or "", sender or "", api.full_id(thread or ""), root.message.seq if root else 0, between)
+        own, since_seq = "" if channel or sent or other else name, root.message.seq if root else 0
+        wanted = Wanted(type or "", sender or "", api.full_id(thread or ""), since_seq, between, own)
         newest, below = start is None and not unread, sys.maxsize if before is None else before
         first = below if newest else start or 0
         inbox = (("deliveries", name), ("messages", name)) if sent or other else (("deliveries", name),)
@@ -7428,8 +7800,8 @@ class InboxReader(Reader):
         if self.live or self.paused or self.closed:
             return
         api, mail, up_to = self.server.api, self.server.hub.mail(self.agent_id), self.unread_up_to
-        unread, seqs = self.cursor < up_to, self._next_seqs()
-        messages, cut = api.log.messages(seqs, self.server.clock(), most=READ_AHEAD) if seqs else ([], False)
+        unread, seqs, wanted = self.cursor < up_to, self._next_seqs(), Wanted(inbox=self.agent_id)
+        messages, cut = api.log.messages(seqs, self.server.clock(), wanted, READ_AHEAD) if seqs else ([], False)
         for message in messages:
             again = holds(mail.pushed, message.seq)
             self.write(encode_event(self.format, message.type, message.envelope(again), message.seq))
@@ -8508,13 +8880,15 @@ class Committer:
         those have happened."""
         self.api.metrics["failed_commits_total"] += 1
         self.api.trouble = error.message
-        undone = (*changes, *self.hub.changes, *self.hub.deferred)
+        self.hub.settle()
+        undone = (*changes, *self.hub.changes)
         try:
             self.store.undo()
             self.hub.load(self.store.load(), self._server.clock())
             for change in undone:
                 if type(change) is Pushed:
-                    self.hub.push(change.at, change.inbox, change.seqs, change.via)
+                    for name in change.inboxes:
+                        self.hub.push(change.at, name, change.seqs, change.via)
                 elif type(change) is Put and change.how == "lapsed" and change.value.agent_id in self.hub.agents:
                     self.hub.lapse(change.value.agent_id)
         except Exception:
@@ -8747,7 +9121,7 @@ class Server:
         if kind is Put or kind is Gone:
             kind = (kind, type(change.value))
         if kind in COUNTED:
-            self.metrics[COUNTED[kind]] += len(change.seqs)
+            self.metrics[COUNTED[kind]] += len(change.seqs) * (len(change.inboxes) if kind is Pushed else 1)
         if kind in self.SHOW:
             self.SHOW[kind](self, change)
         if self.watchers and kind in ACTIVITY and (event := ACTIVITY[kind](change)):
@@ -8776,8 +9150,9 @@ class Server:
     def note_pushes(self) -> None:
         """Note what of a batch was pushed, before the receipts leave that say so."""
         pushes, self._pushes = self._pushes, {}
+        at = self.clock()
         for (name, via), seqs in pushes.items():
-            self.pushed(name, tuple(seqs), via)
+            self.pushed(name, tuple(seqs), via, at)
 
     def _fall_behind(self, agent_id: str, first: int) -> None:
         """Messages came into an inbox that has newer ones."""
@@ -8842,9 +9217,9 @@ class Server:
 
     # readers
 
-    def pushed(self, agent_id: str, seqs: tuple[int, ...], via: str) -> None:
+    def pushed(self, agent_id: str, seqs: tuple[int, ...], via: str, at: int = 0) -> None:
         """Remember what was written to a live reader: receipts say it, and what is sent again."""
-        self.hub.push(self.clock(), agent_id, seqs, via)
+        self.hub.push(at or self.clock(), agent_id, seqs, via)
         if self.hub.deferred and not self._settling:
             self._settling = True
             self.loop.call_later(SETTLE_SECONDS, self._settle)
