@@ -7649,6 +7649,20 @@ def websocket_frame(data: bytes, opcode: int = TEXT) -> bytes:
     return bytes((0x80 | opcode, 127)) + size.to_bytes(8, "big") + data
 
 
+def head_of_frame(data: bytes, at: int) -> tuple[int, int]:
+    """Where the payload of the frame at that place begins, and how long it is (RFC 6455 5.2); 0 and 0 where not all of
+    its head has arrived."""
+    if len(data) < at + 2:
+        return 0, 0
+    size, start = data[at + 1] & 127, at + 2
+    if size > 125:
+        start = at + (4 if size == 126 else 10)
+        if len(data) < start:
+            return 0, 0
+        size = int.from_bytes(data[at + 2 : start], "big")
+    return start + (4 if data[at + 1] & 128 else 0), size
+
+
 def http_chunk(text: str) -> bytes:
     """A chunk of a body without a length (RFC 9112 7.1)."""
     data = text.encode()
@@ -8526,7 +8540,8 @@ class HubSocket(ServerConnection):
         self.hub_server, self.upgrade, self.peer = server, upgrade, peer
         self._heard_at = self._pinged_at = server.loop.time()
         self._parts: list[bytes] = []
-        self._waiting = bytearray()
+        self._waiting = b""
+        self._answers: list[Frame] = []  # to what was read in this turn
         self._left = 0  # bytes of a frame that the library reads, which have not arrived yet
         self._most = {128 | TEXT: min(server.limits.max_message + FRAME_OVERHEAD, READ_AHEAD), 128 | PONG: 125}
         self._runners: dict[StepRunner, None] = {}  # frames whose answer is not there yet
@@ -8536,7 +8551,7 @@ class HubSocket(ServerConnection):
         """Bytes of the handshake, then of frames."""
         if self.request is None:
             return super().data_received(data)
-        self._waiting += data
+        self._waiting = self._waiting + data if self._waiting else data
         return self.take()
 
     def take(self, whole: bool = False) -> None:
@@ -8544,64 +8559,55 @@ class HubSocket(ServerConnection):
         self._taking = False
         if self.stream is None and self.protocol.state.name == "OPEN":
             self.stream = SocketReader(self.hub_server, self.upgrade, self)
-        until, more = self.hub_server.share(), True
-        while more and self._waiting and self.stream and not self.transport.is_closing():
-            more = self._take_frame()
-            if not whole and self.hub_server.loop.time() > until:
-                break
-        looked_at_all = not (more and self._waiting)
-        rest_is_missing = self._waiting or self._left or self._parts  # of a frame, or of a message in several
-        late = looked_at_all and rest_is_missing
-        self._partial_at = (self._partial_at or self.hub_server.loop.time()) if late else 0.0
+        server, data = self.hub_server, self._waiting
+        until = sys.float_info.max if whole else server.share()
+        at, more = self._take_frames(data, until) if self.stream else (0, False)
+        self._waiting = data[at:]
+        if answers := self._answers:
+            self._answers = []
+            server.when_durable(functools.partial(self._reply, answers))
+        late = not more and (self._waiting or self._left or self._parts)  # the rest of a frame or message is missing
+        self._partial_at = (self._partial_at or server.loop.time()) if late else 0.0
+        server.committer.hold_if_gathering(self.transport)
         self._hold()
-        if more and self._waiting and self.stream and not (self._taking or self.transport.is_closing()):
+        if more and not (self._taking or self.transport.is_closing()):
             self._taking = True
-            self.hub_server.loop.call_soon(self.take)
+            server.loop.call_soon(self.take)
 
-    def _take_frame(self) -> bool:
-        """Read one frame, or what has arrived of one; returns whether that was possible. An ordinary one that is whole,
-        a text or a pong, is read here, because the library takes four times as long. It gets all others from their
-        first byte to their last, so that it always stands between two frames here."""
-        if not self._left:
-            start, size = self._head_of_frame()
-            if not start:
-                return False
-            kind, masked = self._waiting[0], self._waiting[1] & 128
-            if masked and size <= self._most.get(kind, -1) and not (self._parts or self._over):
-                return self._take_ordinary(kind, start, start + size)
-            self._left = start + size
-        piece = bytes(self._waiting[: min(self._left, SLICE)])
-        del self._waiting[: len(piece)]
-        self._left -= len(piece)
-        super().data_received(piece)
-        return True
+    def _take_frames(self, data: bytes, until: float) -> tuple[int, bool]:
+        """Read frames, at least one, until it is that time (of the loop). Returns where it stopped, and whether it can
+        go on from there without more bytes. An ordinary frame that is whole, a text or a pong, is read here, because
+        the library takes four times as long. It gets all others from their first byte to their last, so that it always
+        stands between two frames here."""
+        at, time = 0, self.hub_server.loop.time
+        while at < len(data) and not self.transport.is_closing():
+            if not self._left:
+                start, size = head_of_frame(data, at)
+                if not start:
+                    return at, False
+                kind, end = data[at], start + size
+                if data[at + 1] & 128 and size <= self._most.get(kind, -1) and not (self._parts or self._over):
+                    if end > len(data):
+                        return at, False
+                    at = end
+                    self._take_ordinary(kind, self.unmask(data[start:end], data[start - 4 : start]))
+                else:
+                    self._left = end - at
+            if self._left:
+                piece = data[at : at + min(self._left, SLICE)]
+                at += len(piece)
+                self._left -= len(piece)
+                super().data_received(piece)
+            self._heard_at = time()
+            if self._heard_at > until:
+                return at, at < len(data)
+        return at, False
 
-    def _head_of_frame(self) -> tuple[int, int]:
-        """How many bytes the head of the next frame has, and how many come after it (RFC 6455 5.2); 0 and 0 where not
-        all of the head has arrived."""
-        data = self._waiting
-        if len(data) < 2:
-            return 0, 0
-        size, start = data[1] & 127, 2
-        if size > 125:
-            start = 4 if size == 126 else 10
-            if len(data) < start:
-                return 0, 0
-            size = int.from_bytes(data[2:start], "big")
-        return start + (4 if data[1] & 128 else 0), size
-
-    def _take_ordinary(self, kind: int, start: int, end: int) -> bool:
-        data = self._waiting
-        if len(data) < end:
-            return False
-        payload = self.unmask(bytes(data[start:end]), bytes(data[start - 4 : start]))
-        del data[:end]
-        self._heard_at = self.hub_server.loop.time()
+    def _take_ordinary(self, kind: int, payload: bytes) -> None:
         if kind == 128 | TEXT:
             self._on_text(payload)
         elif self.stream:
             self.stream.pong(payload)
-        return True
 
     def _hold(self) -> None:
         """Read no more from a peer that has sent enough for now, or does not take its answers or its pongs."""
@@ -8648,34 +8654,42 @@ class HubSocket(ServerConnection):
         answer = answer_of_frame(server.api, self.upgrade.agent_id, data, self.upgrade.address, server.clock())
         if answer.parked:
             self._run(answer, answer.parked)
+        elif answer.settled:
+            self._reply([answer])
         else:
-            server.when_durable(functools.partial(self._reply, answer), answer.settled)
-        server.committer.hold_if_gathering(self.transport)
+            self._answers.append(answer)
 
     def _run(self, frame: Frame, parked: Parked) -> None:
         """Answer a frame when there is an answer; others are looked at meanwhile."""
         if len(self._runners) >= MAX_WAITS:
             parked.abandon(self.hub_server.clock())
             words = f"{len(self._runners)} frames of this connection wait already: let some end"
-            return self._reply(error_frame(RateLimited(words, retry_after=5), frame.ref), None)
+            return self._reply([error_frame(RateLimited(words, retry_after=5), frame.ref)])
 
         def _done(answer: Response) -> None:
             self._runners.pop(runner, None)
             reply = answer_frame(answer, frame.ref, frame.kind)
-            self.hub_server.when_durable(functools.partial(self._reply, reply), reply.settled)
+            self.hub_server.when_durable(functools.partial(self._reply, [reply]), reply.settled)
 
         runner = StepRunner(self.hub_server, parked, self.transport, _done)
         self._runners[runner] = None
         return runner.go(parked)
 
-    def _reply(self, answer: Frame, error: HubError | None) -> None:
-        body = error_frame(error, answer.ref).body if error else answer.body
-        try:
-            body = body() if callable(body) else body
-        except HubError as refusal:  # from the log, out of which the body is made only now
-            body = error_frame(refusal, answer.ref).body
-        if body and self.stream:
-            self.stream.write_soon(websocket_frame((body if isinstance(body, str) else dump(body)).encode()))
+    def _reply(self, answers: list[Frame], error: HubError | None = None) -> None:
+        """Send answers, or that what they wait for could not be made durable."""
+        frames: list[bytes] = []
+        for answer in answers:
+            body = error_frame(error, answer.ref).body if error else answer.body
+            try:
+                body = body() if callable(body) else body
+            except HubError as refusal:  # from the log, out of which the body is made only now
+                body = error_frame(refusal, answer.ref).body
+            except Exception:
+                body = error_frame(failed_at("an answer", "frame"), answer.ref).body
+            if body:
+                frames.append(websocket_frame((body if isinstance(body, str) else dump(body)).encode()))
+        if frames and self.stream:
+            self.stream.write_soon(b"".join(frames))
 
     def _fail(self, code: int, reason: str) -> None:
         self._over = True
@@ -8697,7 +8711,7 @@ class HubSocket(ServerConnection):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone."""
-        self._waiting.clear()  # their answers would go nowhere
+        self._waiting = b""  # their answers would go nowhere
         self.hub_server.listener.count_out(self)
         for runner in list(self._runners):
             runner.close()
