@@ -999,8 +999,17 @@ class Fields(tuple[Field, ...]):
     """The fields of a request."""
 
     @functools.cached_property
-    def _index(self) -> tuple[dict[str, Field], list[Field]]:
-        return {field.name: field for field in self}, [field for field in self if field.required]
+    def _by_name(self) -> dict[str, Field]:
+        return {field.name: field for field in self}
+
+    @functools.cached_property
+    def _checks(self) -> dict[str, tuple[str, Callable[[Any], Any], bool]]:
+        """By name on the wire: the parameter, the check, and whether null is a value."""
+        return {field.name: (field.parameter, field.kind.check, field.kind.nullable) for field in self}
+
+    @functools.cached_property
+    def _required(self) -> frozenset[str]:
+        return frozenset(field.parameter for field in self if field.required)
 
     @functools.cached_property
     def _meant_by(self) -> Callable[[str], list[str]]:
@@ -1013,19 +1022,25 @@ class Fields(tuple[Field, ...]):
         the one that is `needed` now, if it is one of these, is missing, and where an unknown name must mean one that is
         left out and not `implied` elsewhere; other unknown ones are ignored."""
         checked: Json = {}
-        by_name, required = self._index
+        checks = self._checks
         for name, value in values.items():
-            if name in by_name and (value is not None or by_name[name].kind.nullable):
-                try:
-                    checked[by_name[name].parameter] = by_name[name].kind.check(value)
-                except ValueError as error:
-                    raise InvalidRequest(f"`{name}` must be {error}, not {refused_value(value)}") from None
-        unknown: list[str] = []
-        if len(values) > len(checked):
-            few = [(name, value) for name, value in itertools.islice(values.items(), 50) if len(name) < 32]
-            unknown = [name for name, value in few if name not in by_name and value is not None]
-        for field in [*required, by_name[needed]] if needed in by_name else required:
-            if field.parameter not in checked:
+            if name in checks:
+                parameter, check, nullable = checks[name]
+                if value is not None or nullable:
+                    try:
+                        checked[parameter] = check(value)
+                    except ValueError as error:
+                        raise InvalidRequest(f"`{name}` must be {error}, not {refused_value(value)}") from None
+        if len(values) > len(checked) or needed in checks or not self._required <= checked.keys():
+            self._see_what_is_missing(values, checked, needed, implied)
+        return checked
+
+    def _see_what_is_missing(self, values: Json, checked: Json, needed: str, implied: str) -> None:
+        by_name = self._by_name
+        few = [(name, value) for name, value in itertools.islice(values.items(), 50) if len(name) < 32]
+        unknown = [name for name, value in few if name not in by_name and value is not None]
+        for field in self:
+            if (field.required or field.name == needed) and field.parameter not in checked:
                 wrong = next((word for word in unknown if field.name in self._meant_by(word)), "")
                 fix = f"`{wrong}` is called `{field.name}` here, " if wrong else ""
                 fix += f"give {field.kind.refusal(None) or 'any JSON value'}"
@@ -1034,7 +1049,6 @@ class Fields(tuple[Field, ...]):
             names = [name for name in self._meant_by(word) if by_name[name].parameter not in checked]
             if word not in VAGUE and (names := [name for name in names if name != implied]):
                 raise InvalidRequest(f"`{word}` is called `{names[0]}` here: send it under that name")
-        return checked
 
 
 def fields_of(function: Callable[..., Any], skip: int) -> Fields:
@@ -1130,9 +1144,12 @@ _RECIPIENT = without(printable(64, RECIPIENTS), rf"(?!(?:{_GROUP})\Z)[#@].*", _G
 _PATH = printable(MAX_PATH, f"a path or glob of 1 to {MAX_PATH} printable characters, relative to the project's root")
 
 
+_checked_recipient = functools.lru_cache(4096)(_RECIPIENT.check)  # the same few come again and again
+
+
 def _recipients(value: Any) -> str | tuple[str, ...]:
     if isinstance(value, str):
-        return str(_RECIPIENT.check(value))
+        return cast(str, _checked_recipient(value))
     if not isinstance(value, list) or not 0 < len(value) <= 1000:
         raise ValueError(RECIPIENTS)
     return tuple(dict.fromkeys(map(_RECIPIENT.check, value)))
@@ -2402,7 +2419,10 @@ class Hub:
 
     def touch(self, at: int, agent_id: str) -> None:
         """A sign of life."""
-        seen, agent = self.seen.get(agent_id, 0), self.agents.get(agent_id)
+        seen = self.seen.get(agent_id, 0)
+        if seen == at and agent_id in self.active:
+            return  # as most of what comes in one read
+        agent = self.agents.get(agent_id)
         if agent and at - seen > self._token_ms and self.lapsed(agent_id, at):
             self.lapse(agent_id)
         self.seen[agent_id] = max(at, seen)
@@ -4604,6 +4624,28 @@ def do(rule: Callable[Concatenate[Hub, int, P], R], *args: P.args, **named: P.kw
     return result
 
 
+class Apply(Generic[R]):
+    """The steps of an operation that applies one command, and makes the answer out of its result."""
+
+    __slots__ = ("answer", "args", "named", "rule")
+
+    def __init__(
+        self,
+        answer: Callable[[R], Response],
+        rule: Callable[Concatenate[Hub, int, P], R],
+        *args: P.args,
+        **named: P.kwargs,
+    ) -> None:
+        self.answer, self.rule, self.args, self.named = answer, rule.__name__, args, named
+
+    def __iter__(self) -> Steps[Response]:
+        return self.answer((yield Command(self.rule, self.args, self.named)))
+
+    def run(self, hub: Hub, at: int) -> Response:
+        """The answer, without the detour by a generator. Raises HubError."""
+        return self.answer(getattr(hub, self.rule)(at, *self.args, **self.named))
+
+
 def run_steps(hub: Hub, steps: Steps[Any], at: int, value: Any = None, parked: Parked | None = None) -> Any:
     """Go through steps to the answer, or to a step that takes time, which is `Parked`. Commands are applied at once. A
     `value` that is a HubError is raised in the first step. Raises HubError."""
@@ -5016,6 +5058,8 @@ class Operation(ClientAttribute[P, R]):
     def run(self, call: Call, values: Json) -> Answer:
         """The answer to checked fields. Raises HubError."""
         answer: Any = self.handler(call, **values)
+        if type(answer) is Apply:
+            return cast("Answer", answer.run(call.api.hub, call.at))
         return cast("Answer", run_steps(call.api.hub, answer, call.at) if self.in_steps else answer)
 
     def without_aliases(self, values: Json) -> Json:
@@ -5213,7 +5257,7 @@ class Operations:
     @operation("POST", "/api/v1/messages", actor="from")
     def send(
         call: Call, to: Recipients, message: Payload, type: OwnType = None, **more: Unpack[Sending]
-    ) -> Steps[Response]:
+    ) -> Response | Apply[Receipt]:
         """Send a message. What was pushed is known, and in the answer, only when that leaves."""
         inner = message.get("type") if isinstance(message, dict) else None
         kind = type or (inner if inner is not None and not TYPE.refusal(inner) else "")
@@ -5221,13 +5265,12 @@ class Operations:
             return cast(Response, Operations.heartbeat.handler(call))
         group = isinstance(to, str) and to.upper() == EVERYONE
         draft = draft_of(call, to, message, kind or ("broadcast" if group else "message"), more)
-        receipt = yield from do(Hub.send, draft)
-        return Response(lambda: receipt_text(call, receipt))
+        return Apply(lambda receipt: Response(lambda: receipt_text(call, receipt)), Hub.send, draft)
 
     @operation("POST", "/to/{recipient}", actor="from", default_actor=GUEST, raw=True, headers=(("x-from", "from"),))
     def send_to(
         call: Call, recipient: Recipient, type: MessageType | None = None, **more: Unpack[Sending]
-    ) -> Steps[Response]:
+    ) -> Response | Apply[Receipt]:
         """Send the body: JSON if it says so, else text."""
         if not call.body.strip() and type in (None, "message", "broadcast", "request", "response"):
             raise InvalidRequest("the body is empty: send what you want to say in it, e.g. `curl -d 'hello'`")
@@ -5238,7 +5281,7 @@ class Operations:
                 message = call.body.decode()
             except UnicodeDecodeError:
                 raise InvalidRequest("the body must be text in UTF-8, or JSON with that Content-Type") from None
-        return cast("Steps[Response]", Operations.send.handler(call, recipient, message, type, **more))
+        return cast("Response | Apply[Receipt]", Operations.send.handler(call, recipient, message, type, **more))
 
     @operation("GET", "/api/v1/messages", items="messages", awaits="messages")
     def read_inbox(
@@ -6102,7 +6145,7 @@ def call_operation(call: McpCall, row: Row, **values: Any) -> Steps[Json]:
     request = Call(call.api, NO_HEAD, b"", call.agent_id, call.at, call.address, None, False, "mcp")
     begin(call.api, row, request)
     answer: Any = row.handler(request, **checked)
-    answer = (yield from answer) if row.in_steps else answer
+    answer = answer if isinstance(answer, Response) else (yield from answer)
     if answer.undo:
         call.undo = [*call.undo, answer.undo]
     yield DURABLE
@@ -8531,6 +8574,7 @@ class HubSocket(ServerConnection):
 
     stream: SocketReader | None = None
     unmask: Callable[[bytes, bytes], bytes]  # websockets' own (`Listener`)
+    _read_at = 0  # hub time of the frames that are being looked at
     _partial_at = 0.0  # since when a message has been arriving, if one is not whole
     _taking = _held = False
     _over = False  # a close frame was sent or received: what comes after it is not looked at
@@ -8561,6 +8605,7 @@ class HubSocket(ServerConnection):
             self.stream = SocketReader(self.hub_server, self.upgrade, self)
         server, data = self.hub_server, self._waiting
         until = sys.float_info.max if whole else server.share()
+        self._read_at = server.clock()
         at, more = self._take_frames(data, until) if self.stream else (0, False)
         self._waiting = data[at:]
         if answers := self._answers:
@@ -8651,7 +8696,7 @@ class HubSocket(ServerConnection):
         except UnicodeDecodeError:
             self._fail(1007, "not UTF-8")
             return
-        answer = answer_of_frame(server.api, self.upgrade.agent_id, data, self.upgrade.address, server.clock())
+        answer = answer_of_frame(server.api, self.upgrade.agent_id, data, self.upgrade.address, self._read_at)
         if answer.parked:
             self._run(answer, answer.parked)
         elif answer.settled:
