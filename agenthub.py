@@ -1785,17 +1785,30 @@ def newer_half(table: dict[Any, V], most: int) -> dict[Any, V]:
 
 
 class Loop(NamedTuple):
-    """What is a loop if it happens more than `most` times in `window` seconds. Messages are counted under `key`, from
-    the time `since` on; one that does not count itself is refused all the same. `words` say what happened so often.
-    What is only `talk` is no loop between two agents that are at work on a task together."""
+    """What is a loop if it happens more than `most` times in `window` seconds. Messages are counted under `key` (the
+    kind of loop, and whom or what it is between), from the time `since` on; one that does not count itself is refused
+    all the same. What is only `talk` is no loop between two agents that are at work on a task together."""
 
-    key: tuple[str, ...]
+    key: tuple[str | int, ...]
     most: float
     window: int
-    words: str
     since: int = 0
     counts: bool = True
     talk: bool = False
+
+    def refusal(self, message: Message, to: str, times: tuple[int, ...], at: int) -> HubError:
+        """The error that says what happened so often."""
+        kind, first, second = self.key[:3]
+        words = f"{first} and {second} have answered each other, with no task, lock or person between,"
+        if kind == "same":
+            words = f"{message.sender} has sent the same message to {to}"
+        elif kind == "thread":
+            words = f"{message.sender} has sent a message of this thread to {to}"
+        elif kind == "short":
+            words += " in a few words"
+        words += f" {len(times)} times in {self.window} s, which looks like two agents going round in a loop"
+        fix = "stop replying now, and tell your user if something is left to do"
+        return LoopSuspected(f"{words}: {fix}", retry_after=(times[0] - at) // 1000 + self.window + 1)
 
 
 class Pace:
@@ -1807,7 +1820,7 @@ class Pace:
         # a second, and at once, for each kind of payer: guessing is slow on a hub without other limits too
         self._rates = {"agent": rates, "address": rates, "key": rates, "guess": (GUESS_RATE, GUESS_BURST)}
         self._buckets: dict[Payer, tuple[float, int]] = {}
-        self._paces: dict[tuple[str, ...], list[int]] = {}
+        self._paces: dict[tuple[str | int, ...], tuple[int, ...]] = {}  # when that was counted, oldest first
         self._spoke: dict[tuple[str, ...], tuple[str, int]] = {}  # by pair of agents: who sent the last one, and when
         self._worked: dict[str, int] = {}  # by agent: when it did more than talk
 
@@ -1836,57 +1849,67 @@ class Pace:
         self._buckets[who] = (tokens - 1, at)
 
     def guard(
-        self, message: Message, to: str, inboxes: tuple[str, ...], at: int, spares: Callable[[bool], bool]
+        self,
+        message: Message,
+        to: str,
+        inboxes: tuple[str, ...],
+        at: int,
+        spares: Callable[[Message, tuple[str, ...], bool], bool],
     ) -> None:
-        """Count a message. Raises LoopSuspected, and counts nothing, where there were too many like it, unless `spares`
-        says, of mere talk or of anything, that it has a reason."""
+        """Count a message. Raises LoopSuspected, and counts nothing, where there were too many like it, unless it
+        `spares` the message, which may be mere talk, because that has a reason."""
         if self.limits.loop_guard == NEVER:
             return
-        self._paces, self._spoke = newer_half(self._paces, MAX_PACES), newer_half(self._spoke, MAX_PACES)
-        works = message.type.startswith("task_") or message.lease > 0 or message.sender == OPERATOR
-        pair = tuple(sorted((message.sender, *inboxes))) if len(inboxes) == 1 and not works else ()
-        short = len(message.payload) <= SHORT_REPLY and message.type != "request"
-        loops = [*self._repeats(message, to, inboxes), *self._turns(pair, message.sender, short, at)]
+        sender, type = message.sender, message.type
+        works = type.startswith("task_") or message.lease > 0 or sender == OPERATOR
+        short = len(message.payload) <= SHORT_REPLY and type != "request"
+        pair: tuple[str, ...] = ()
+        loops, paces = self._repeats(message, to, inboxes), self._paces
+        if len(inboxes) == 1 and not works:
+            pair = (sender, *inboxes) if sender < inboxes[0] else (*inboxes, sender)
+            loops += self._turns(pair, sender, short, at)
         for loop in loops:
-            pace, window = self._paces.setdefault(loop.key, []), loop.window
-            while pace and pace[0] <= max(at - window * 1000, loop.since):
-                del pace[0]
-            if len(pace) >= loop.most and not spares(loop.talk):
-                words = (
-                    f"{loop.words} {len(pace)} times in {window} s, which looks like two agents going round in a loop"
-                )
-                fix = "stop replying now, and tell your user if something is left to do"
-                raise LoopSuspected(f"{words}: {fix}", retry_after=(pace[0] - at) // 1000 + window + 1)
+            if times := paces.get(loop.key):
+                paces[loop.key] = times = times[bisect_right(times, max(at - loop.window * 1000, loop.since)) :]
+                if len(times) >= loop.most and not spares(message, inboxes, loop.talk):
+                    raise loop.refusal(message, to, times, at)
         for loop in loops:
             if loop.counts:
-                self._paces[loop.key].append(at)
+                paces[loop.key] = (*paces.get(loop.key, ()), at)
+        self._paces = newer_half(paces, MAX_PACES)
         if works:
-            self.work(at, message.sender, *(inboxes if message.sender == OPERATOR or len(inboxes) == 1 else ()))
-        if pair:
-            self._spoke.pop(pair, None)  # the newest stands last
-            self._spoke[pair] = (message.sender, at)
+            self.work(at, sender, *(inboxes if sender == OPERATOR or len(inboxes) == 1 else ()))
+        elif pair:
+            self._note_turn(pair, sender, short, at)
+
+    def _repeats(self, message: Message, to: str, inboxes: tuple[str, ...]) -> list[Loop]:
+        sender, digest = message.sender, crc32(message.payload.encode())
+        if message.type.startswith("task_"):  # many tasks end with the same words
+            digest = crc32(message.reply_to.encode(), digest)
+        loops = [Loop(("same", sender, to, digest), IDENTICAL_REPEATS, LOOP_WINDOW)]
+        for name in inboxes if message.thread else ():
+            key = ("thread", message.thread, *sorted((sender, name)))
+            loops.append(Loop(key, self.limits.loop_guard, LOOP_WINDOW))
+        return loops
+
+    def _note_turn(self, pair: tuple[str, ...], sender: str, short: bool, at: int) -> None:
+        self._spoke.pop(pair, None)  # the newest stands last
+        self._spoke[pair] = (sender, at)
+        self._spoke = newer_half(self._spoke, MAX_PACES)
         if not short:
             self._paces.pop(("short", *pair), None)
 
-    def _repeats(self, message: Message, to: str, inboxes: tuple[str, ...]) -> Iterator[Loop]:
-        about = message.reply_to if message.type.startswith("task_") else ""  # many tasks end with the same words
-        sender, digest = message.sender, str(crc32((about + message.payload).encode()))
-        words = f"{sender} has sent the same message to {to}"
-        yield Loop(("same", sender, to, digest), IDENTICAL_REPEATS, LOOP_WINDOW, words)
-        words = f"{sender} has sent a message of this thread to {to}"
-        for name in inboxes if message.thread else ():
-            yield Loop(("thread", message.thread, *sorted((sender, name))), self.limits.loop_guard, LOOP_WINDOW, words)
-
-    def _turns(self, pair: tuple[str, ...], sender: str, short: bool, at: int) -> Iterator[Loop]:
+    def _turns(self, pair: tuple[str, ...], sender: str, short: bool, at: int) -> list[Loop]:
         """A message by which one of two agents answers the other: models never repeat themselves literally."""
         last, last_at = self._spoke.get(pair, ("", 0))
-        if last and last_at > at - TURN_WINDOW * 1000:
-            since, turn = max(self._worked.get(name, 0) for name in pair), last != sender
-            words = f"{pair[0]} and {pair[1]} have answered each other, with no task, lock or person between,"
-            yield Loop(("turns", *pair), self.limits.loop_turns, TURN_WINDOW, words, since, turn, talk=True)
-            if short:
-                words += " in a few words"
-                yield Loop(("short", *pair), self.limits.loop_replies, TURN_WINDOW, words, since, turn, talk=True)
+        turn = last != sender
+        if not last or last_at <= at - TURN_WINDOW * 1000 or not (turn or ("turns", *pair) in self._paces):
+            return []
+        since, limits = max(self._worked.get(name, 0) for name in pair), self.limits
+        loops = [Loop(("turns", *pair), limits.loop_turns, TURN_WINDOW, since, turn, talk=True)]
+        if short:
+            loops.append(Loop(("short", *pair), limits.loop_replies, TURN_WINDOW, since, turn, talk=True))
+        return loops
 
     def work(self, at: int, *names: str) -> None:
         """Note that these agents do more than talk: a task, a lock, a job, or what a person has sent them."""
@@ -2577,7 +2600,7 @@ class Hub:
                 full = (*full, name)
         if full and len(full) == len(inboxes):
             raise self._no_room(full)
-        self.pace.guard(message, to, inboxes, at, lambda talk: self._has_reason(message, inboxes, talk))
+        self.pace.guard(message, to, inboxes, at, self._has_reason)
         room = tuple([name for name in inboxes if name not in full]) if full else inboxes
         return self._deliver(at, message, to, room, full)
 
