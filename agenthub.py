@@ -2541,7 +2541,8 @@ class Hub:
     def send(self, at: int, draft: Draft) -> Receipt:
         """Accept a message. One about a task also changes that; one with a lease is for one of its recipients."""
         message, to, known, _, registered = draft
-        self._check_sender(message)
+        if message.sender not in self.agents:
+            self._check_sender(message)
         if known:
             return self._again(draft, known)
         if message.type in self.TASK_MESSAGES:
@@ -2559,7 +2560,7 @@ class Hub:
         return self._pass_on(at, message, shown, inboxes)
 
     def _check_sender(self, message: Message) -> None:
-        """Raise HubError unless that sender may send it. A guest may send what needs no answer."""
+        """Raise HubError unless that sender, which is no agent, may send it. A guest may send what needs no answer."""
         if message.sender != GUEST:
             self.expect(message.sender)
         elif message.type in ("request", "ping", "heartbeat", *self.TASK_MESSAGES):
@@ -7611,15 +7612,16 @@ def admit(
 def begin(api: Api, row: Row, call: Call) -> None:
     """Charge a call that was admitted, see that its agent, where it needs one, is known and that the disk takes what it
     writes, and note the sign of life. Raises HubError."""
-    if call.payer:
-        api.hub.pace.charge(call.payer, call.at)
-    if row.actor and row.default_actor is None:
-        api.hub.expect(call.agent_id)
+    hub, payer, name = api.hub, call.payer, call.agent_id
+    if payer:
+        hub.pace.charge(payer, call.at)
+    if (row.actor and row.default_actor is None) or call.via == "websocket":  # whose agent may have left
+        hub.expect(name)
     if api.trouble and row.writes:
         api.probe()
-    unnamed = call.payer is not None and call.payer[0] == "address"  # it acts by default, as the operator who looks
-    if call.agent_id and api.hub.known(call.agent_id) and not unnamed:
-        api.hub.touch(call.at, call.agent_id)
+    unnamed = payer and payer[0] == "address"  # it acts by default, as the operator who looks
+    if name and not unnamed and hub.known(name):
+        hub.touch(call.at, name)
 
 
 def read_request(api: Api, row: Row, head: Head, body: bytes, in_path: dict[str, str], holder: str) -> Json:
@@ -7667,7 +7669,6 @@ def answer_of_frame(api: Api, agent_id: str, data: bytes, address: str, at: int)
         row = FRAMES.get(kind) or FRAMES[""]
         paid = row.charged
         call = Call(api, NO_HEAD, b"", agent_id, at, address, payer if paid else None, False, "websocket")
-        api.hub.expect(agent_id)
         begin(api, row, call)
         return _run_frame(row, call, frame, ref)
     except HubError as error:
@@ -8627,26 +8628,25 @@ class HubSocket(ServerConnection):
         if self.stream is None and self.protocol.state.name == "OPEN":
             self.stream = SocketReader(self.hub_server, self.upgrade, self)
         server, data = self.hub_server, self._waiting
-        until = sys.float_info.max if whole else server.share()
-        self._read_at = server.clock()
-        at, more = self._take_frames(data, until) if self.stream else (0, False)
+        self._heard_at, self._read_at = server.loop.time(), server.clock()
+        at, more = self._take_frames(data, sys.float_info.max if whole else 0.0) if self.stream else (0, False)
         self._waiting = data[at:]
         if answers := self._answers:
             self._answers = []
             server.when_durable(functools.partial(self._reply, answers))
         late = not more and (self._waiting or self._left or self._parts)  # the rest of a frame or message is missing
-        self._partial_at = (self._partial_at or server.loop.time()) if late else 0.0
+        self._partial_at = (self._partial_at or self._heard_at) if late else 0.0
         server.committer.hold_if_gathering(self.transport)
         self._hold()
         if more and not (self._taking or self.transport.is_closing()):
             self._taking = True
             server.loop.call_soon(self.take)
 
-    def _take_frames(self, data: bytes, until: float) -> tuple[int, bool]:
-        """Read frames, at least one, until it is that time (of the loop). Returns where it stopped, and whether it can
-        go on from there without more bytes. An ordinary frame that is whole, a text or a pong, is read here, because
-        the library takes four times as long. It gets all others from their first byte to their last, so that it always
-        stands between two frames here."""
+    def _take_frames(self, data: bytes, until: float = 0.0) -> tuple[int, bool]:
+        """Read frames, at least one, until it is that time (of the loop), by default for the share of a connection.
+        Returns where it stopped, and whether it can go on from there without more bytes. An ordinary frame that is
+        whole, a text or a pong, is read here, because the library takes four times as long. It gets all others from
+        their first byte to their last, so that it always stands between two frames here."""
         at, time = 0, self.hub_server.loop.time
         while at < len(data) and not self.transport.is_closing():
             if not self._left:
@@ -8666,9 +8666,10 @@ class HubSocket(ServerConnection):
                 at += len(piece)
                 self._left -= len(piece)
                 super().data_received(piece)
-            self._heard_at = time()
-            if self._heard_at > until:
-                return at, at < len(data)
+            if at < len(data):
+                until = until or self.hub_server.share()
+                if time() > until:
+                    return at, True
         return at, False
 
     def _take_ordinary(self, kind: int, payload: bytes) -> None:
@@ -8694,7 +8695,6 @@ class HubSocket(ServerConnection):
 
     def process_event(self, event: Any) -> None:
         """One event of the library's protocol; its own queue for data frames is not used."""
-        self._heard_at = self.hub_server.loop.time()
         if self.request is None:
             return super().process_event(event)
         if event.opcode == PONG and self.stream:
