@@ -1032,7 +1032,8 @@ class Fields(tuple[Field, ...]):
                         checked[parameter] = check(value)
                     except ValueError as error:
                         raise InvalidRequest(f"`{name}` must be {error}, not {refused_value(value)}") from None
-        if len(values) > len(checked) or needed in checks or not self._required <= checked.keys():
+        here = self._required <= checked.keys() and (needed not in checks or checks[needed][0] in checked)
+        if len(values) > len(checked) or not here:
             self._see_what_is_missing(values, checked, needed, implied)
         return checked
 
@@ -8367,7 +8368,7 @@ class HttpConnection:
 
     def _pump(self) -> None:
         """Answer what has arrived whole, as long as nothing is in the way, and in turn with the others."""
-        until = self.server.share()
+        until = 0.0
         while not (self.last or self._stuck() or self._pumping):
             try:
                 request = self.reader.next()
@@ -8389,8 +8390,10 @@ class HttpConnection:
             self.server.schedule()
             if self.unsent > READ_AHEAD:
                 self._send_ready()
-            if self.server.loop.time() > until:
-                self._go_on()
+            if self.reader.buffer:
+                until = until or self.server.share()
+                if self.server.loop.time() > until:
+                    self._go_on()
         self._send_ready()
 
     def _answer_response(self, request: OpenRequest, answer: Response) -> None:
