@@ -1779,6 +1779,13 @@ class Table(dict[Any, V]):
 
 # Whose rate a request counts for: an `agent`, an `address`, the callers with the `key` from an address, or a `guess`.
 Payer = tuple[str, str]
+# Whether a message for these inboxes has a reason, being mere talk or not.
+Spares = Callable[[Message, tuple[str, ...], bool], bool]
+
+
+def is_short(message: Message) -> bool:
+    """Whether a message says no more than thanks do."""
+    return len(message.payload) <= SHORT_REPLY and message.type != "request"
 
 
 def newer_half(table: dict[Any, V], most: int) -> dict[Any, V]:
@@ -1823,7 +1830,8 @@ class Pace:
         self._rates = {"agent": rates, "address": rates, "key": rates, "guess": (GUESS_RATE, GUESS_BURST)}
         self._buckets: dict[Payer, tuple[float, int]] = {}
         self._paces: dict[tuple[str | int, ...], tuple[int, ...]] = {}  # when that was counted, oldest first
-        self._spoke: dict[tuple[str, ...], tuple[str, int]] = {}  # by pair of agents: who sent the last one, and when
+        # by pair of agents: who sent the last one, when, and whether they have answered each other
+        self._spoke: dict[tuple[str, str], tuple[str, int, bool]] = {}
         self._worked: dict[str, int] = {}  # by agent: when it did more than talk
 
     def left(self, who: Payer, at: int) -> float:
@@ -1850,26 +1858,49 @@ class Pace:
         self._buckets = newer_half(self._buckets, MAX_BUCKETS - 1)
         self._buckets[who] = (tokens - 1, at)
 
-    def guard(
-        self,
-        message: Message,
-        to: str,
-        inboxes: tuple[str, ...],
-        at: int,
-        spares: Callable[[Message, tuple[str, ...], bool], bool],
-    ) -> None:
+    def guard(self, message: Message, to: str, inboxes: tuple[str, ...], at: int, spares: Spares) -> None:
         """Count a message. Raises LoopSuspected, and counts nothing, where there were too many like it, unless it
         `spares` the message, which may be mere talk, because that has a reason."""
         if self.limits.loop_guard == NEVER:
             return
-        sender, type = message.sender, message.type
-        works = type.startswith("task_") or message.lease > 0 or sender == OPERATOR
-        short = len(message.payload) <= SHORT_REPLY and type != "request"
-        pair: tuple[str, ...] = ()
-        loops, paces = self._repeats(message, to, inboxes), self._paces
+        if len(self._paces) > MAX_PACES or len(self._spoke) > MAX_PACES:
+            self._paces, self._spoke = newer_half(self._paces, MAX_PACES), newer_half(self._spoke, MAX_PACES)
+        sender, task = message.sender, message.type.startswith("task_")
+        text = message.reply_to + message.payload if task else message.payload  # many tasks end with the same words
+        same = ("same", sender, to, crc32(text.encode()))
+        loops = [Loop(same, IDENTICAL_REPEATS, LOOP_WINDOW)] if same in self._paces else []
+        if message.thread:
+            keys = [("thread", message.thread, *sorted((sender, name))) for name in inboxes]
+            loops += [Loop(key, self.limits.loop_guard, LOOP_WINDOW) for key in keys]
+        works, pair, talk = task or message.lease > 0 or sender == OPERATOR, None, False
         if len(inboxes) == 1 and not works:
-            pair = (sender, *inboxes) if sender < inboxes[0] else (*inboxes, sender)
-            loops += self._turns(pair, sender, short, at)
+            pair = (sender, inboxes[0]) if sender < inboxes[0] else (inboxes[0], sender)
+            last, last_at, talk = self._spoke.get(pair, (sender, 0, False))
+            talk = (talk or last != sender) and last_at > at - TURN_WINDOW * 1000
+            loops += self._turns(pair, message, last != sender) if talk else ()
+        if loops:  # which most messages can't be in
+            self._count(loops, message, to, inboxes, at, spares)
+        self._paces.setdefault(same, (at,))
+        if pair:
+            self._spoke[pair] = (sender, at, talk)
+            if talk and not is_short(message):
+                self._paces.pop(("short", *pair), None)
+        elif works:
+            self.work(at, sender, *(inboxes if sender == OPERATOR or len(inboxes) == 1 else ()))
+
+    def _turns(self, pair: tuple[str, str], message: Message, counts: bool) -> list[Loop]:
+        """A message by which one of two agents answers the other: models never repeat themselves literally."""
+        since, limits = max(self._worked.get(name, 0) for name in pair), self.limits
+        loops = [Loop(("turns", *pair), limits.loop_turns, TURN_WINDOW, since, counts, talk=True)]
+        if is_short(message):
+            loops.append(Loop(("short", *pair), limits.loop_replies, TURN_WINDOW, since, counts, talk=True))
+        return loops
+
+    def _count(
+        self, loops: list[Loop], message: Message, to: str, inboxes: tuple[str, ...], at: int, spares: Spares
+    ) -> None:
+        """Count a message in these loops. Raises LoopSuspected, and has then counted nothing."""
+        paces = self._paces
         for loop in loops:
             if times := paces.get(loop.key):
                 paces[loop.key] = times = times[bisect_right(times, max(at - loop.window * 1000, loop.since)) :]
@@ -1878,40 +1909,6 @@ class Pace:
         for loop in loops:
             if loop.counts:
                 paces[loop.key] = (*paces.get(loop.key, ()), at)
-        self._paces = newer_half(paces, MAX_PACES)
-        if works:
-            self.work(at, sender, *(inboxes if sender == OPERATOR or len(inboxes) == 1 else ()))
-        elif pair:
-            self._note_turn(pair, sender, short, at)
-
-    def _repeats(self, message: Message, to: str, inboxes: tuple[str, ...]) -> list[Loop]:
-        sender, digest = message.sender, crc32(message.payload.encode())
-        if message.type.startswith("task_"):  # many tasks end with the same words
-            digest = crc32(message.reply_to.encode(), digest)
-        loops = [Loop(("same", sender, to, digest), IDENTICAL_REPEATS, LOOP_WINDOW)]
-        for name in inboxes if message.thread else ():
-            key = ("thread", message.thread, *sorted((sender, name)))
-            loops.append(Loop(key, self.limits.loop_guard, LOOP_WINDOW))
-        return loops
-
-    def _note_turn(self, pair: tuple[str, ...], sender: str, short: bool, at: int) -> None:
-        self._spoke.pop(pair, None)  # the newest stands last
-        self._spoke[pair] = (sender, at)
-        self._spoke = newer_half(self._spoke, MAX_PACES)
-        if not short:
-            self._paces.pop(("short", *pair), None)
-
-    def _turns(self, pair: tuple[str, ...], sender: str, short: bool, at: int) -> list[Loop]:
-        """A message by which one of two agents answers the other: models never repeat themselves literally."""
-        last, last_at = self._spoke.get(pair, ("", 0))
-        turn = last != sender
-        if not last or last_at <= at - TURN_WINDOW * 1000 or not (turn or ("turns", *pair) in self._paces):
-            return []
-        since, limits = max(self._worked.get(name, 0) for name in pair), self.limits
-        loops = [Loop(("turns", *pair), limits.loop_turns, TURN_WINDOW, since, turn, talk=True)]
-        if short:
-            loops.append(Loop(("short", *pair), limits.loop_replies, TURN_WINDOW, since, turn, talk=True))
-        return loops
 
     def work(self, at: int, *names: str) -> None:
         """Note that these agents do more than talk: a task, a lock, a job, or what a person has sent them."""
@@ -8626,7 +8623,7 @@ class HubSocket(ServerConnection):
         self._taking = False
         if self.stream is None and self.protocol.state.name == "OPEN":
             self.stream = SocketReader(self.hub_server, self.upgrade, self)
-        server, data = self.hub_server, self._waiting
+        server, data, self._waiting = self.hub_server, self._waiting, b""
         self._heard_at, self._read_at = server.loop.time(), server.clock()
         at, more = self._take_frames(data, sys.float_info.max if whole else 0.0) if self.stream else (0, False)
         self._waiting = data[at:]
