@@ -7583,6 +7583,17 @@ def test_a_message_is_framed_once_for_all_websockets() -> None:
     asyncio.run(play())
 
 
+def test_a_bug_in_one_answer_keeps_no_other_from_leaving(caplog: pytest.LogCaptureFixture) -> None:
+    answers = [ah.Frame(lambda: '{"type":"sent"}', {}), ah.Frame(lambda: 1 / 0, {"ref": 2}), ah.Frame({"ref": 3}, {})]
+    wrote: list[bytes] = []
+    socket = types.SimpleNamespace(stream=types.SimpleNamespace(write_soon=wrote.append))
+    ah.HubSocket._reply(socket, answers)
+    assert len(wrote) == 1, "all of a read are one write"
+    parts = b'{"type":"sent"}', b'"ref":2,"error":{"code":"internal"', b'{"ref":3}'
+    places = [wrote[0].index(part) for part in parts]
+    assert places == sorted(places) and "ZeroDivisionError" in caplog.text
+
+
 def test_a_busy_reader_is_asked_for_proof_once_a_second() -> None:
     async def play() -> None:
         server, wrote = ah.Server(ah.Store(":memory:"), ah.Settings(ah.Limits(), websockets=False)), []
