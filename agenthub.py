@@ -1000,10 +1000,6 @@ class Fields(tuple[Field, ...]):
     """The fields of a request."""
 
     @functools.cached_property
-    def _by_name(self) -> dict[str, Field]:
-        return {field.name: field for field in self}
-
-    @functools.cached_property
     def _checks(self) -> dict[str, tuple[str, Callable[[Any], Any], bool]]:
         """By name on the wire: the parameter, the check, and whether null is a value."""
         return {field.name: (field.parameter, field.kind.check, field.kind.nullable) for field in self}
@@ -1038,9 +1034,8 @@ class Fields(tuple[Field, ...]):
         return checked
 
     def _see_what_is_missing(self, values: Json, checked: Json, needed: str, implied: str) -> None:
-        by_name = self._by_name
         few = [(name, value) for name, value in itertools.islice(values.items(), 50) if len(name) < 32]
-        unknown = [name for name, value in few if name not in by_name and value is not None]
+        unknown = [name for name, value in few if name not in self._checks and value is not None]
         for field in self:
             if (field.required or field.name == needed) and field.parameter not in checked:
                 wrong = next((word for word in unknown if field.name in self._meant_by(word)), "")
@@ -1048,7 +1043,7 @@ class Fields(tuple[Field, ...]):
                 fix += f"give {field.kind.refusal(None) or 'any JSON value'}"
                 raise InvalidRequest(f"`{field.name}` is missing: {fix}")
         for word in unknown:
-            names = [name for name in self._meant_by(word) if by_name[name].parameter not in checked]
+            names = [name for name in self._meant_by(word) if self._checks[name][0] not in checked]
             if word not in VAGUE and (names := [name for name in names if name != implied]):
                 raise InvalidRequest(f"`{word}` is called `{names[0]}` here: send it under that name")
 
@@ -4658,10 +4653,6 @@ class Apply(Generic[V, R]):
     def __iter__(self) -> Steps[Response]:
         return self.answer((yield Command(self.rule.__name__, (self.what,), {})))
 
-    def run(self, hub: Hub, at: int) -> Response:
-        """The answer, without the detour by a generator. Raises HubError."""
-        return self.answer(self.rule(hub, at, self.what))
-
 
 def run_steps(hub: Hub, steps: Steps[Any], at: int, value: Any = None, parked: Parked | None = None) -> Any:
     """Go through steps to the answer, or to a step that takes time, which is `Parked`. Commands are applied at once. A
@@ -5076,8 +5067,8 @@ class Operation(ClientAttribute[P, R]):
     def run(self, call: Call, values: Json) -> Answer:
         """The answer to checked fields. Raises HubError."""
         answer: Any = self.handler(call, **values)
-        if type(answer) is Apply:
-            return cast("Answer", answer.run(call.api.hub, call.at))
+        if type(answer) is Apply:  # without the detour by a generator
+            return cast("Answer", answer.answer(answer.rule(call.api.hub, call.at, answer.what)))
         return cast("Answer", run_steps(call.api.hub, answer, call.at) if self.in_steps else answer)
 
     def without_aliases(self, values: Json) -> Json:
@@ -5100,7 +5091,7 @@ def operation(method: str, path: str, *, items: str, **row: Any) -> Callable[[Ac
 def operation(method: str, path: str, **row: Any) -> Callable[[Action[P]], Operation[P, Json]]: ...
 def operation(method: str, path: str, **row: Any) -> Any:
     """The row of an operation, over the function that answers it: a function of the call and its fields that returns an
-    answer, or `Steps` that lead to one. See `Operation` for the columns."""
+    answer, `Steps` that lead to one, or where they are a single command, `Apply`. See `Operation` for the columns."""
     return lambda handler: Operation(handler, method, path, row)
 
 
