@@ -8888,8 +8888,8 @@ class Committer:
             leave(None)
 
     def _commit(self, first: bool = False) -> None:
-        """Commit; where several wait, after one more look at the sockets, which costs 10 us, and an fsync 150."""
-        if first and len(self._waiters) > 1:
+        """Commit; several changes after one more look at the sockets, which costs 10 us, and an fsync 150."""
+        if first and len(self.hub.changes) > 1:
             self.loop.call_soon(self._commit)
             return
         self._scheduled = False
