@@ -7565,10 +7565,8 @@ def test_a_message_is_framed_once_for_all_websockets() -> None:
     async def play() -> None:
         server, wrote = ah.Server(ah.Store(":memory:"), ah.Settings(ah.Limits(), websockets=False)), []
         server.hub.register(server.clock(), "a", "s", "s", None, None, None, b"t" * 32, True)
-        transport = fake_transport(wrote.append)
-        protocol = types.SimpleNamespace(state=types.SimpleNamespace(name="OPEN"))
-        socket = types.SimpleNamespace(transport=transport, protocol=protocol)
-        readers = [ah.SocketReader(server, ah.Upgrade("a", 0, True, True, "", "", ""), socket) for _ in range(3)]
+        transport, upgrade = fake_transport(wrote.append), ah.Upgrade("a", 0, True, True, "", "", "")
+        readers = [ah.SocketReader(server, upgrade, transport) for _ in range(3)]
         run = ah.MailRun([ah.Message(seq, "", "message", "b", "", '"x"', 0) for seq in (1, 2)])
         await asyncio.sleep(0)  # they say welcome, and are live
         wrote.clear()
@@ -7588,8 +7586,8 @@ def test_a_busy_reader_is_asked_for_proof_once_a_second() -> None:
         server, wrote = ah.Server(ah.Store(":memory:"), ah.Settings(ah.Limits(), websockets=False)), []
         hub = server.hub
         hub.register(server.clock(), "a", "s", "s", None, None, None, b"t" * 32, True)
-        socket = types.SimpleNamespace(transport=fake_transport(wrote.append), protocol=types.SimpleNamespace(state=1))
-        reader = ah.SocketReader(server, ah.Upgrade("a", 0, False, True, "", "", ""), socket)
+        upgrade = ah.Upgrade("a", 0, False, True, "", "", "")
+        reader = ah.SocketReader(server, upgrade, fake_transport(wrote.append))
         await asyncio.sleep(0)
 
         def come() -> None:
@@ -8550,11 +8548,11 @@ def test_a_named_page_can_read_an_early_refusal(live: object) -> None:
 
 
 def test_a_websockets_that_cannot_be_imported_is_named_in_the_handshakes_answer(live: object, tmp_path: Path) -> None:
-    broken = tmp_path / "broken" / "websockets" / "asyncio"
-    broken.mkdir(parents=True)
-    for folder in (broken.parent, broken):
-        (folder / "__init__.py").touch()
-    (broken / "server.py").write_text("raise ImportError('half installed')")
+    broken = tmp_path / "broken" / "websockets"
+    (broken / "asyncio").mkdir(parents=True)
+    for name in ("__init__.py", "asyncio/server.py"):
+        (broken / name).touch()
+    (broken / "protocol.py").write_text("raise ImportError('half installed')")
     hub = live(program=f"import sys; sys.path.insert(0, {str(tmp_path / 'broken')!r})\n" + PROGRAM.format(QUICK))
     hub.client("hopeful")
     request = b"GET /ws/hopeful HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
