@@ -5203,10 +5203,10 @@ class Operations:
         crowd = len(hub.agents) > MAX_PEERS  # then those that are active, and not all of them
         here = (name for name in hub.agents if name not in hub.dormant and (not crowd or name in hub.active))
         others = [name for name in itertools.islice(here, MAX_PEERS) if name != agent_id]
-        peers = [{"agent_id": o, "name": hub.agents[o].name, "status": hub.status(o, call.at)} for o in others]
+        peers = ",".join([peer_text(o, hub.agents[o].name, hub.status(o, call.at)) for o in others])
         body = {"success": True, "agent_id": agent_id, "session_id": agent.session_id, "name": agent.name}
-        body |= {"websocket_url": f"/ws/{agent_id}", "token": token, "peers": peers, "unread": hub.unread(agent_id)}
-        return Response(body)
+        body |= {"websocket_url": f"/ws/{agent_id}", "token": token}
+        return Response(f'{dump(body)[:-1]},"peers":[{peers}],"unread":{hub.unread(agent_id)}}}')
 
     @operation("GET", "/api/v1/agents", access="any", items="agents", command="agents")
     def agents(
@@ -5846,6 +5846,12 @@ def task_answer(call: Call, receipt: Receipt) -> Response:
 def time_text(ms: int) -> str:
     """A time as text; empty where it is not set (0)."""
     return timestamp(ms) if ms else ""
+
+
+@functools.lru_cache(1024)
+def peer_text(agent_id: str, name: str, status: str) -> str:
+    """Another agent, as who registers sees it: JSON text."""
+    return dump({"agent_id": agent_id, "name": name, "status": status})
 
 
 def agents_json(call: Call, agents: list[Agent]) -> list[Json]:
