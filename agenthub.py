@@ -1294,11 +1294,13 @@ class Response(NamedTuple):
         body = self.body() if callable(self.body) else self.body
         if not isinstance(body, bytes):
             body = (body if isinstance(body, str) else dump(body)).encode()
-        end = b"\n" if body and self.content_type == "application/json" else b""  # a terminal's prompt comes after it
-        rest = "".join([f"{name}: {value}\r\n" for name, value in extra])
-        rest += f"Content-Length: {len(body) + len(end)}\r\n\r\n" if self.status != 204 else "\r\n"
-        head = plain_head(self.status, self.content_type, self.headers, date, keep, self.reason).removesuffix(b"\r\n")
-        return b"".join((head, rest.encode("latin-1", "replace"), *(() if head_only else (body, end))))
+        if body and self.content_type == "application/json":
+            body += b"\n"  # a terminal's prompt comes after it
+        rest = f"Content-Length: {len(body)}\r\n\r\n" if self.status != 204 else "\r\n"
+        if extra:
+            rest = "".join([f"{name}: {value}\r\n" for name, value in extra]) + rest
+        head = plain_head(self.status, self.content_type, self.headers, date, keep, self.reason)
+        return head[:-2] + rest.encode("latin-1", "replace") + (b"" if head_only else body)
 
 
 @functools.lru_cache(64)
@@ -7611,7 +7613,7 @@ def admit(
     payer: Payer | None = None
     if row.charged:
         payer = ("agent", named) if named else ("key" if with_key else "address", peer.address)
-    return Call(api, head, body, actor, at, peer.address, payer, with_key, scheme=peer.scheme), values
+    return Call(api, head, body, actor, at, peer.address, payer, with_key, "http", peer.scheme), values
 
 
 def begin(api: Api, row: Row, call: Call) -> None:
@@ -8331,7 +8333,7 @@ class HttpConnection:
         self._pump()
         if self.reader.started and not before:  # empty lines before a request start none
             self.since = self.server.loop.time()
-        if (self._stuck() or self._pumping) and len(self.reader.buffer) > READ_AHEAD:
+        if len(self.reader.buffer) > READ_AHEAD and (self._stuck() or self._pumping):
             self.transport.pause_reading()
         self.server.committer.hold_if_gathering(self.transport)
 
@@ -8380,8 +8382,8 @@ class HttpConnection:
 
     def _pump(self) -> None:
         """Answer what has arrived whole, as long as nothing is in the way, and in turn with the others."""
-        until = 0.0
-        while not (self.last or self._stuck() or self._pumping):
+        until, more = 0.0, True
+        while more and not (self.last or self._stuck() or self._pumping):
             try:
                 request = self.reader.next()
             except HubError as error:
@@ -8393,15 +8395,15 @@ class HttpConnection:
                     self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 self.last = self.ended
                 break
-            started = time.perf_counter()
+            self.last, self.since = not request.head.keep, self.server.loop.time()
             answer, headers = self.server.process_request(request, self.peer)
             slot: list[bytes] = []
             self.slots.append(slot)
-            self.last, self.since = not request.head.keep, self.server.loop.time()
-            self.HOW[type(answer)](self, OpenRequest(request, headers, slot, started), answer)
+            self.HOW[type(answer)](self, OpenRequest(request, headers, slot, self.since), answer)
             self.server.schedule()
             if self.unsent > READ_AHEAD:
                 self._send_ready()
+            more = bool(self.reader.buffer) or self.ended
             if self.reader.buffer:
                 until = until or self.server.share()
                 if self.server.loop.time() > until:
@@ -8437,7 +8439,7 @@ class HttpConnection:
         request.slot.append(data)
         self.unsent += len(data)
         server.api.answers[answer.status] += 1
-        server.api.request_seconds.observe(time.perf_counter() - request.started)
+        server.api.request_seconds.observe(server.loop.time() - request.started)
 
     def _answer_parked(self, request: OpenRequest, parked: Parked) -> None:
         """An operation that takes time. One of MCP may be broken off, and its answer be a stream."""
