@@ -9022,6 +9022,7 @@ class Committer:
             self.when_durable(lambda error: transport.resume_reading())
 
     def _end_turn(self, waiters: list[Leave], error: HubError | None) -> None:
+        self._server.flushing = True  # below, and not in a turn of its own
         call_each(lambda leave: leave(error), waiters)
         self._server.flush()
         if self.store.pages > CHECKPOINT_PAGES:
