@@ -1296,21 +1296,21 @@ class Response(NamedTuple):
             body = (body if isinstance(body, str) else dump(body)).encode()
         if body and self.content_type == "application/json":
             body += b"\n"  # a terminal's prompt comes after it
-        rest = f"Content-Length: {len(body)}\r\n\r\n" if self.status != 204 else "\r\n"
-        if extra:
-            rest = "".join([f"{name}: {value}\r\n" for name, value in extra]) + rest
         head = plain_head(self.status, self.content_type, self.headers, date, keep, self.reason)
-        return head[:-2] + rest.encode("latin-1", "replace") + (b"" if head_only else body)
+        if extra:
+            head += "".join([f"{name}: {value}\r\n" for name, value in extra]).encode("latin-1", "replace")
+        length = b"Content-Length: %d\r\n" % len(body) if self.status != 204 else b""
+        return b"%b%b\r\n%b" % (head, length, b"" if head_only else body)
 
 
 @functools.lru_cache(64)
 def plain_head(status: int, kind: str, headers: Headers, date: str, keep: bool = True, reason: str = "") -> bytes:
-    """The head of an answer, without the length of a body, as a stream has it: it changes once a second."""
+    """The head of an answer, without the length of its body and the empty line at its end: it changes once a second."""
     reason = reason or http.HTTPStatus(status).phrase
     lines = [f"HTTP/1.1 {status} {reason}", f"Content-Type: {kind}", f"Date: {date}", *HARDENING]
     lines += [f"{name}: {value}" for name, value in headers]
-    lines += ["\r\n"] if keep else ["Connection: close", "\r\n"]
-    return "\r\n".join(lines).encode("latin-1", "replace")
+    lines += [] if keep else ["Connection: close"]
+    return "".join([f"{line}\r\n" for line in lines]).encode("latin-1", "replace")
 
 
 def error_response(error: HubError) -> Response:
@@ -1460,7 +1460,9 @@ class RequestReader:
             head = self._next_head() if self.buffer else None
             if head is None:
                 return None
-            if 0 <= head.length <= min(len(self.buffer), self.limits.max_message):  # all there, as most are
+            if not head.length:
+                return Request(head, b"")
+            if 0 < head.length <= min(len(self.buffer), self.limits.max_message):  # all there, as most are
                 body = bytes(self.buffer[: head.length])
                 del self.buffer[: head.length]
                 return Request(head, body)
@@ -5689,11 +5691,13 @@ class Operations:
     def health(call: Call) -> Response:
         """What the hub says of itself; with a key, the counts are only for its holder."""
         api = call.api
-        state = f'"status":"failing","reason":{dump(api.trouble)}' if api.trouble else '"status":"ok"'
+        state = f'"failing","reason":{dump(api.trouble)}' if api.trouble else '"ok"'
+        counts = ""
         if call.with_key or not api.settings.key:
-            state += f',"uptime":{(call.at - api.started_at) // 1000},"agents":{len(api.hub.agents)}'
-            state += f',"connections":{sum(api.hub.connections.values())},"store":"{api.settings.store}"'
-        text = f'{{{state},"version":"{VERSION}","time":"{timestamp(call.at)}"}}'
+            uptime, readers = (call.at - api.started_at) // 1000, sum(api.hub.connections.values())
+            counts = f'"uptime":{uptime},"agents":{len(api.hub.agents)},"connections":{readers},'
+            counts += f'"store":"{api.settings.store}",'
+        text = f'{{"status":{state},{counts}"version":"{VERSION}","time":"{timestamp(call.at)}"}}'
         return Response(text, 503 if api.trouble else 200, settled=True)
 
     @operation("GET", "/metrics", access="key", charged=False)
@@ -8252,7 +8256,7 @@ class FileSender(Reader):
             self.close()
             return
         headers = (("Content-Length", str(os.fstat(made.fileno()).st_size)), *self._request.headers)
-        self.transport.write(plain_head(200, self._download.content_type, headers, self.server.date))
+        self.transport.write(plain_head(200, self._download.content_type, headers, self.server.date) + b"\r\n")
         self.server.api.answers[200] += 1
         self.server.loop.call_soon(self._send)
 
@@ -8468,7 +8472,7 @@ class HttpConnection:
     def _begin_stream(self, request: OpenRequest, format: str) -> None:
         kind = "text/event-stream" if format == "sse" else "application/x-ndjson"
         extra = (("Transfer-Encoding", "chunked"), *UNBUFFERED, *request.headers)
-        self.transport.write(plain_head(200, f"{kind}; charset=utf-8", extra, self.server.date))
+        self.transport.write(plain_head(200, f"{kind}; charset=utf-8", extra, self.server.date) + b"\r\n")
         self._comment_at, self._comment = self.server.loop.time(), http_chunk(":\n" if format == "sse" else "\n")
 
     def _answer_stream(self, request: OpenRequest, stream: Stream | Watch | Subscription) -> None:
