@@ -8794,6 +8794,7 @@ class HubSocket:
 
     def _send(self) -> None:
         """Write what websockets has to say. After a close frame, the peer has STOP_SECONDS to close the connection."""
+        self.stream.flush()  # what came before it, beginning with the answer to the handshake
         for data in self.protocol.data_to_send():
             if data:
                 self.transport.write(data)
@@ -8825,6 +8826,8 @@ class HubSocket:
         self.stream.close()
         if self._cut:
             self._cut.cancel()
+        if "protocol" in vars(self):
+            self.protocol.parser.close()  # it refers to its protocol: without that circle both are freed at once
 
     def check(self, now: float) -> None:
         """Ping a silent peer; cut one that stays silent, or does not keep up."""

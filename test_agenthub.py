@@ -8681,6 +8681,22 @@ def test_a_frame_behind_the_peers_close_frame_is_not_stored(shared_hub: LiveHub)
     assert [m["message"] for m in client.messages()] == [1]
 
 
+def test_a_peer_that_does_not_close_after_a_close_frame_is_cut_off(shared_hub: LiveHub) -> None:
+    pytest.importorskip("websockets")
+    client = shared_hub.client("lingering")
+    with socket.create_connection(("127.0.0.1", shared_hub.port), timeout=20) as line:
+        line.sendall(
+            b"GET /ws/lingering HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n\x82\x80\0\0\0\0"
+        )
+        answers = b""
+        while data := line.recv(65536):
+            answers += data
+        assert b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n" in answers, "RFC 6455 1.3"
+        assert b"\x88" in answers and client.agent("lingering")["connected"]
+        until(lambda: not client.agent("lingering")["connected"])
+
+
 def test_a_message_in_pieces_that_never_ends_is_cut_off(live: object) -> None:
     pytest.importorskip("websockets")
     hub = live("--head-timeout", "0.2")
