@@ -9123,11 +9123,8 @@ class Listener:
         patience = min(self.limits.head_timeout, Limits.head_timeout.default)  # a handshake is never without limit
         options: Json = {"ssl": tls, "ssl_handshake_timeout": patience} if tls else {}
         options |= {"backlog": ACCEPTS}
-
-        def _connect() -> Any:
-            return HttpConnection(self._server)
-
-        listener = await self.loop.create_server(_connect, **where, **options)
+        connection: Any = functools.partial(HttpConnection, self._server)
+        listener = await self.loop.create_server(connection, **where, **options)
         if self._server.api.settings.websockets and not self._listeners:
             self.library = self.loop.create_task(self._import_websockets())
         self._add(listener)
