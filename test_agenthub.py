@@ -8681,7 +8681,7 @@ def test_a_frame_behind_the_peers_close_frame_is_not_stored(shared_hub: LiveHub)
     assert [m["message"] for m in client.messages()] == [1]
 
 
-def test_a_peer_that_does_not_close_after_a_close_frame_is_cut_off(shared_hub: LiveHub) -> None:
+def test_a_peer_that_does_not_close_after_us_is_cut_off(shared_hub: LiveHub) -> None:
     pytest.importorskip("websockets")
     client = shared_hub.client("lingering")
     with socket.create_connection(("127.0.0.1", shared_hub.port), timeout=20) as line:
