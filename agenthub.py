@@ -89,6 +89,8 @@ if TYPE_CHECKING:
     from typing import IO, Concatenate, NoReturn, TextIO
 
     from typing_extensions import Self, Unpack
+    from websockets.frames import Frame as SocketFrame
+    from websockets.protocol import Protocol
 else:
     LAZY = "argparse asyncio base64 datetime difflib fcntl gc hashlib hmac http ipaddress logging"
     LAZY += " multiprocessing queue resource selectors shlex signal socket sqlite3 ssl stat subprocess tempfile"
@@ -1287,21 +1289,23 @@ class Response(NamedTuple):
         body = self.body() if callable(self.body) else self.body
         if not isinstance(body, bytes):
             body = (body if isinstance(body, str) else dump(body)).encode()
-        end = b"\n" if body and self.content_type == "application/json" else b""  # a terminal's prompt comes after it
-        rest = "".join([f"{name}: {value}\r\n" for name, value in extra])
-        rest += f"Content-Length: {len(body) + len(end)}\r\n\r\n" if self.status != 204 else "\r\n"
-        head = plain_head(self.status, self.content_type, self.headers, date, keep, self.reason).removesuffix(b"\r\n")
-        return b"".join((head, rest.encode("latin-1", "replace"), *(() if head_only else (body, end))))
+        if body and self.content_type == "application/json":
+            body += b"\n"  # a terminal's prompt comes after it
+        head = plain_head(self.status, self.content_type, self.headers, date, keep, self.reason)
+        if extra:
+            head += "".join([f"{name}: {value}\r\n" for name, value in extra]).encode("latin-1", "replace")
+        length = b"Content-Length: %d\r\n" % len(body) if self.status != 204 else b""
+        return b"%b%b\r\n%b" % (head, length, b"" if head_only else body)
 
 
 @functools.lru_cache(64)
 def plain_head(status: int, kind: str, headers: Headers, date: str, keep: bool = True, reason: str = "") -> bytes:
-    """The head of an answer, without the length of a body, as a stream has it: it changes once a second."""
+    """The head of an answer, without the length of its body and the empty line at its end: it changes once a second."""
     reason = reason or http.HTTPStatus(status).phrase
     lines = [f"HTTP/1.1 {status} {reason}", f"Content-Type: {kind}", f"Date: {date}", *HARDENING]
     lines += [f"{name}: {value}" for name, value in headers]
-    lines += ["\r\n"] if keep else ["Connection: close", "\r\n"]
-    return "\r\n".join(lines).encode("latin-1", "replace")
+    lines += [] if keep else ["Connection: close"]
+    return "".join([f"{line}\r\n" for line in lines]).encode("latin-1", "replace")
 
 
 def error_response(error: HubError) -> Response:
@@ -1451,7 +1455,9 @@ class RequestReader:
             head = self._next_head() if self.buffer else None
             if head is None:
                 return None
-            if 0 <= head.length <= min(len(self.buffer), self.limits.max_message):  # all there, as most are
+            if not head.length:
+                return Request(head, b"")
+            if 0 < head.length <= min(len(self.buffer), self.limits.max_message):  # all there, as most are
                 body = bytes(self.buffer[: head.length])
                 del self.buffer[: head.length]
                 return Request(head, body)
@@ -5189,10 +5195,10 @@ class Operations:
         crowd = len(hub.agents) > MAX_PEERS  # then those that are active, and not all of them
         here = (name for name in hub.agents if name not in hub.dormant and (not crowd or name in hub.active))
         others = [name for name in itertools.islice(here, MAX_PEERS) if name != agent_id]
-        peers = [{"agent_id": o, "name": hub.agents[o].name, "status": hub.status(o, call.at)} for o in others]
+        peers = ",".join([peer_text(o, hub.agents[o].name, hub.status(o, call.at)) for o in others])
         body = {"success": True, "agent_id": agent_id, "session_id": agent.session_id, "name": agent.name}
-        body |= {"websocket_url": f"/ws/{agent_id}", "token": token, "peers": peers, "unread": hub.unread(agent_id)}
-        return Response(body)
+        body |= {"websocket_url": f"/ws/{agent_id}", "token": token}
+        return Response(f'{dump(body)[:-1]},"peers":[{peers}],"unread":{hub.unread(agent_id)}}}')
 
     @operation("GET", "/api/v1/agents", access="any", items="agents", command="agents")
     def agents(
@@ -5673,11 +5679,13 @@ class Operations:
     def health(call: Call) -> Response:
         """What the hub says of itself; with a key, the counts are only for its holder."""
         api = call.api
-        state = f'"status":"failing","reason":{dump(api.trouble)}' if api.trouble else '"status":"ok"'
+        state = f'"failing","reason":{dump(api.trouble)}' if api.trouble else '"ok"'
+        counts = ""
         if call.with_key or not api.settings.key:
-            state += f',"uptime":{(call.at - api.started_at) // 1000},"agents":{len(api.hub.agents)}'
-            state += f',"connections":{sum(api.hub.connections.values())},"store":"{api.settings.store}"'
-        text = f'{{{state},"version":"{VERSION}","time":"{timestamp(call.at)}"}}'
+            uptime, readers = (call.at - api.started_at) // 1000, sum(api.hub.connections.values())
+            counts = f'"uptime":{uptime},"agents":{len(api.hub.agents)},"connections":{readers},'
+            counts += f'"store":"{api.settings.store}",'
+        text = f'{{"status":{state},{counts}"version":"{VERSION}","time":"{timestamp(call.at)}"}}'
         return Response(text, 503 if api.trouble else 200, settled=True)
 
     @operation("GET", "/metrics", access="key", charged=False)
@@ -5832,6 +5840,12 @@ def task_answer(call: Call, receipt: Receipt) -> Response:
 def time_text(ms: int) -> str:
     """A time as text; empty where it is not set (0)."""
     return timestamp(ms) if ms else ""
+
+
+@functools.lru_cache(1024)
+def peer_text(agent_id: str, name: str, status: str) -> str:
+    """Another agent, as who registers sees it: JSON text."""
+    return dump({"agent_id": agent_id, "name": name, "status": status})
 
 
 def agents_json(call: Call, agents: list[Agent]) -> list[Json]:
@@ -7591,7 +7605,7 @@ def admit(
     payer: Payer | None = None
     if row.charged:
         payer = ("agent", named) if named else ("key" if with_key else "address", peer.address)
-    return Call(api, head, body, actor, at, peer.address, payer, with_key, scheme=peer.scheme), values
+    return Call(api, head, body, actor, at, peer.address, payer, with_key, "http", peer.scheme), values
 
 
 def begin(api: Api, row: Row, call: Call) -> None:
@@ -7814,7 +7828,9 @@ class InboxReader(Reader):
     via = "stream"
     proves = False  # whether it learns that messages arrived, and so has to know which it wrote
 
-    def __init__(self, server: Server, opened: Stream | Upgrade, transport: asyncio.Transport) -> None:
+    def __init__(
+        self, server: Server, opened: Stream | Upgrade, transport: asyncio.Transport, head: bytes = b""
+    ) -> None:
         super().__init__(server, opened.agent_id, transport)
         self.format = opened.format if isinstance(opened, Stream) else "websocket"
         self.cursor = opened.after or 0
@@ -7822,6 +7838,7 @@ class InboxReader(Reader):
         self.live = self._coming = False
         self.written: list[int] = []
         server.add_reader(self)
+        self.write(head)
         if isinstance(opened, Upgrade) or not opened.recovered:
             self.write(encode_event(self.format, "welcome", dump(server.api.welcome(opened))))
         self.fall_behind()
@@ -7906,12 +7923,13 @@ class SocketReader(InboxReader):
     """A WebSocket's reader. Receipt is proven by a pong: all that was sent before its ping has then arrived."""
 
     via = "websocket"
+    closing = False  # a close frame was sent: nothing may follow it
 
-    def __init__(self, server: Server, upgrade: Upgrade, socket: HubSocket) -> None:
-        super().__init__(server, upgrade, socket.transport)
-        self.proves, self._socket = not upgrade.explicit, socket
+    def __init__(self, server: Server, upgrade: Upgrade, transport: asyncio.Transport, head: bytes = b"") -> None:
+        super().__init__(server, upgrade, transport, head)
+        self.proves = not upgrade.explicit
         self._pinged: tuple[int, ...] = ()  # what the ping that is on its way stands for
-        self._proof_at, self._open = 0.0, socket.protocol.state  # when (loop time) it may be asked for proof again
+        self._proof_at = 0.0  # when (loop time) it may be asked for proof again
 
     def flush(self, ping: bool = False, last: bool = False) -> None:
         """Write, and a ping after the messages: at once where none was sent for a while, else when it is time, which
@@ -7925,7 +7943,7 @@ class SocketReader(InboxReader):
                 ping = True
         if ping:
             self.out.append(websocket_frame(b"%d" % (self._pinged[-1] if self._pinged else 0), PING))
-        if self._socket.protocol.state is not self._open:  # after a close frame nothing may follow (RFC 6455 5.5.1)
+        if self.closing:  # RFC 6455 5.5.1
             self.out.clear()
         super().flush()
 
@@ -7950,7 +7968,7 @@ class SocketReader(InboxReader):
 
     def end(self) -> None:
         """The agent left: the connection has no agent at its end any more."""
-        self._socket.end(1008, "this agent has left the hub")
+        cast("HubSocket", self.transport.get_protocol()).end(1008, "this agent has left the hub")
 
 
 # --- Watchers ---------------------------------------------------------------------------------------------------------
@@ -8226,7 +8244,7 @@ class FileSender(Reader):
             self.close()
             return
         headers = (("Content-Length", str(os.fstat(made.fileno()).st_size)), *self._request.headers)
-        self.transport.write(plain_head(200, self._download.content_type, headers, self.server.date))
+        self.transport.write(plain_head(200, self._download.content_type, headers, self.server.date) + b"\r\n")
         self.server.api.answers[200] += 1
         self.server.loop.call_soon(self._send)
 
@@ -8307,7 +8325,7 @@ class HttpConnection:
         self._pump()
         if self.reader.started and not before:  # empty lines before a request start none
             self.since = self.server.loop.time()
-        if (self._stuck() or self._pumping) and len(self.reader.buffer) > READ_AHEAD:
+        if len(self.reader.buffer) > READ_AHEAD and (self._stuck() or self._pumping):
             self.transport.pause_reading()
         self.server.committer.hold_if_gathering(self.transport)
 
@@ -8356,8 +8374,8 @@ class HttpConnection:
 
     def _pump(self) -> None:
         """Answer what has arrived whole, as long as nothing is in the way, and in turn with the others."""
-        until = 0.0
-        while not (self.last or self._stuck() or self._pumping):
+        until, more = 0.0, True
+        while more and not (self.last or self._stuck() or self._pumping):
             try:
                 request = self.reader.next()
             except HubError as error:
@@ -8369,15 +8387,15 @@ class HttpConnection:
                     self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 self.last = self.ended
                 break
-            started = time.perf_counter()
+            self.last, self.since = not request.head.keep, self.server.loop.time()
             answer, headers = self.server.process_request(request, self.peer)
             slot: list[bytes] = []
             self.slots.append(slot)
-            self.last, self.since = not request.head.keep, self.server.loop.time()
-            self.HOW[type(answer)](self, OpenRequest(request, headers, slot, started), answer)
+            self.HOW[type(answer)](self, OpenRequest(request, headers, slot, self.since), answer)
             self.server.schedule()
             if self.unsent > READ_AHEAD:
                 self._send_ready()
+            more = bool(self.reader.buffer) or self.ended
             if self.reader.buffer:
                 until = until or self.server.share()
                 if self.server.loop.time() > until:
@@ -8413,7 +8431,7 @@ class HttpConnection:
         request.slot.append(data)
         self.unsent += len(data)
         server.api.answers[answer.status] += 1
-        server.api.request_seconds.observe(time.perf_counter() - request.started)
+        server.api.request_seconds.observe(server.loop.time() - request.started)
 
     def _answer_parked(self, request: OpenRequest, parked: Parked) -> None:
         """An operation that takes time. One of MCP may be broken off, and its answer be a stream."""
@@ -8442,7 +8460,7 @@ class HttpConnection:
     def _begin_stream(self, request: OpenRequest, format: str) -> None:
         kind = "text/event-stream" if format == "sse" else "application/x-ndjson"
         extra = (("Transfer-Encoding", "chunked"), *UNBUFFERED, *request.headers)
-        self.transport.write(plain_head(200, f"{kind}; charset=utf-8", extra, self.server.date))
+        self.transport.write(plain_head(200, f"{kind}; charset=utf-8", extra, self.server.date) + b"\r\n")
         self._comment_at, self._comment = self.server.loop.time(), http_chunk(":\n" if format == "sse" else "\n")
 
     def _answer_stream(self, request: OpenRequest, stream: Stream | Watch | Subscription) -> None:
@@ -8481,28 +8499,25 @@ class HttpConnection:
         if self._alone("open a WebSocket"):
             library = self.server.listener.library
             assert library is not None  # settings.websockets is only set where it is imported
-            self.work = Reader(self.server, upgrade.agent_id, self.transport)  # no request is read meanwhile
-            library.add_done_callback(functools.partial(self._hand_over, upgrade))
+            self.work = Reader(self.server, upgrade.agent_id, self.transport)  # no request is read any more
+            if library.done():
+                self._hand_over(upgrade, library)
+            else:
+                library.add_done_callback(functools.partial(self._hand_over, upgrade))
 
-    def _hand_over(self, upgrade: Upgrade, library: asyncio.Task[Callable[[str], HubSocket]]) -> None:
-        """Hand on a handshake, with only the headers that websockets needs, and frames that have arrived already."""
+    def _hand_over(self, upgrade: Upgrade, library: asyncio.Task[SocketLibrary]) -> None:
+        """Hand the connection on, with the frames that have arrived already."""
         if self.transport.is_closing():
             return
         if problem := library.exception():
             self.work = None
             self._refuse(NeedsWebsockets(f"this hub can't import websockets ({problem}): install it again"))
             return
-        socket = library.result()(upgrade.protocol)
+        arrived = bytes(self.reader.buffer)
+        self.reader.buffer.clear()
+        self.transport.resume_reading()
         self.server.listener.count_out(self)
-        socket.admit(self.server, upgrade, self.peer)
-        self.transport.set_protocol(socket)
-        socket.connection_made(self.transport)
-        if self.paused:  # which the transport tells only once
-            socket.pause_writing()
-        fields = "Host: hub\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-        fields += f"Sec-WebSocket-Protocol: {upgrade.protocol}\r\n" if upgrade.protocol else ""
-        socket.data_received(f"GET / HTTP/1.1\r\n{fields}Sec-WebSocket-Key: {upgrade.key}\r\n\r\n".encode())
-        socket.data_received(bytes(self.reader.buffer))
+        HubSocket(self, upgrade, library.result()).data_received(arrived)
 
     HOW: Mapping[type[Any], Callable[[HttpConnection, OpenRequest, Any], None]] = {
         Response: _answer_response,
@@ -8573,50 +8588,60 @@ class HttpConnection:
 
 # --- Sockets ----------------------------------------------------------------------------------------------------------
 
-if TYPE_CHECKING:
-    from websockets.asyncio.server import ServerConnection
-else:
-    ServerConnection = object  # until websockets is imported (`Listener`)
+
+class SocketLibrary(NamedTuple):
+    """What we use of websockets: its protocol without I/O for one connection, and two of its functions. `ordinary` is
+    how large a frame with that first byte may be, if it is one that we read ourselves."""
+
+    protocol: Callable[[], Protocol]
+    unmask: Callable[[bytes, bytes], bytes]
+    accept_key: Callable[[str], str]
+    ordinary: Mapping[int, float]
 
 
-class HubSocket(ServerConnection):
-    """An agent's WebSocket: websockets' ServerConnection, which does the protocol (`Listener`), with frames handled
-    where they arrive, without waking a task for each."""
+class HubSocket:
+    """An agent's WebSocket, as a protocol of asyncio. It answers the handshake, which was checked as a request, and
+    reads ordinary frames where they arrive. The others it hands to websockets' protocol, which also answers pings and
+    closes in an orderly way (RFC 6455)."""
 
-    stream: SocketReader | None = None
-    unmask: Callable[[bytes, bytes], bytes]  # websockets' own (`Listener`)
     _read_at = 0  # hub time of the frames that are being looked at
     _partial_at = 0.0  # since when a message has been arriving, if one is not whole
     _taking = _held = False
     _over = False  # a close frame was sent or received: what comes after it is not looked at
+    _cut: asyncio.TimerHandle | None = None  # ends a connection that its peer does not close
 
-    def admit(self, server: Server, upgrade: Upgrade, peer: Peer) -> None:
-        """Set what websockets' constructor knows nothing of; called before the handshake."""
-        self.hub_server, self.upgrade, self.peer = server, upgrade, peer
-        self._heard_at = self._pinged_at = server.loop.time()
+    def __init__(self, connection: HttpConnection, upgrade: Upgrade, library: SocketLibrary) -> None:
+        self.hub_server, self.transport, self.peer = connection.server, connection.transport, connection.peer
+        self.upgrade, self._library, self.paused = upgrade, library, connection.paused
+        self._heard_at = self._pinged_at = self.hub_server.loop.time()
         self._parts: list[bytes] = []
         self._waiting = b""
         self._answers: list[Frame] = []  # to what was read in this turn
         self._left = 0  # bytes of a frame that the library reads, which have not arrived yet
-        self._most = {128 | TEXT: min(server.limits.max_message + FRAME_OVERHEAD, READ_AHEAD), 128 | PONG: 125}
         self._runners: dict[StepRunner, None] = {}  # frames whose answer is not there yet
-        server.listener.count_in(self)
+        self.hub_server.listener.count_in(self)
+        self.transport.set_protocol(cast("asyncio.Protocol", self))
+        fields = f"Sec-WebSocket-Accept: {library.accept_key(upgrade.key)}\r\n"
+        fields += f"Sec-WebSocket-Protocol: {upgrade.protocol}\r\n" if upgrade.protocol else ""
+        head = f"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n{fields}\r\n"
+        self.stream = SocketReader(self.hub_server, upgrade, self.transport, head.encode())
+
+    @functools.cached_property
+    def protocol(self) -> Protocol:
+        """That of websockets, which most connections need only when they are closed."""
+        return self._library.protocol()
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of the handshake, then of frames."""
-        if self.request is None:
-            return super().data_received(data)
+        """Bytes of frames, cut anywhere."""
         self._waiting = self._waiting + data if self._waiting else data
-        return self.take()
+        self.take()
 
     def take(self, whole: bool = False) -> None:
-        """After the handshake, begin to read the inbox; then read the frames that have arrived, in turn with others."""
+        """Read the frames that have arrived, in turn with others."""
         self._taking = False
-        if self.stream is None and self.protocol.state.name == "OPEN":
-            self.stream = SocketReader(self.hub_server, self.upgrade, self)
         server, data, self._waiting = self.hub_server, self._waiting, b""
         self._heard_at, self._read_at = server.loop.time(), server.clock()
-        at, more = self._take_frames(data, sys.float_info.max if whole else 0.0) if self.stream else (0, False)
+        at, more = self._take_frames(data, sys.float_info.max if whole else 0.0)
         self._waiting = data[at:]
         if answers := self._answers:
             self._answers = []
@@ -8641,18 +8666,23 @@ class HubSocket(ServerConnection):
                 if not start:
                     return at, False
                 kind, end = data[at], start + size
-                if data[at + 1] & 128 and size <= self._most.get(kind, -1) and not (self._parts or self._over):
+                if (
+                    data[at + 1] & 128
+                    and size <= self._library.ordinary.get(kind, -1)
+                    and not (self._parts or self._over)
+                ):
                     if end > len(data):
                         return at, False
                     at = end
-                    self._take_ordinary(kind, self.unmask(data[start:end], data[start - 4 : start]))
+                    payload = self._library.unmask(data[start:end], data[start - 4 : start])
+                    self._take_ordinary(kind, payload)
                 else:
                     self._left = end - at
             if self._left:
                 piece = data[at : at + min(self._left, SLICE)]
                 at += len(piece)
                 self._left -= len(piece)
-                super().data_received(piece)
+                self._take_other(piece)
             if at < len(data):
                 until = until or self.hub_server.share()
                 if time() > until:
@@ -8662,45 +8692,44 @@ class HubSocket(ServerConnection):
     def _take_ordinary(self, kind: int, payload: bytes) -> None:
         if kind == 128 | TEXT:
             self._on_text(payload)
-        elif self.stream:
+        else:
             self.stream.pong(payload)
+
+    def _take_other(self, piece: bytes) -> None:
+        """Let websockets read some bytes, answer them, and say what they were."""
+        self.protocol.receive_data(piece)
+        self._send()
+        for event in self.protocol.events_received():
+            frame = cast("SocketFrame", event)  # as all are after the handshake
+            if frame.opcode == PONG:
+                self.stream.pong(bytes(frame.data))
+            elif frame.opcode == CLOSE:
+                self._over = True
+            elif frame.opcode == BINARY:
+                self._fail(1003, "send JSON as text frames")
+            elif frame.opcode in (TEXT, CONT):  # a message may come in several frames (RFC 6455 5.4)
+                self._parts.append(bytes(frame.data))
+                if frame.fin:
+                    data, self._parts = b"".join(self._parts), []
+                    self._on_text(data)
 
     def _hold(self) -> None:
         """Read no more from a peer that has sent enough for now, or does not take its answers or its pongs."""
-        full = self.stream is not None and self.stream.paused
-        crowded = full and self.transport.get_write_buffer_size() > self.hub_server.limits.max_unsent
+        crowded = self.paused and self.transport.get_write_buffer_size() > self.hub_server.limits.max_unsent
         held, self._held = self._held, crowded or len(self._waiting) > READ_AHEAD
         if self._held:
             self.transport.pause_reading()
         elif held:
             self.transport.resume_reading()
 
-    def eof_received(self) -> Any:
-        """The peer sends no more: what it has sent is looked at, in one go."""
+    def eof_received(self) -> None:
+        """The peer sends no more: what it has sent is looked at, in one go, and the connection closed."""
         self.take(whole=True)
-        return super().eof_received()
-
-    def process_event(self, event: Any) -> None:
-        """One event of the library's protocol; its own queue for data frames is not used."""
-        if self.request is None:
-            return super().process_event(event)
-        if event.opcode == PONG and self.stream:
-            self.stream.pong(bytes(event.data))
-        elif event.opcode == CLOSE:
-            self._over = True
-        elif event.opcode == BINARY:
-            self._fail(1003, "send JSON as text frames")
-        elif event.opcode in (TEXT, CONT):  # a message may come in several frames (RFC 6455 5.4)
-            self._parts.append(bytes(event.data))
-            if event.fin:
-                data, self._parts = b"".join(self._parts), []
-                self._on_text(data)
-        return None
 
     def _on_text(self, data: bytes) -> None:
         server = self.hub_server
-        if self._over or self.stream is None or self.stream.closed:
-            return  # `protocol.state` would not do: it is already the one after everything in the buffer
+        if self._over or self.stream.closed:
+            return  # `closing` would not do: it is already true of everything in the buffer
         try:
             data.decode()  # the library leaves this check to its reader
         except UnicodeDecodeError:
@@ -8743,56 +8772,71 @@ class HubSocket(ServerConnection):
                 body = error_frame(failed_at("an answer", "frame"), answer.ref).body
             if body:
                 frames.append(websocket_frame((body if isinstance(body, str) else dump(body)).encode()))
-        if frames and self.stream:
+        if frames:
             self.stream.write_soon(b"".join(frames))
 
     def _fail(self, code: int, reason: str) -> None:
         self._over = True
         self.protocol.fail(code, reason)
-        self.send_data()
+        self._send()
+
+    def _send(self) -> None:
+        """Write what websockets has to say. After a close frame, the peer has STOP_SECONDS to close the connection."""
+        self.stream.flush()  # what came before it, beginning with the answer to the handshake
+        for data in self.protocol.data_to_send():
+            if data:
+                self.transport.write(data)
+            elif self.transport.can_write_eof():
+                self.transport.write_eof()
+            else:  # TLS can't half close
+                self.transport.close()
+        if not self.stream.closing and self.protocol.close_expected():
+            self.stream.closing = True
+            self._cut = self.hub_server.loop.call_later(STOP_SECONDS, self.transport.abort)
 
     def pause_writing(self) -> None:
         """The peer does not take what it is sent."""
-        super().pause_writing()
-        if self.stream:
-            self.stream.pause()
+        self.paused = True
+        self.stream.pause()
 
     def resume_writing(self) -> None:
         """The peer takes again."""
-        super().resume_writing()
-        if self.stream:
-            self.stream.resume()
+        self.paused = False
+        self.stream.resume()
         self._hold()
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, error: Exception | None) -> None:
         """The connection is gone."""
         self._waiting = b""  # their answers would go nowhere
         self.hub_server.listener.count_out(self)
         for runner in list(self._runners):
             runner.close()
-        if self.stream:
-            self.stream.close()
-        super().connection_lost(exc)
+        self.stream.close()
+        if self._cut:
+            self._cut.cancel()
+        if "protocol" in vars(self):
+            self.protocol.parser.close()  # it refers to its protocol: without that circle both are freed at once
 
     def check(self, now: float) -> None:
         """Ping a silent peer; cut one that stays silent, or does not keep up."""
         late = self._partial_at and now - self._partial_at > self.hub_server.limits.head_timeout
-        if self.stream and not self.stream.closed and self.stream.too_slow(now):
+        if not self.stream.closed and self.stream.too_slow(now):
             self.hub_server.metrics["slow_readers_total"] += 1
             self.end(1013, "too slow: reconnect, and what you missed will come")
         elif late or now - self._heard_at > 2 * PING_SECONDS:
             self.transport.abort()
-        elif self.stream:
+        else:
             silent = now - max(self._heard_at, self._pinged_at) > PING_SECONDS
             self._pinged_at = now if silent else self._pinged_at
             self.stream.flush(ping=silent)  # also for acknowledgements that the disk did not take
 
     def end(self, code: int = 1012, reason: str = "") -> None:
-        """Close with the closing handshake; the default code says that the hub stops. websockets cuts a silent peer."""
-        if self.stream:
-            self.stream.flush(last=True)
-            self.stream.close()
-        self._closing = self.hub_server.loop.create_task(self.close(code, reason))  # kept, or it may be collected
+        """Close with the closing handshake; the default code says that the hub stops."""
+        self.stream.flush(last=True)
+        self.stream.close()
+        if not self.stream.closing:
+            self.protocol.send_close(code, reason)
+            self._send()
 
 
 # --- Committer --------------------------------------------------------------------------------------------------------
@@ -8973,6 +9017,7 @@ class Committer:
             self.when_durable(lambda error: transport.resume_reading())
 
     def _end_turn(self, waiters: list[Leave], error: HubError | None) -> None:
+        self._server.flushing = True  # below, and not in a turn of its own
         call_each(lambda leave: leave(error), waiters)
         self._server.flush()
         if self.store.pages > CHECKPOINT_PAGES:
@@ -9038,7 +9083,7 @@ class Listener:
         self.connections: dict[HttpConnection | HubSocket, None] = {}
         self.addresses: collections.Counter[str] = collections.Counter()  # of the other ends
         self._listeners: list[asyncio.Server] = []
-        self.library: asyncio.Task[Callable[[str], HubSocket]] | None = None  # the task that imports websockets
+        self.library: asyncio.Task[SocketLibrary] | None = None  # the task that imports websockets
 
     def count_in(self, connection: HttpConnection | HubSocket) -> HubError | None:
         """Count a connection. Returns the refusal if there is no room. Behind a proxy's address are many people."""
@@ -9066,14 +9111,10 @@ class Listener:
         patience = min(self.limits.head_timeout, Limits.head_timeout.default)  # a handshake is never without limit
         options: Json = {"ssl": tls, "ssl_handshake_timeout": patience} if tls else {}
         options |= {"backlog": ACCEPTS}
-
-        def _connect(*_: Any, **unused: Any) -> Any:
-            return HttpConnection(self._server)
-
-        listener = await self.loop.create_server(_connect, **where, **options)
+        connection: Any = functools.partial(HttpConnection, self._server)
+        listener = await self.loop.create_server(connection, **where, **options)
         if self._server.api.settings.websockets and not self._listeners:
-            options |= {"sock": listener.sockets[0].dup(), "create_connection": _connect}
-            self.library = self.loop.create_task(self._import_websockets(options))
+            self.library = self.loop.create_task(self._import_websockets())
         self._add(listener)
         return [sock.getsockname() for sock in listener.sockets]
 
@@ -9084,35 +9125,20 @@ class Listener:
             with sock.dup() as same:
                 same.listen(BACKLOG)
 
-    async def _import_websockets(self, options: Json) -> Callable[[str], HubSocket]:
-        """Have websockets serve on the same socket, so that each of its connections has its server and its handshake.
-        Returns what makes such a connection; it takes over from an HttpConnection, whichever listener accepted that."""
+    async def _import_websockets(self) -> SocketLibrary:
+        """Import what there is of websockets without I/O, on a thread."""
         await asyncio.sleep(LIBRARY_SECONDS)
-        await self.loop.run_in_executor(None, __import__, "websockets.asyncio.server")
-        from websockets.asyncio.server import ServerConnection, serve
+        await self.loop.run_in_executor(None, __import__, "websockets.protocol")
         from websockets.frames import apply_mask  # type: ignore[attr-defined]  # the quicker of its two
-        from websockets.server import ServerProtocol
-        from websockets.typing import Subprotocol
+        from websockets.protocol import Protocol, Side
+        from websockets.utils import accept_key
 
         most = self.limits.max_message + FRAME_OVERHEAD
         max_size = None if most == NEVER else int(most)
         logger = logging.getLogger("agenthub.websockets")
         logger.setLevel(logging.CRITICAL)  # what it reports is a peer that went away or broke the protocol
-        kind: Any = type("HubServerConnection", (HubSocket, ServerConnection), {"unmask": staticmethod(apply_mask)})
-
-        async def _run(socket: Any) -> None:
-            socket.take()
-            await socket.wait_closed()
-
-        listener = await serve(_run, **options, server_header=None, logger=logger)
-        self._add(listener.server)  # websockets' own close would wait for connections that `Server.stop` closes
-
-        def _connection(subprotocol: str) -> HubSocket:
-            offered = [Subprotocol(subprotocol)] if subprotocol else None
-            protocol = ServerProtocol(subprotocols=offered, max_size=max_size, logger=logger)
-            return cast(HubSocket, kind(protocol, listener, ping_interval=None, close_timeout=STOP_SECONDS))
-
-        return _connection
+        protocol = functools.partial(Protocol, Side.SERVER, max_size=max_size, logger=logger)
+        return SocketLibrary(protocol, apply_mask, accept_key, {128 | TEXT: min(most, READ_AHEAD), 128 | PONG: 125})
 
     def close(self) -> None:
         """Accept no more connections. Those that are open stay so."""

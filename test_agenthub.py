@@ -7565,10 +7565,8 @@ def test_a_message_is_framed_once_for_all_websockets() -> None:
     async def play() -> None:
         server, wrote = ah.Server(ah.Store(":memory:"), ah.Settings(ah.Limits(), websockets=False)), []
         server.hub.register(server.clock(), "a", "s", "s", None, None, None, b"t" * 32, True)
-        transport = fake_transport(wrote.append)
-        protocol = types.SimpleNamespace(state=types.SimpleNamespace(name="OPEN"))
-        socket = types.SimpleNamespace(transport=transport, protocol=protocol)
-        readers = [ah.SocketReader(server, ah.Upgrade("a", 0, True, True, "", "", ""), socket) for _ in range(3)]
+        transport, upgrade = fake_transport(wrote.append), ah.Upgrade("a", 0, True, True, "", "", "")
+        readers = [ah.SocketReader(server, upgrade, transport) for _ in range(3)]
         run = ah.MailRun([ah.Message(seq, "", "message", "b", "", '"x"', 0) for seq in (1, 2)])
         await asyncio.sleep(0)  # they say welcome, and are live
         wrote.clear()
@@ -7599,8 +7597,8 @@ def test_a_busy_reader_is_asked_for_proof_once_a_second() -> None:
         server, wrote = ah.Server(ah.Store(":memory:"), ah.Settings(ah.Limits(), websockets=False)), []
         hub = server.hub
         hub.register(server.clock(), "a", "s", "s", None, None, None, b"t" * 32, True)
-        socket = types.SimpleNamespace(transport=fake_transport(wrote.append), protocol=types.SimpleNamespace(state=1))
-        reader = ah.SocketReader(server, ah.Upgrade("a", 0, False, True, "", "", ""), socket)
+        upgrade = ah.Upgrade("a", 0, False, True, "", "", "")
+        reader = ah.SocketReader(server, upgrade, fake_transport(wrote.append))
         await asyncio.sleep(0)
 
         def come() -> None:
@@ -8561,11 +8559,11 @@ def test_a_named_page_can_read_an_early_refusal(live: object) -> None:
 
 
 def test_a_websockets_that_cannot_be_imported_is_named_in_the_handshakes_answer(live: object, tmp_path: Path) -> None:
-    broken = tmp_path / "broken" / "websockets" / "asyncio"
-    broken.mkdir(parents=True)
-    for folder in (broken.parent, broken):
-        (folder / "__init__.py").touch()
-    (broken / "server.py").write_text("raise ImportError('half installed')")
+    broken = tmp_path / "broken" / "websockets"
+    (broken / "asyncio").mkdir(parents=True)
+    for name in ("__init__.py", "asyncio/server.py"):
+        (broken / name).touch()
+    (broken / "protocol.py").write_text("raise ImportError('half installed')")
     hub = live(program=f"import sys; sys.path.insert(0, {str(tmp_path / 'broken')!r})\n" + PROGRAM.format(QUICK))
     hub.client("hopeful")
     request = b"GET /ws/hopeful HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -8692,6 +8690,22 @@ def test_a_frame_behind_the_peers_close_frame_is_not_stored(shared_hub: LiveHub)
         line.socket.sendall(send(1) + frame(b"\x03\xe8", 8) + send(2))
         until(lambda: not client.agent("parting")["connected"])
     assert [m["message"] for m in client.messages()] == [1]
+
+
+def test_a_peer_that_does_not_close_after_us_is_cut_off(shared_hub: LiveHub) -> None:
+    pytest.importorskip("websockets")
+    client = shared_hub.client("lingering")
+    with socket.create_connection(("127.0.0.1", shared_hub.port), timeout=20) as line:
+        line.sendall(
+            b"GET /ws/lingering HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n\x82\x80\0\0\0\0"
+        )
+        answers = b""
+        while data := line.recv(65536):
+            answers += data
+        assert b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n" in answers, "RFC 6455 1.3"
+        assert b"\x88" in answers and client.agent("lingering")["connected"]
+        until(lambda: not client.agent("lingering")["connected"])
 
 
 def test_a_message_in_pieces_that_never_ends_is_cut_off(live: object) -> None:
