@@ -336,11 +336,25 @@ class Copy:
     orders: socket.socket | None = None
     forker: subprocess.Popen  # ends with these tests
 
-    def __init__(self, words: list[str], env: dict[str, str], *files: int, **constants: float) -> None:
+    def __init__(self, words: list[str], env: dict[str, str], files: dict[str, object], **constants: float) -> None:
+        """`files` are stdin, stdout and stderr: open files, or PIPE; the null device where one is missing."""
         self.returncode: int | None = None
         self.stopped = False
         order = {"words": words, "env": env, "folder": os.getcwd(), "constants": constants}
-        self.pid = self.order(order, *files)[0]
+        with contextlib.ExitStack() as stack:
+            its = [stack.enter_context(self._end(name, files.get(name))) for name in ("stdin", "stdout", "stderr")]
+            self.pid = self.order(order, *[file.fileno() for file in its])[0]
+
+    def _end(self, name: str, file: object) -> contextlib.AbstractContextManager[typing.IO]:
+        """The process's own end of a file; of a pipe, this one keeps the other end."""
+        if file is None:
+            return open(os.devnull, "r+")
+        if file is not subprocess.PIPE:
+            return contextlib.nullcontext(file)
+        read, write = os.pipe()
+        its, mine = (read, write) if name == "stdin" else (write, read)
+        setattr(self, name, open(mine, "w" if name == "stdin" else "r"))  # noqa: SIM115
+        return open(its, "r" if name == "stdin" else "w")
 
     @classmethod
     def order(cls, order: dict, *files: int) -> list[int]:
@@ -361,13 +375,29 @@ class Copy:
                 self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
 
-    def wait(self, timeout: float) -> int:
+    def wait(self, timeout: float = 60) -> int:
         until(lambda: self.poll() is not None, timeout)
         return self.returncode
+
+    def communicate(self, timeout: float = 60) -> tuple[str, str]:
+        """What it prints until it ends, no more than a pipe holds."""
+        self.wait(timeout)
+        return tuple(getattr(self, name).read() if hasattr(self, name) else "" for name in ("stdout", "stderr"))
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
             os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def __enter__(self) -> Copy:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.wait()
+        for name in {"stdin", "stdout", "stderr"} & vars(self).keys():
+            getattr(self, name).close()
 
 
 def compiled(env: Mapping[str, str]) -> dict[str, str]:
@@ -398,17 +428,12 @@ class LiveHub:
         self.errors = open(folder / "errors.txt", "a+")  # noqa: SIM115
         where = ["--port", port] if port else []
         words = ["serve", *where, "--db", str(self.db), *options]
-        constants = QUICK | (quick or {})
+        constants, pipes = QUICK | (quick or {}), {"stdout": subprocess.PIPE, "stderr": self.errors}
         if python != sys.executable or program or "LD_PRELOAD" in env:
             command = [python, "-c", program or PROGRAM.format(constants), *words]
-            pipes = {"stdout": subprocess.PIPE, "stderr": self.errors}
             self.process = subprocess.Popen(command, text=True, env=self.compiled_env(), **pipes)
         else:
-            read, write = os.pipe()
-            with open(os.devnull) as stdin, open(write, "w") as stdout:
-                files = stdin.fileno(), stdout.fileno(), self.errors.fileno()
-                self.process = Copy(words, self.compiled_env(), *files, **constants)
-            self.process.stdout = open(read)  # noqa: SIM115
+            self.process = Copy(words, self.compiled_env(), pipes, **constants)
         self.line = self.process.stdout.readline()
         address = re.search(r"at (https?://\S+:(\d+)|unix:\S+),", self.line)
         assert address, (self.line, self.log())
@@ -470,11 +495,11 @@ class LiveHub:
             command = [python, "-m", "agenthub", *words]
             return subprocess.run(command, capture_output=True, text=True, env=env, timeout=60, input=stdin)
         with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3)]
-            files[0].write(stdin or "")
-            files[0].seek(0)
-            code = Copy(list(words), env, *[file.fileno() for file in files], **quick or {}).wait(60)
-            texts = [file.seek(0) or file.read() for file in files[1:]]
+            files = {name: stack.enter_context(tempfile.TemporaryFile("w+")) for name in ("stdin", "stdout", "stderr")}
+            files["stdin"].write(stdin or "")
+            files["stdin"].seek(0)
+            code = Copy(list(words), env, files, **quick or {}).wait()
+            texts = [files[name].seek(0) or files[name].read() for name in ("stdout", "stderr")]
         return subprocess.CompletedProcess(words, code, *texts)
 
     def here(self, *words: str, **env: str) -> subprocess.CompletedProcess:
@@ -4298,7 +4323,7 @@ def test_deleted_messages_leave_the_search_index_of_a_running_hub(live: object) 
     hub = live("--rate-limit", "0", "--loop-guard", "0")
     client = hub.client("a")
     for n in range(ah.INDEX_BATCH):
-        client.send_message("a", f"gone{n}", ttl=1)
+        client.send_message("a", f"gone{n}", ttl=0.5 if n == 7 else 60)
     words = lambda q: (
         sqlite3.connect(hub.db).execute(f"SELECT count(*) FROM words WHERE words MATCH '{q}'").fetchone()[0]
     )
@@ -9823,9 +9848,9 @@ def test_a_time_limit_around_a_closed_listener_is_still_one(shared_hub: LiveHub)
     async def play() -> None:
         agent = ah.AgentClient(shared_hub.url, "limited")
         await agent.register()
-        asyncio.get_running_loop().call_later(0.2, lambda: asyncio.ensure_future(agent.close()))
+        asyncio.get_running_loop().call_later(0.05, lambda: asyncio.ensure_future(agent.close()))
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(1):
+            async with asyncio.timeout(0.3):
                 await agent.listen(print)
                 await asyncio.sleep(10)
 
@@ -9924,8 +9949,8 @@ def test_a_hub_that_hangs_is_noticed_and_sends_are_stored_once(live: object) -> 
 def test_a_wait_on_a_hub_that_hangs_ends_soon(live: object, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = live()
     client, asked = hub.client("waits"), []
-    client.timeout = 1
-    monkeypatch.setattr(ah, "COMMENT_SECONDS", 0.2)
+    client.timeout = 0.5
+    monkeypatch.setattr(ah, "COMMENT_SECONDS", 0.1)
     ends: list[str] = []
 
     def wait() -> None:
@@ -11613,7 +11638,7 @@ def test_the_doctor_says_where_something_else_or_an_error_answers(shared_hub: Li
 
     failure = b'{"error":{"code":"internal","message":"it broke"}}'
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Other) as other:
-        threading.Thread(target=other.serve_forever, daemon=True).start()
+        threading.Thread(target=other.serve_forever, args=(0.01,), daemon=True).start()
         for answer in ((500, failure), (404, b"<html>"), (200, b'{"status":"ok"}')):
             done = shared_hub.here("doctor", "--url", f"http://127.0.0.1:{other.server_port}")
             checks = [line.split()[:2] for line in done.stdout.splitlines()]
@@ -12089,12 +12114,11 @@ def shown(answer: dict) -> str:
 @contextlib.contextmanager
 def hook_process(hub: LiveHub, event: str, *words: str, session: str = "s1-of-it", **more: object) -> object:
     """A hook in a process of its own, as Claude Code starts it."""
-    command = [sys.executable, "-m", "agenthub", "hook", event, "--within", "20", *words]
+    command = ["hook", event, "--within", "20", *words]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}
-    with subprocess.Popen(command, text=True, env=hub.compiled_env(), **pipes) as process:
+    with Copy(command, hub.compiled_env(), pipes, CHECK_SECONDS=0.05, START_SECONDS=0.05) as process:
         process.stdin.write(json.dumps({"session_id": session, "cwd": str(hub.folder)}))
         process.stdin.close()
-        process.stdin = None
         yield process
 
 
@@ -12390,7 +12414,10 @@ def test_a_session_kept_from_ending_too_often_gets_no_more_mail(hooked: LiveHub)
     assert f"<{ah.BLOCKS + 1}>" in shown(run_hook(hooked, "Stop", stop_hook_active=False)), "another turn has ended"
 
 
-def test_a_cleared_session_goes_on_however_long_its_waiter_takes(hooked: LiveHub) -> None:
+def test_a_cleared_session_goes_on_however_long_its_waiter_takes(
+    hooked: LiveHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ah, "LOCAL_SECONDS", 0.4)
     with hook_process(hooked, "Stop", "--wait") as waiter:
         until(lambda: hooked.client().agent("alpha")["connected"])
         waiter.send_signal(signal.SIGSTOP)
@@ -12406,8 +12433,7 @@ def test_what_nobody_could_read_is_not_acknowledged(hooked: LiveHub) -> None:
     hooked.client("beta").send_message("alpha", "kept")
     reader, writer = os.pipe()
     os.close(reader)
-    with hook_process(hooked, "UserPromptSubmit", stdout=writer) as process:
-        os.close(writer)
+    with open(writer, "w") as nowhere, hook_process(hooked, "UserPromptSubmit", stdout=nowhere) as process:
         assert process.communicate(timeout=20)[1] == "" and process.returncode == 0
     assert hooked.client("alpha").heartbeat()["unread"] == 1
 
@@ -12562,12 +12588,9 @@ class McpProcess:
     """`agenthub mcp` as a client has it: JSON lines in and out."""
 
     def __init__(self, hub: LiveHub, *words: str, **env: str) -> None:
-        command = [sys.executable, "-m", "agenthub", "mcp", *words]
-        env = hub.compiled_env() | env
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, env=env
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
+        self.process = Copy(["mcp", *words], hub.compiled_env() | env, pipes)
         self.bound = threading.Timer(30, self.process.kill)  # for a test that fails: nothing is waited for any more
         self.bound.start()
 
@@ -12578,7 +12601,7 @@ class McpProcess:
         self.bound.cancel()
         self.process.stdin.close()
         assert self.process.wait(10) == 0
-        self.rest = self.process.stdout.read()
+        self.rest = self.process.stdout.buffer.read()
         self.process.stdout.close()
         self.errors.seek(0)
         errors = self.errors.read()
@@ -12586,7 +12609,7 @@ class McpProcess:
         assert b"Traceback" not in errors, errors.decode()
 
     def write(self, data: bytes) -> None:
-        self.process.stdin.write(data + b"\n")
+        self.process.stdin.buffer.write(data + b"\n")
         self.process.stdin.flush()
 
     def ask(self, method: str, params: dict | None = None, id: object = 1, modern: bool = False) -> None:
