@@ -18,6 +18,7 @@ import ast
 import asyncio
 import contextlib
 import fnmatch
+import functools
 import gc
 import inspect
 import io
@@ -260,6 +261,11 @@ def refused(kind: type[ah.HubError], world: World, do: Callable[[], object]) -> 
         do()
     assert world.state() == before and not world.hub.take_changes()
     return caught.value
+
+
+def seeds(count: int) -> list[object]:
+    """Of a random test: one for the fast set, the others when there is time."""
+    return [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, count))]
 
 
 def steady_port() -> str:
@@ -665,6 +671,9 @@ WORDS = ("a", "b", "ab", "a.b", "b.b", "aab", "ba", ".b")  # enough for whatever
 UNIVERSE = ["/".join(parts) for depth in (1, 2, 3, 4) for parts in itertools.product(WORDS, repeat=depth)]
 
 
+matches = functools.cache(fnmatch.fnmatchcase)
+
+
 def covered(path: str, files: Iterable[str]) -> set[str]:
     """What a normal path or glob stands for, worked out in another way: `fnmatch` on each part, tried out on every
     file there is. A name without wildcards at the end, or a slash, stands for all that is inside, too."""
@@ -677,7 +686,7 @@ def covered(path: str, files: Iterable[str]) -> set[str]:
             return not rest
         if pattern[0] == "**":
             return any(fits(pattern[1:], rest[n:]) for n in range(len(rest) + 1))
-        return bool(rest) and fnmatch.fnmatchcase(rest[0], pattern[0]) and fits(pattern[1:], rest[1:])
+        return bool(rest) and matches(rest[0], pattern[0]) and fits(pattern[1:], rest[1:])
 
     return {one for one in files if fits(parts, one.split("/"))}
 
@@ -3210,7 +3219,7 @@ class Player:
             assert not alone or len({lock.agent_id for lock in locks}) == 1, (file, locks, when)
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, 6))])
+@pytest.mark.parametrize("seed", seeds(6))
 def test_random_commands_agree_with_a_model_and_survive_restarts(seed: int, tmp_path: Path) -> None:
     """Random commands beside a model; every few hundred the hub is thrown away and loaded from its file."""
     player = Player(seed, tmp_path / "hub.db")
@@ -3299,7 +3308,7 @@ class Fields:
     away_until = expires_at = until
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 def test_any_command_is_refused_without_a_change_or_stored_whole(seed: int) -> None:
     """Random commands from their signatures: no other error than a refusal, and the store has what the hub has."""
     world = World(max_inbox=20, max_agents=3, max_locks=9, max_tasks=20, loop_guard=0)
@@ -3661,7 +3670,7 @@ def test_what_an_agent_sends_to_its_group_stays_out_of_its_inbox(crew: World) ->
     assert [m["message"] for m in both] == ["w1", "w2", "w1"]
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, 6))])
+@pytest.mark.parametrize("seed", seeds(6))
 def test_few_rows_say_what_a_row_for_each_delivery_would_say(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -3708,7 +3717,7 @@ def search_in_pages(world: World, q: str) -> list[dict]:
     return messages
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 def test_a_search_finds_the_same_with_and_without_an_index(seed: int, tmp_path: Path) -> None:
     """SQLite's index against the plain scan, page by page, over random texts and queries, in two equal hubs."""
     chance = random.Random(seed)
@@ -7406,7 +7415,6 @@ def test_random_json_gets_no_5xx_from_any_operation_or_frame(pair: World, caplog
         assert not isinstance(answer, ah.Response) or answer.status < 500 or answer.status == 507, (method, path, body)
         pair.frame("beta-2", json.dumps(body).encode())
         pair.register("beta-2")
-        pair.commit()
     assert "Traceback" not in caplog.text
 
 
@@ -13280,10 +13288,17 @@ def part_at(line: int) -> str:
     return next((name for start, name in reversed(PARTS) if start <= line), "")
 
 
+@functools.cache
+def nodes(tree: ast.AST) -> tuple[ast.AST, ...]:
+    """All that a piece of code consists of; looked for once."""
+    return tuple(ast.walk(tree))
+
+
+@functools.cache
 def bound_names(node: ast.AST) -> set[str]:
     """The names that a piece of code binds: parameters, and what it assigns."""
-    inner = {one.id for one in ast.walk(node) if isinstance(one, ast.Name) and not isinstance(one.ctx, ast.Load)}
-    return inner | {one.arg for one in ast.walk(node) if isinstance(one, ast.arg)}
+    inner = {one.id for one in nodes(node) if isinstance(one, ast.Name) and not isinstance(one.ctx, ast.Load)}
+    return inner | {one.arg for one in nodes(node) if isinstance(one, ast.arg)}
 
 
 def is_for_type_checkers(node: ast.AST) -> bool:
@@ -13309,6 +13324,12 @@ def global_names(node: ast.AST, bound: frozenset[str] = frozenset()) -> Iterator
                     yield from global_names(one, bound)
 
 
+@functools.cache
+def looked_up(statement: ast.stmt) -> tuple[ast.Name, ...]:
+    """The names that a statement of the module looks up when it runs; looked for once."""
+    return tuple(global_names(statement))
+
+
 def names_of(statement: ast.stmt) -> set[str]:
     """The names that a statement of the module gives something."""
     if isinstance(statement, (*FUNCTIONS, ast.ClassDef)):
@@ -13320,7 +13341,7 @@ def names_of(statement: ast.stmt) -> set[str]:
 
 def functions(tree: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
     """All functions and methods."""
-    return [node for node in ast.walk(tree) if isinstance(node, FUNCTIONS)]
+    return [node for node in nodes(tree) if isinstance(node, FUNCTIONS)]
 
 
 def test_parts_stand_in_the_order_of_the_plan() -> None:
@@ -13355,7 +13376,7 @@ def test_each_part_uses_at_run_time_what_the_plan_lets_it() -> None:
         f"line {name.lineno}: {part} uses {name.id} of {owner[name.id]}"
         for node in TREE.body
         if (part := part_at(node.lineno))
-        for name in global_names(node)
+        for name in looked_up(node)
         if owner.get(name.id) and owner[name.id] not in uses[part] | {part}
     ]
     assert not wrong, "\n".join(wrong)
@@ -13365,8 +13386,8 @@ def test_rules_do_no_io_and_only_the_log_knows_sqlite() -> None:
     wrong = []
     for node in itertools.filterfalse(is_for_type_checkers, TREE.body):
         part = part_at(node.lineno)
-        used = {name.id for name in global_names(node)} & IMPURE if part == "Rules" else set()
-        for inner in ast.walk(node):
+        used = {name.id for name in looked_up(node)} & IMPURE if part == "Rules" else set()
+        for inner in nodes(node):
             if isinstance(inner, (ast.Import, ast.ImportFrom)):
                 modules = [alias.name for alias in inner.names] if isinstance(inner, ast.Import) else [inner.module]
                 used |= {module.partition(".")[0] for module in modules} & (IMPURE if part == "Rules" else {"sqlite3"})
@@ -13430,7 +13451,7 @@ def words_in(name: str) -> set[str]:
 
 def names_in(tree: ast.AST) -> Iterator[tuple[str, int]]:
     """The names that code defines, with their lines."""
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
             yield node.name, node.lineno
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
