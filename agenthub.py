@@ -12623,8 +12623,8 @@ class BenchTarget(NamedTuple):
     def request(self, method: str, path: str, body: str = "") -> bytes:
         """An HTTP request."""
         key = f"Authorization: Bearer {self.key}\r\n" if self.key else ""
-        head = f"{method} {path} HTTP/1.1\r\nHost: {HOST}:{self.port}\r\n{key}Content-Type: application/json\r\n"
-        return f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+        content = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n" if body else ""
+        return f"{method} {path} HTTP/1.1\r\nHost: {HOST}:{self.port}\r\n{key}{content}\r\n{body}".encode()
 
     def handshake(self, path: str) -> bytes:
         """A request for a WebSocket (RFC 6455 4.1)."""
