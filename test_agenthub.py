@@ -9132,7 +9132,7 @@ def test_index_turns_do_not_multiply_and_end_when_the_disk_refuses(
         address = (await server.listener.listen(host="127.0.0.1", port=0))[0]
         client = ah.AgentClient(f"http://127.0.0.1:{address[1]}", "a")
         await client.register()
-        under_way, most, index = [0], [0], server.store.index
+        under_way, index, loop = [0], server.store.index, asyncio.get_running_loop()
 
         def counted(up_to: int) -> None:
             under_way[0] += 1
@@ -9144,11 +9144,10 @@ def test_index_turns_do_not_multiply_and_end_when_the_disk_refuses(
         for _ in range(10):  # as ten ticks would
             server.committer.index()
         while server.store.search.lags(server.hub.seq):
-            assert not server.api.trouble
-            before = under_way[0]
+            timers = [one for one in loop._scheduled if one._callback == server.committer.index]
+            assert not server.api.trouble and len([one for one in timers if not one.cancelled()]) <= 1
             await asyncio.sleep(0)
-            most[0] = max(most[0], under_way[0] - before)
-        assert most[0] == 1 and 30 <= under_way[0] <= 40
+        assert 30 <= under_way[0] <= 40
         for n in range(4):
             await client.send_message("b", n)
 
@@ -9960,7 +9959,7 @@ def test_a_hub_that_hangs_is_noticed_and_sends_are_stored_once(live: object) -> 
 def test_a_wait_on_a_hub_that_hangs_ends_soon(live: object, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = live()
     client, asked = hub.client("waits"), []
-    client.timeout = 0.5
+    client.timeout = 1
     monkeypatch.setattr(ah, "COMMENT_SECONDS", 0.1)
     ends: list[str] = []
 
