@@ -12507,11 +12507,11 @@ JSON_OPTION = argument("--json", "one JSON object a line", action="store_true")
 
 def own_command(cache: str, *words: str, module: bool = True) -> Json:
     """The arguments of Popen that run a command of this program, whatever the environment says: as a module, which is
-    kept compiled in `cache`, or as a script, which Python compiles each time."""
+    kept compiled (in `cache`, where no folder is set for that), or as a script, which Python compiles each time."""
     folder, file = os.path.split(os.path.abspath(__file__))
     env = {k: v for k, v in os.environ.items() if k not in ("PORT", "PYTHONDONTWRITEBYTECODE")}
     env = {k: v for k, v in env.items() if not k.startswith("AGENTHUB_")}
-    env |= {"PYTHONPYCACHEPREFIX": cache, "XDG_STATE_HOME": cache}
+    env = {"PYTHONPYCACHEPREFIX": cache} | env | {"XDG_STATE_HOME": cache}
     how = ["-m", file.removesuffix(".py")] if module else [file]
     return {"args": [sys.executable, *how, *words], "cwd": folder, "env": env}
 
@@ -12598,6 +12598,7 @@ BENCH_SPREAD = 100  # recipients of a load that is spread
 BENCH_CLIENTS = 16  # connections of a load that comes from several sides
 BENCH_READERS = 1_000  # of a broadcast
 BENCH_IDLE = 5_000  # WebSockets that only stay open
+BENCH_STARTS = 10  # of a whole process that is measured
 BENCH_PATIENCE = 10  # seconds without any answer: the hub refuses, or hangs
 BENCH_BUSY = 0.9  # of its time: a load that is busier is the limit itself
 _BENCH_EXAMPLE = "agenthub bench --only sends --rounds 3"
@@ -12636,8 +12637,8 @@ class BenchTarget(NamedTuple):
     def request(self, method: str, path: str, body: str = "") -> bytes:
         """An HTTP request."""
         key = f"Authorization: Bearer {self.key}\r\n" if self.key else ""
-        head = f"{method} {path} HTTP/1.1\r\nHost: {HOST}:{self.port}\r\n{key}Content-Type: application/json\r\n"
-        return f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+        content = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n" if body else ""
+        return f"{method} {path} HTTP/1.1\r\nHost: {HOST}:{self.port}\r\n{key}{content}\r\n{body}".encode()
 
     def handshake(self, path: str) -> bytes:
         """A request for a WebSocket (RFC 6455 4.1)."""
@@ -13026,7 +13027,7 @@ def _cold(run: BenchRun, send: bool, module: bool = True) -> Sample:
         if not send:
             command["args"] = [sys.executable, "-c", "import socket, json"]
         times = []
-        for _ in range(11):
+        for _ in range(BENCH_STARTS + 1):
             start = time.perf_counter()
             subprocess.run(**command, stdout=subprocess.DEVNULL, check=True)
             times.append(time.perf_counter() - start)
