@@ -350,7 +350,24 @@ def error_from_wire(body: Any, status: int = 500) -> HubError:
 OPERATOR = "operator"  # the person at the dashboard, or who says so: always there, never registered
 GUEST = "guest"  # who sends without a name: has no inbox, and is no agent
 EVERYONE = "ALL"
-dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode  # compact; refuses NaN
+standard_dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+dump: Callable[[Any], str] = standard_dump  # compact JSON text; refuses NaN
+
+
+def use_orjson(orjson: Any) -> None:
+    """Have orjson write JSON from now on. It writes what the standard library would: where it might not (a number near
+    zero, NaN as null, a name with half a surrogate pair) that one does. `parse_json` stays with the standard library:
+    orjson takes a key that stands twice, and rounds integers of more than 64 bits."""
+    global dump
+
+    def _dump(value: Any) -> str:
+        try:
+            data = orjson.dumps(value)
+        except TypeError:
+            return standard_dump(value)
+        return standard_dump(value) if b"e-" in data or b"0.0000" in data or b"null" in data else data.decode()
+
+    dump = _dump
 
 
 @functools.lru_cache(64)
@@ -12361,6 +12378,8 @@ def serve_arguments() -> Iterator[argument]:
     yield argument("--trusted-proxy", proxy, action="append", metavar="NET")
     yield own_option("certfile", "serve TLS with this certificate chain (PEM); SIGHUP reads it again", metavar="FILE")
     yield own_option("keyfile", "the certificate's key (PEM), where it is not in the same file", metavar="FILE")
+    yield own_option("loop", "event loop; auto: uvloop where installed; default asyncio", **one_of(*LOOPS))
+    yield own_option("json", "what writes JSON; auto: orjson where installed; default python", **one_of(*ENCODERS))
     yield own_option("log-format", "of the log on stderr: text (default) or json", type=log_format, default="text")
     for name, limit in LIMITS.items():
         kind, units = {"seconds": (duration, _UNITS), "bytes": (size, _SIZES)}.get(limit.unit, (amount, {"": 1}))
@@ -12370,11 +12389,41 @@ def serve_arguments() -> Iterator[argument]:
         yield argument(f"--{name.replace('_', '-')}", words, type=kind, default=default)
 
 
+LOOPS, ENCODERS = ("asyncio", "uvloop", "auto"), ("python", "orjson", "auto")
+
+
+def chosen_module(option: str, choice: str | None, name: str) -> Any:
+    """The module `name`, if it was chosen by that name or is installed and the choice is `auto`. Raises Failed."""
+    try:
+        return __import__(name) if choice in (name, "auto") else None
+    except ImportError:
+        if choice == "auto":
+            return None
+        raise Failed(f"{name} is not installed: `pip install {name}`, or leave out {option} {name}") from None
+
+
+def loop_runner(choice: str | None) -> Callable[[Coroutine[Any, Any, R]], R]:
+    """What runs a coroutine to its end, on the event loop that was chosen. Raises Failed."""
+    uvloop = chosen_module("--loop", choice, "uvloop")
+    return cast("Callable[[Coroutine[Any, Any, R]], R]", uvloop.run if uvloop else asyncio.run)
+
+
+def choose_encoder(choice: str | None) -> None:
+    """Have JSON written by what was chosen. Raises Failed."""
+    orjson = chosen_module("--json", choice, "orjson")
+    if orjson and orjson.dumps(1e16) == b"1e+16":
+        use_orjson(orjson)
+    elif orjson and choice != "auto":
+        raise Failed(f"orjson {orjson.__version__} is too old (it writes 1e+16 as 1e16): `pip install -U orjson`")
+
+
 @command_line("serve", "run a hub", serve_arguments, example="agenthub serve --port 8080", client=False)
 def _serve_command(args: argparse.Namespace) -> int:
+    run = loop_runner(args.loop)
+    choose_encoder(args.json)
     end_log = start_log(args.log_format)
     try:
-        return asyncio.run(_serve_until_signal(args))
+        return run(_serve_until_signal(args))
     except KeyboardInterrupt:  # before the signal handler was in place
         return 0
     finally:
@@ -12877,12 +12926,13 @@ asyncio.run(main())
 
 class BenchRun(NamedTuple):
     """How a row is measured: on the hub that was named (else one is made), for how long (seconds), with messages of how
-    much text (bytes). `cache` is where Python keeps this file compiled."""
+    much text (bytes). `cache` is where Python keeps this file compiled, `options` are more for `serve`."""
 
     url: str
     seconds: float
     size: int
     cache: str
+    options: list[str]
 
     @contextlib.contextmanager
     def hub(self, agents: Iterable[str] = ()) -> Iterator[BenchTarget]:
@@ -12893,7 +12943,7 @@ class BenchRun(NamedTuple):
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="agenthub-bench-"))
                 options = ["--db", os.path.join(folder, "hub.db"), "--host", HOST, "--port", "0", "--max-inbox", "0"]
                 options += ["--rate-limit", "0", "--max-connections", "0", "--max-per-address", "0"]
-                url, pid = stack.enter_context(own_hub(**own_command(self.cache, "serve", *options)))
+                url, pid = stack.enter_context(own_hub(**own_command(self.cache, "serve", *options, *self.options)))
             with Client(url) as client:
                 for client.agent_id in agents:
                     client.session_id, client.token = None, ""
@@ -13068,7 +13118,7 @@ def _bench_command(args: argparse.Namespace) -> None:
     head = f"{'':<24}{'hub':>12}     {'p50 ms':>8}{'p99 ms':>8}{'CPU':>6}{'floor':>13}{'ratio':>8}   of all rounds"
     show(args, {"columns": head.split()}, head)
     with tempfile.TemporaryDirectory(prefix="agenthub-bench-") as cache:
-        run = BenchRun(args.url, args.seconds, args.size, cache)
+        run = BenchRun(args.url, args.seconds, args.size, cache, args.command)
         for row in rows:
             say(f"measuring {row.name}")
             _show_rounds(args, row, [(row.floor(run), row.hub(run)) for _ in range(args.rounds)])
@@ -13119,7 +13169,8 @@ def help_text(first: str = "") -> str:
 
 
 def read_command(words: list[str]) -> argparse.Namespace:
-    """The arguments; what stands behind `--` is, for `lock`, a command. Raises Misuse, or SystemExit after a help."""
+    """The arguments; what stands behind `--` is a command for `lock`, and for `bench` options of its hub. Raises
+    Misuse, or SystemExit after a help."""
     if words[:1] == ["help"]:
         words = [*words[1:], "--help"]
     first, wanted = (words or ["--help"])[0], words[1:2] in ([], ["-h"], ["--help"])
@@ -13131,17 +13182,16 @@ def read_command(words: list[str]) -> argparse.Namespace:
     if name not in lines:
         raise unknown_command(name if first in GROUPS else first)
     row, rest = lines[name], words[len(name.split()) :]
-    end = rest.index("--") if name == "lock" and "--" in rest else len(rest)
+    end = rest.index("--") if name in ("lock", "bench") and "--" in rest else len(rest)
     parser = make_parser(row, rest)
     args, extra = parser.parse_known_args(rest[:end])
     if extra and isinstance(getattr(args, "text", None), list) and not any(word[:1] == "-" for word in extra):
         args.text, extra = [*args.text, *extra], []  # words behind an option
     if extra:
         parser.error(f"unrecognized arguments: {extra[0]}")
-    if end < len(rest):
-        args.command = rest[end + 1 :]
-        if not args.command:
-            raise Misuse("name the command to run under the lock: `agenthub lock PATH -- COMMAND`")
+    args.command = rest[end + 1 :]
+    if end < len(rest) and not args.command and name == "lock":
+        raise Misuse("name the command to run under the lock: `agenthub lock PATH -- COMMAND`")
     return args
 
 
@@ -13211,7 +13261,7 @@ def make_parser(row: command_line, words: list[str]) -> argparse.ArgumentParser:
     for one in all_arguments:
         shown = {} if one.name.startswith("-") else {"metavar": (one.options.get("metavar") or one.name).upper()}
         parser.add_argument(one.name, **for_argparse(one.options | shown))
-    parser.set_defaults(run=row.run, command=None, called=row.name, shown=None, caller=None)
+    parser.set_defaults(run=row.run, called=row.name, shown=None, caller=None)
     return parser
 
 
@@ -13263,7 +13313,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def print_error(words: list[str], error: HubError) -> None:
     """Say on stderr why a command is not done; with --json as an object, in one line."""
-    if "--json" in itertools.takewhile("--".__ne__, words):
+    if "--json" in itertools.takewhile("--".__ne__, words) and words[:1] != ["serve"]:
         value = error.wire()
         value["error"] |= {"message": spelt(error.message), "exit_status": error.exit_code}
         print(json.dumps(value), file=sys.stderr, flush=True)

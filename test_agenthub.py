@@ -3,6 +3,7 @@
     python -m pytest -q test_agenthub.py                  # all: a minute and a half on two cores
     python -m pytest -q -m "not slow" test_agenthub.py    # rules, operations, parsers: seconds, without any process
     python -m pytest -q -k "lock and not slow"            # what has `lock` in its name
+    AGENTHUB_TEST_LOOP=uvloop AGENTHUB_TEST_JSON=orjson python -m pytest -q      # with both, as `serve` takes them
 
 `World` is a hub with its API and store in this process and a clock that a test moves: `apply` a command, `call` a
 request, `tool` an MCP tool. `live(...)` starts a hub in a process of its own, with options; `shared_hub` is one for all
@@ -18,6 +19,7 @@ import ast
 import asyncio
 import contextlib
 import fnmatch
+import functools
 import gc
 import inspect
 import io
@@ -52,6 +54,9 @@ FILE = Path(ah.__file__).resolve()
 README = FILE.with_name("README.md").read_text(encoding="utf-8")
 COMPILED = tempfile.TemporaryDirectory(prefix="agenthub-tests-")
 websockets = pytest.importorskip("websockets") if os.environ.get("CI") else None
+LOOP, ENCODER = (os.environ.get(f"AGENTHUB_TEST_{name}", "") for name in ("LOOP", "JSON"))
+asyncio.run = ah.loop_runner(LOOP)
+ah.choose_encoder(ENCODER)
 
 
 # --- Helpers ----------------------------------------------------------------------------------------------------------
@@ -303,7 +308,7 @@ class LiveHub:
         self.clients: weakref.WeakSet[ah.Client] = weakref.WeakSet()  # those that the test still holds
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("AGENTHUB", "CLAUDE"))}
         homes = {"XDG_DATA_HOME": str(folder / "data"), "XDG_STATE_HOME": str(folder / "state")}
-        self.env |= {**homes, "USER": "tester", **env}
+        self.env |= {**homes, "USER": "tester", "AGENTHUB_LOOP": LOOP, "AGENTHUB_JSON": ENCODER, **env}
         self.errors = open(folder / "errors.txt", "a+")  # noqa: SIM115
         program = program or PROGRAM.format(QUICK | (quick or {}))
         where = ["--port", port] if port else []
@@ -10791,6 +10796,8 @@ def test_a_mistyped_command_is_answered_with_how_to_do_it(
     assert text.startswith("agenthub: ") and said in text.splitlines()[0], text
     assert f"\nexample: {ah.program()} {example}" in text and text.count("\n") <= 3
     assert not re.search("float|int |invalid|argument |NoneType", text)
+    if typed.startswith("serve"):  # whose --json is another one
+        return
     assert ah.main([*typed.split(), "--json"]) == 2
     error = json.loads(capsys.readouterr().err)["error"]
     assert (error["code"], error["exit_status"]) == ("misuse", 2) and said in error["message"]
@@ -11584,6 +11591,69 @@ def test_options_are_variables_too_and_lists_are_written_with_commas(monkeypatch
 
 
 # --- Serve ------------------------------------------------------------------------------------------------------------
+
+
+def test_orjson_writes_what_the_standard_library_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    orjson, chance = pytest.importorskip("orjson"), random.Random(17)
+    monkeypatch.setattr(ah, "dump", ah.dump)  # it is put back after the test
+    ah.use_orjson(orjson)
+    floats = [chance.choice((1, -1)) * chance.random() * 10.0 ** chance.randint(-30, 30) for _ in range(3000)]
+    numbers = [*floats, *[10.0**n for n in range(-330, 300)], 0.0, -0.0, 2**63, 2**64, -(2**63) - 1, 10**40]
+    texts = ["".join(map(chr, range(start, start + 256))) for start in range(0, 0xD800, 256)]
+    nested = functools.reduce(lambda inner, _: [inner], range(400), "x")
+    values = [
+        *numbers,
+        *texts,
+        {2: None, True: 2, None: 1.5, "\U0001f600": ()},
+        nested,
+        ah.Peer("x"),
+    ]
+    for value in [*values, *[{"id": "e", "n": [value]} for value in values], "\ud800"]:
+        assert ah.dump(value) == ah.standard_dump(value)
+    for value in (float("nan"), [float("inf")], {"n": -float("inf")}):
+        with pytest.raises(ValueError, match="JSON compliant"):
+            ah.dump(value)
+
+
+def test_serve_runs_on_the_loop_that_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("uvloop")
+    monkeypatch.setattr(asyncio, "run", asyncio.runners.run)  # also where all tests use uvloop
+    loops: list[str] = []
+
+    async def serve(args: object) -> int:
+        loops.append(type(asyncio.get_running_loop()).__module__.partition(".")[0])
+        return 0
+
+    monkeypatch.setattr(ah, "_serve_until_signal", serve)
+    for words in (["uvloop"], ["auto"], ["asyncio"]):
+        assert ah.main(["serve", "--loop", *words]) == 0
+    monkeypatch.setenv("AGENTHUB_LOOP", "uvloop")
+    assert ah.main(["serve"]) == 0
+    assert loops == ["uvloop", "uvloop", "asyncio", "uvloop"]
+
+
+def test_what_is_not_installed_is_refused_unless_the_choice_is_auto(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for name in ("uvloop", "orjson"):
+        monkeypatch.setitem(sys.modules, name, None)  # so that an import fails
+    for option, name in (("--loop", "uvloop"), ("--json", "orjson")):
+        assert ah.main(["serve", option, name]) == 1
+        sentence = f"agenthub: {name} is not installed: `pip install {name}`, or leave out {option} {name}\n"
+        assert capsys.readouterr().err == sentence
+    before = ah.dump
+    ah.choose_encoder("auto")
+    assert ah.loop_runner("auto") is asyncio.run and ah.dump is before
+
+
+def test_an_orjson_that_writes_other_numbers_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = types.SimpleNamespace(dumps=lambda value: b"1e16", __version__="3.10.0")
+    monkeypatch.setitem(sys.modules, "orjson", old)
+    before = ah.dump
+    ah.choose_encoder("auto")
+    assert ah.dump is before
+    with pytest.raises(ah.Failed, match="is too old"):
+        ah.choose_encoder("orjson")
 
 
 def test_every_limit_is_an_option_and_a_variable_and_port_is_honoured(
