@@ -916,7 +916,7 @@ def test_an_upgrade_field_counts_only_where_the_connection_field_names_it() -> N
 
 def test_a_header_full_of_blanks_costs_no_square_of_its_length() -> None:
     """What a pattern with two ways to read a blank needs the square of: 16,000 of them were 130 million steps."""
-    pattern = re.compile(ah._HEADER_LINE.__self__.pattern)
+    pattern = re.compile(ah._HEADER_LINE.pattern)
     assert rb"[ \t]*" not in pattern.pattern
     assert ah.parse_headers([b"A: \t b c \t"]) == {"a": "b c"}
 
@@ -3265,10 +3265,7 @@ def test_every_kind_of_state_is_read_as_it_was_written(tmp_path: Path) -> None:
         "tuple[bytes, ...]": (b"t" * 32, b"u" * 32),
         "tuple[TaskStep, ...]": (ah.TaskStep("é", 1 << 40, "fail", "'x'"),),
     }  # fmt: skip
-    kinds = [
-        (row, [getattr(hint, "__forward_arg__", hint) for hint in row.kind.__annotations__.values()])
-        for row in ah.STATE
-    ]
+    kinds = [(row, row.kind.__annotations__.values()) for row in ah.STATE]
     written = [row.kind(*[values[hint] for hint in hints]) for row, hints in kinds]
     store.write([ah.Put(value, aside="beside") for value in written])
     store.commit()
