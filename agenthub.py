@@ -10908,6 +10908,38 @@ def program() -> str:
     return f"python3 {shell_quote(called if by_name else os.path.abspath(__file__))}"
 
 
+# What runs this file as a module begins so. It is compiled once and kept in a folder, whatever the environment says.
+MODULE_START = """\
+import sys
+sys.path[0] = {folder}
+import gc, os, signal
+gc.disable()
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+sys.dont_write_bytecode, sys.pycache_prefix = False, {cache}
+"""
+
+
+def leave_script() -> None:
+    """Go on as a module, in the same process, if this file was started as a script: for as long as that runs, Python
+    keeps its syntax tree, 40 MB. Nothing happens where what was compiled can't be kept in a folder of this user."""
+    from importlib.machinery import SourceFileLoader
+    from importlib.util import cache_from_source
+
+    folder, file = os.path.split(os.path.abspath(__file__))
+    if __name__ != "__main__" or file != "agenthub.py" or sys.orig_argv[1:] != sys.argv or os.name == "nt":
+        return
+    before = sys.dont_write_bytecode, sys.pycache_prefix
+    with contextlib.suppress(OSError):
+        sys.dont_write_bytecode, sys.pycache_prefix = False, os.path.join(state_folder("DATA"), "cache")
+        SourceFileLoader("agenthub", __file__).get_code("agenthub")  # compiles it, if that was not done, and keeps it
+        code = MODULE_START.format(folder=repr(folder), cache=repr(sys.pycache_prefix))
+        code += "del sys.argv[0]\nimport agenthub\nagenthub.run_process()"
+        if os.stat(cache_from_source(__file__)).st_uid == os.geteuid():
+            os.execv(sys.executable, [sys.executable, "-c", code, *sys.argv])
+    sys.dont_write_bytecode, sys.pycache_prefix = before
+
+
 def _starts_this_file(launcher: str) -> bool:
     folder = os.path.dirname(os.path.realpath(__file__))
     with contextlib.suppress(OSError), open(launcher, encoding="utf-8", errors="replace") as file:
@@ -12470,6 +12502,8 @@ def choose_encoder(choice: str | None) -> None:
 
 @command_line("serve", "run a hub", serve_arguments, example="agenthub serve --port 8080", client=False)
 def _serve_command(args: argparse.Namespace) -> int:
+    if args.db != ":memory:":  # which leaves nothing behind
+        leave_script()
     run = loop_runner(args.loop)
     choose_encoder(args.json)
     end_log = start_log(args.log_format)
@@ -13170,6 +13204,7 @@ def _bench_command(args: argparse.Namespace) -> None:
     show(args, {"columns": head.split()}, head)
     with tempfile.TemporaryDirectory(prefix="agenthub-bench-") as cache:
         run = BenchRun(args.url, args.seconds, args.size, cache, args.command)
+        subprocess.run(**own_command(cache, "--version"), stdout=subprocess.DEVNULL, check=True)  # it is compiled once
         for row in rows:
             say(f"measuring {row.name}")
             _show_rounds(args, row, [(row.floor(run), row.hub(run)) for _ in range(args.rounds)])
@@ -14594,12 +14629,9 @@ def edit_file(path: str, mode: int, *edits: Callable[[str], str]) -> Change:
 LAUNCHER = '''\
 #!{python}
 """Runs agenthub.py where it lies. Written by `agenthub install`, removed by the last `agenthub uninstall`."""
-import gc, os, signal, sys
-gc.disable()
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
-sys.path.insert(0, {folder})
-sys.dont_write_bytecode, sys.pycache_prefix = False, {cache}  # compiled once, whatever the environment says
+'''
+LAUNCHER += MODULE_START
+LAUNCHER += """\
 try:
     import agenthub
 except ImportError:
@@ -14609,7 +14641,7 @@ except ImportError:
     what = "can't be loaded from" if there else "is not at"
     sys.exit(f"agenthub: agenthub.py {{what}} {{sys.path[0]}} any more: run `python3 agenthub.py install` again")
 agenthub.run_process()
-'''
+"""
 
 
 class Installation:

@@ -11612,6 +11612,29 @@ def test_orjson_writes_what_the_standard_library_writes(monkeypatch: pytest.Monk
             ah.dump(value)
 
 
+def started_as_script(folder: Path, data: Path) -> tuple[str, int, int, list[str]]:
+    """What a hub that is started as a script prints first, its memory (KiB), its exit status and its words."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("AGENTHUB_")}
+    env |= {"XDG_DATA_HOME": str(data), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, FILE.name, "serve", "--port", "0", "--db", str(folder / "hub.db")]
+    with subprocess.Popen(command, cwd=FILE.parent, env=env, stdout=subprocess.PIPE, text=True) as hub:
+        line, memory = hub.stdout.readline(), int(ah.process_figures(hub.pid)[0])
+        words = Path(f"/proc/{hub.pid}/cmdline").read_text().split("\0")
+        hub.terminate()
+    return line, memory, hub.returncode, words
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="memory is read from Linux' /proc")
+def test_a_hub_started_as_a_script_goes_on_as_a_lean_module(tmp_path: Path) -> None:
+    (tmp_path / "a file").touch()
+    lean, script = (started_as_script(tmp_path, tmp_path / name) for name in ("data", "a file"))
+    for line, _, status, words in (lean, script):
+        assert "python3 agenthub.py send" in line and status == 0 and "serve" in words
+    assert "-c" in lean[3] and "-c" not in script[3] and lean[1] < script[1] - 20_000
+    (compiled,) = (tmp_path / "data" / "agenthub" / "cache").rglob("agenthub.*.pyc")
+    assert compiled.stat().st_uid == os.geteuid()
+
+
 def test_serve_runs_on_the_loop_that_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("uvloop")
     monkeypatch.setattr(asyncio, "run", asyncio.runners.run)  # also where all tests use uvloop
