@@ -41,7 +41,6 @@ import tempfile
 import threading
 import time
 import types
-import typing
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -4384,7 +4383,7 @@ def test_a_field_marked_shown_goes_from_the_request_to_the_envelope(
 ) -> None:
     text = "Annotated[str | None, printable(64){}]"
     for name, hint in (("mood", text.format(", SHOWN")), ("secret", text.format(""))):
-        monkeypatch.setitem(ah.Sending.__annotations__, name, typing.ForwardRef(hint))
+        monkeypatch.setitem(ah.Sending.__annotations__, name, hint)
     row = ah.Operation(ah.Operations.send.handler, "POST", "/api/v1/messages", {"actor": "from"})
     monkeypatch.setitem(ah.PATHS[row.path], "POST", row)
     monkeypatch.setattr(ah.Operations, "send", row)
@@ -11826,6 +11825,13 @@ def test_the_demo_shows_what_really_happened_and_leaves_nothing(
     assert (last["task_id"], last["winner"]) == (won["result"]["task_id"], "alpha") and last["next"][0].endswith(
         " serve"
     )
+
+
+def test_the_bench_hands_options_behind_two_dashes_to_its_hub(tmp_path: Path) -> None:
+    assert ah.read_command(["bench", "--only", "health", "--", "--loop", "uvloop"]).command == ["--loop", "uvloop"]
+    run = ah.BenchRun("", 1, 100, str(tmp_path), ["--loop", "no such loop"])
+    with pytest.raises(ah.HubError, match="did not start"), run.hub():
+        pass
 
 
 def test_the_bench_measures_rows_beside_their_floors(shared_hub: LiveHub, monkeypatch: pytest.MonkeyPatch) -> None:
