@@ -13476,7 +13476,7 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_a_bare_interpreter_runs_a_hub_and_every_client_command(bare_python: str, live: object) -> None:
-    hub = live(python=bare_python)
+    hub = live(python=bare_python, AGENTHUB_LOOP="", AGENTHUB_JSON="")
     until(lambda: "websockets is not installed" in hub.log())  # a thread writes it
     for words in (
         ("send", "bob", "hi"),
