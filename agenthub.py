@@ -34,8 +34,10 @@ import os
 import sys
 
 if __name__ == "__main__":  # an interrupt ends the start, which takes 40 ms from here, without a traceback
+    import gc
     import signal
 
+    gc.disable()  # until `run_process`: nothing here is garbage, and looking for it takes a tenth of the start
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
 
@@ -53,7 +55,7 @@ from collections.abc import Callable, Collection, Coroutine, Generator, Iterable
 from json.scanner import make_scanner
 from operator import attrgetter
 from shlex import quote as shell_quote
-from typing import TYPE_CHECKING, Annotated, Any, Generic, NamedTuple, ParamSpec, TypedDict, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Annotated, Any, AnyStr, Generic, ParamSpec, TypeVar, cast, overload
 from zlib import crc32
 
 if TYPE_CHECKING:
@@ -86,7 +88,7 @@ if TYPE_CHECKING:
     import unicodedata
     from collections.abc import AsyncGenerator
     from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-    from typing import IO, Concatenate, NoReturn, TextIO
+    from typing import IO, Concatenate, NamedTuple, NoReturn, TextIO, TypedDict
 
     from typing_extensions import Self, Unpack
     from websockets.frames import Frame as SocketFrame
@@ -109,6 +111,30 @@ else:
             return getattr(module, attribute)
 
     globals().update({name: LazyModule(name) for name in LAZY.split()})
+
+    class NamedTupleType(type):
+        """What makes a named tuple of a class with fields. typing's also compiles the annotation of each field, which
+        took a quarter of the time in which this file is loaded."""
+
+        def __new__(cls, name: str, bases: tuple[type, ...], members: dict[str, Any]) -> Any:
+            if not bases:
+                return super().__new__(cls, name, bases, members)
+            fields = members["__annotations__"]
+            defaults = [members.pop(field) for field in fields if field in members]
+            made = collections.namedtuple(name, fields, defaults=defaults)
+            for member, value in members.items():
+                setattr(made, member, value)
+            return made
+
+    class NamedTuple(metaclass=NamedTupleType):
+        """The base of a class whose fields, with their defaults, make it a named tuple."""
+
+    class TypedDict(dict):
+        """The base of a class whose fields are the names in a dict; again, typing's compiles their annotations."""
+
+        def __init_subclass__(cls, total: bool = True) -> None:
+            cls.__annotations__ = {**getattr(cls.__base__, "__annotations__", {}), **cls.__annotations__}
+
 
 __all__ = ["AgentClient", "Client", "HubError", "main"]
 
@@ -352,7 +378,40 @@ def error_from_wire(body: Any, status: int = 500) -> HubError:
 OPERATOR = "operator"  # the person at the dashboard, or who says so: always there, never registered
 GUEST = "guest"  # who sends without a name: has no inbox, and is no agent
 EVERYONE = "ALL"
-dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode  # compact; refuses NaN
+standard_dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+dump: Callable[[Any], str] = standard_dump  # compact JSON text; refuses NaN
+
+
+def use_orjson(orjson: Any) -> None:
+    """Have orjson write JSON from now on. It writes what the standard library would: where it might not (a number near
+    zero, NaN as null, a name with half a surrogate pair) that one does. `parse_json` stays with the standard library:
+    orjson takes a key that stands twice, and rounds integers of more than 64 bits."""
+    global dump
+
+    def _dump(value: Any) -> str:
+        try:
+            data = orjson.dumps(value)
+        except TypeError:
+            return standard_dump(value)
+        return standard_dump(value) if b"e-" in data or b"0.0000" in data or b"null" in data else data.decode()
+
+    dump = _dump
+
+
+class LazyPattern:
+    """A regular expression that is compiled when something of it is first used: one process needs few of them."""
+
+    def __init__(self, regex: str | bytes, flags: int) -> None:
+        self._regex, self._flags = regex, flags
+
+    def __getattr__(self, name: str) -> Any:
+        value = self.__dict__[name] = getattr(re.compile(self._regex, self._flags), name)
+        return value
+
+
+def lazy_pattern(regex: AnyStr, flags: int = 0) -> re.Pattern[AnyStr]:
+    """What `re.compile` returns, not compiled yet."""
+    return cast("re.Pattern[AnyStr]", LazyPattern(regex, flags))
 
 
 @functools.lru_cache(64)
@@ -438,12 +497,12 @@ def made_id(epoch: str, seq: int) -> str:
     return f"{epoch}-{seq:013x}"
 
 
-_MADE = re.compile("[0-9a-f]{8}-[0-9a-f]{13}|[0-9a-f]{12}-[0-9a-f]{10}").fullmatch  # by a hub, or by a client
+_MADE = lazy_pattern("[0-9a-f]{8}-[0-9a-f]{13}|[0-9a-f]{12}-[0-9a-f]{10}")  # by a hub, or by a client
 
 
 def short_id(id: str, seq: int) -> str:
     """How people and models see the id of a message or task: a chosen one as it is, else `m` and the seq."""
-    return f"m{seq}" if _MADE(id) else id
+    return f"m{seq}" if _MADE.fullmatch(id) else id
 
 
 def new_message_id() -> str:
@@ -724,9 +783,9 @@ def answers(envelope: Json, receipt: Json, type: str = "") -> bool:
 
 # --- Paths ------------------------------------------------------------------------------------------------------------
 
-_BRACES = re.compile(r"\{([^{}]*,[^{}]*)\}")
-_WILD = re.compile(r"[*?[]")
-_PLACES = re.compile(r"(?:/\*\*)+(?=/|\Z)|\*+|\[(?:[!^][^/]|[^/!^])[^]/]*\]|.", re.S)
+_BRACES = lazy_pattern(r"\{([^{}]*,[^{}]*)\}")
+_WILD = lazy_pattern(r"[*?[]")
+_PLACES = lazy_pattern(r"(?:/\*\*)+(?=/|\Z)|\*+|\[(?:[!^][^/]|[^/!^])[^]/]*\]|.", re.S)
 
 
 def expand_braces(text: str) -> list[str]:
@@ -1060,7 +1119,7 @@ def fields_of(function: Callable[..., Any], skip: int) -> Fields:
     for text in annotations.values():
         if group := re.fullmatch(r"Unpack\[(\w+)\]", text):
             hints = globals()[group[1]].__annotations__.items()
-            fields += [field_of(name, hint.__forward_arg__, False) for name, hint in hints]
+            fields += [field_of(name, hint, False) for name, hint in hints]
     return Fields(fields)
 
 
@@ -1078,7 +1137,8 @@ def text_that(fits: Callable[[str], Any], words: str, **schema: Any) -> Kind:
 
 def pattern(regex: str, words: str) -> Kind:
     """A text of the form of a regular expression."""
-    return text_that(re.compile(regex).fullmatch, words, pattern=f"^{regex}$")
+    compiled = lazy_pattern(regex)
+    return text_that(lambda text: compiled.fullmatch(text), words, pattern=f"^{regex}$")
 
 
 def printable(longest: int, words: str = "") -> Kind:
@@ -1093,10 +1153,10 @@ def choice(*values: str) -> Kind:
 
 def without(kind: Kind, regex: str, words: str) -> Kind:
     """A kind of text without certain ones."""
-    refused = re.compile(regex).fullmatch
+    refused = lazy_pattern(regex)
 
     def _check(value: Any) -> str:
-        if refused(kind.check(value)):
+        if refused.fullmatch(kind.check(value)):
             raise ValueError(words)
         return str(value)
 
@@ -1136,7 +1196,14 @@ MESSAGE_ID = pattern("[A-Za-z0-9._:-]{1,64}", "an id, e.g. m12: 1 to 64 of A-Z a
 CAPABILITY = pattern("[A-Za-z0-9][A-Za-z0-9._:-]{0,63}", "1 to 64 of A-Z a-z 0-9 . _ : -")
 TYPE = pattern("[a-z][a-z0-9_.-]{0,63}", "a type: 1 to 64 of a-z 0-9 _ . - and a letter first")
 _GROUP = "#[a-z0-9][a-z0-9._-]{0,63}|@[A-Za-z0-9][A-Za-z0-9._:-]{0,63}"
-is_group = re.compile(f"{EVERYONE}|{_GROUP}").fullmatch  # its inbox holds the jobs that no agent has yet
+_GROUP_NAME = lazy_pattern(f"{EVERYONE}|{_GROUP}")
+
+
+def is_group(name: str) -> bool:
+    """Whether that is the name of a group; its inbox holds the jobs that no agent has yet."""
+    return _GROUP_NAME.fullmatch(name) is not None
+
+
 RECIPIENTS = "an agent_id, a name, ALL, #channel, @capability, or a list of up to 1000 of these"
 _GROUPS = "#channel in lower case or @capability, 1 to 64 of letters, digits . _ - after the sign"
 _RECIPIENT = without(printable(64, RECIPIENTS), rf"(?!(?:{_GROUP})\Z)[#@].*", _GROUPS)
@@ -1238,12 +1305,12 @@ HARDENING = (
     "Referrer-Policy: no-referrer",
 )
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) HTTP/1\.([01])").fullmatch
-is_host = re.compile(r"([\w.~%-]*|\[[0-9A-Fa-f:.]+\])(:\d{0,5})?", re.ASCII).fullmatch  # what Host may hold
-_ABSOLUTE = re.compile(r"(?i:https?)://([^/?]*)(.*)").fullmatch
-_STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([0-9]{3})(?: .*)?").fullmatch
-_HEADER_LINE = re.compile(rb"(" + _TOKEN + rb"):([^\x00-\x08\x0a-\x1f\x7f]*)").fullmatch
-_CHUNK_LINE = re.compile(rb"([0-9a-fA-F]{1,16})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?").fullmatch
+_REQUEST_LINE = lazy_pattern(rb"(" + _TOKEN + rb") ([!-~]+) HTTP/1\.([01])")
+_HOST = lazy_pattern(r"([\w.~%-]*|\[[0-9A-Fa-f:.]+\])(:\d{0,5})?", re.ASCII)  # what Host may hold
+_ABSOLUTE = lazy_pattern(r"(?i:https?)://([^/?]*)(.*)")
+_STATUS_LINE = lazy_pattern(rb"HTTP/1\.[01] ([0-9]{3})(?: .*)?")
+_HEADER_LINE = lazy_pattern(rb"(" + _TOKEN + rb"):([^\x00-\x08\x0a-\x1f\x7f]*)")
+_CHUNK_LINE = lazy_pattern(rb"([0-9a-fA-F]{1,16})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
 Headers = tuple[tuple[str, str], ...]
 
 
@@ -1321,7 +1388,7 @@ def parse_headers(lines: list[bytes]) -> dict[str, str]:
     """Header fields by lower-case name (RFC 9112 5). Raises InvalidRequest, e.g. for folding and bare CR."""
     headers: dict[str, str] = {}
     for line in lines:
-        if not (match := _HEADER_LINE(line)):
+        if not (match := _HEADER_LINE.fullmatch(line)):
             fix = "write `Name: value`, without folding or control characters"
             raise InvalidRequest(f"a header line is malformed: {fix}")
         name, value = match[1].decode().lower(), match[2].decode("latin-1").strip(" \t")
@@ -1352,7 +1419,7 @@ def without_port(host: str) -> str:
 def parse_head(head: bytes) -> Head:
     """The head of a request without its last empty line (RFC 9112 3). Cached: a client's heads repeat to the byte."""
     first, *rest = head.split(b"\r\n")
-    if not (match := _REQUEST_LINE(first)):
+    if not (match := _REQUEST_LINE.fullmatch(first)):
         raise InvalidRequest("the request line is malformed: write `METHOD /path HTTP/1.1`")
     headers = parse_headers(rest)
     if match[3] == b"1" and "host" not in headers:
@@ -1360,12 +1427,12 @@ def parse_head(head: bytes) -> Head:
     if match[3] == b"0" and "transfer-encoding" in headers:  # RFC 9112 6.1: whoever passed it on may not know it
         raise InvalidRequest("HTTP/1.0 has no Transfer-Encoding: send Content-Length")
     target, hosts = match[2].decode(), [headers.get("host", "")]
-    absolute = _ABSOLUTE(target)  # the form of a proxy's client
+    absolute = _ABSOLUTE.fullmatch(target)  # the form of a proxy's client
     if absolute:  # RFC 9112 3.2.2: it counts instead of the Host field, which must be one all the same
         hosts.append(absolute[1])
         headers["host"] = absolute[1]
         target = absolute[2] if absolute[2].startswith("/") else f"/{absolute[2]}"
-    if not all(map(is_host, hosts)) or (absolute and not without_port(absolute[1])):
+    if not all(map(_HOST.fullmatch, hosts)) or (absolute and not without_port(absolute[1])):
         raise InvalidRequest("a request has one Host header, with a name or an address and perhaps a port")
     path, _, query = target.partition("?")
     words = {word.strip().lower() for word in headers.get("connection", "").split(",")}
@@ -1406,7 +1473,7 @@ class Body:
     def _chunks(self) -> Iterator[bytes]:
         size = -1
         while size:
-            match = _CHUNK_LINE((yield from self._line()))
+            match = _CHUNK_LINE.fullmatch((yield from self._line()))
             if not match:
                 raise InvalidRequest("a chunk's size must be a hexadecimal number")
             size = int(match[1], 16)
@@ -1509,7 +1576,7 @@ class ResponseReader:
         while self._body is None and (end := self.buffer.find(b"\r\n\r\n")) >= 0:
             first, *rest = bytes(self.buffer[:end]).split(b"\r\n")
             del self.buffer[: end + 4]
-            if not (match := _STATUS_LINE(first)):
+            if not (match := _STATUS_LINE.fullmatch(first)):
                 raise InvalidRequest("the answer is not HTTP: check the address")
             self.status, self.headers = int(match[1]), parse_headers(rest)
             self.keep = "close" not in self.headers.get("connection", "").lower()
@@ -3475,7 +3542,7 @@ CODECS: dict[str, Codec] = {
 
 
 def _codecs(kind: type[Any]) -> list[Codec]:
-    return [CODECS[str(getattr(hint, "__forward_arg__", hint))] for hint in kind.__annotations__.values()]
+    return [CODECS[hint] for hint in kind.__annotations__.values()]
 
 
 # A statement, and what makes its rows of a run of changes that are of one kind.
@@ -7341,7 +7408,7 @@ class Access:
         while left and self.trusts(address) and (hop := read_address(left.pop())):
             address = str(hop)
         if host:
-            if not is_host(host) or (not self.settings.key and not self._is_ours(without_port(host))):
+            if not _HOST.fullmatch(host) or (not self.settings.key and not self._is_ours(without_port(host))):
                 raise BadHost(f"this hub is not {refused_value(host)}: its proxy must say so, and --allow-host name it")
             head = head._replace(host=without_port(host), headers={**head.headers, "host": host})
         return head, Peer(address, proto if proto in ("http", "https") else peer.scheme)
@@ -7513,17 +7580,17 @@ def answer_frame(answer: Response, ref: Json, kind: str) -> Frame:
     return Frame(_body, ref, answer.settled)
 
 
-_NUMBER = re.compile(r"-?\d{1,18}(\.\d{1,6})?").fullmatch
+_NUMBER = lazy_pattern(r"-?\d{1,18}(\.\d{1,6})?")
 NO_HEAD = Head("GET", "", "", {}, "", "", 0, True)  # of what came as a frame, or from a tool
 Methods = dict[str, Row]
 PATHS: dict[str, Methods] = {}  # by their text, and those with parameters as patterns
 for _row in OPERATIONS.values():
     for _path in filter(None, (_row.path, _row.also)):
         PATHS.setdefault(_path, {})[_row.method] = _row
-PATTERNS: list[tuple[Callable[[str], re.Match[str] | None], Methods]] = []
+PATTERNS: list[tuple[re.Pattern[str], Methods]] = []
 for _path in [path for path in PATHS if "{" in path]:
     _regex = re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", _path).replace("(?P<key>[^/]+)", "(?P<key>.+)")  # has slashes
-    PATTERNS.append((re.compile(_regex).fullmatch, PATHS.pop(_path)))
+    PATTERNS.append((lazy_pattern(_regex), PATHS.pop(_path)))
 FRAMES = {row.frame: row for row in OPERATIONS.values() if row.frame}
 FRAMES |= {"": OPERATIONS["send"], "heartbeat": OPERATIONS["heartbeat"], "ack": OPERATIONS["acknowledge"]}
 
@@ -7532,8 +7599,8 @@ def match_path(head: Head) -> tuple[Methods, dict[str, str]]:
     """The operations of a path by method, and the path's parameters. Raises NotFound."""
     if methods := PATHS.get(head.path):
         return methods, {}
-    for fits, methods in PATTERNS:
-        if match := fits(head.path):
+    for pattern, methods in PATTERNS:
+        if match := pattern.fullmatch(head.path):
             return methods, {name: unquote(value) for name, value in match.groupdict().items()}
     path = re.split("[&=;]", head.path)[0]  # a `?` may be missing before a token
     words = "GET /guide says how to use this hub, in a page; /openapi.json has every route, and is ten times as long"
@@ -7633,7 +7700,7 @@ def read_request(api: Api, row: Row, head: Head, body: bytes, in_path: dict[str,
         texts: Json = {**parse_query(head.query), **in_path} if head.query else in_path
         texts = {**texts, **by_header} if row.headers_win else {**by_header, **texts}
         for field in row.query:
-            if field.kind.numeric and _NUMBER(text := texts.get(field.name, "")):
+            if field.kind.numeric and _NUMBER.fullmatch(text := texts.get(field.name, "")):
                 texts[field.name] = float(text) if "." in text else int(text)
         values = row.query.read(texts, needed, implied)
     if row.raw or not (row.body or row.method == "POST"):
@@ -9483,8 +9550,8 @@ SHOWING = 30  # seconds for which a message that is being shown is kept from oth
 IDLE_CONNECTIONS = 8  # kept by an AgentClient: as many requests as one agent has under way at a time, most likely
 RECEIVE = 64 * 1024  # bytes asked of a connection at a time
 SEEN_IDS = 4_096  # ids a listening client remembers, to hand nothing to its handler twice after a reconnect
-_URL = re.compile(r"(https?)://(\[[0-9A-Fa-f:.]+\]|[^:/?#\[\]]+)(?::(\d{1,5}))?/?").fullmatch
-_UNIX_URL = re.compile(r"unix:(?://)?(.+)").fullmatch  # a Unix socket's path
+_URL = lazy_pattern(r"(https?)://(\[[0-9A-Fa-f:.]+\]|[^:/?#\[\]]+)(?::(\d{1,5}))?/?")
+_UNIX_URL = lazy_pattern(r"unix:(?://)?(.+)")  # a Unix socket's path
 
 
 class HubAddress(NamedTuple):
@@ -9499,11 +9566,11 @@ class HubAddress(NamedTuple):
 
 def hub_address(url: str) -> HubAddress:
     """The address that a URL names. Raises InvalidRequest."""
-    if unix := _UNIX_URL(url):
+    if unix := _UNIX_URL.fullmatch(url):
         path = os.path.abspath(unix[1])
         return HubAddress(f"unix:{path}", "localhost", 80, path)
     url = url.rstrip("/")
-    if not (parts := _URL(url)):
+    if not (parts := _URL.fullmatch(url)):
         raise InvalidRequest(f"{url} is not a hub's address: write http://HOST:PORT, or unix:PATH")
     tls = parts[1] == "https"
     return HubAddress(url, parts[2].strip("[]"), int(parts[3] or (443 if tls else 80)), tls=tls)
@@ -10378,7 +10445,8 @@ class Client(ClientBase):
                 connection.settimeout(CONNECT_SECONDS)
                 connection.connect(address.path)
             else:
-                connection = socket.create_connection((address.host, address.port), timeout=CONNECT_SECONDS)
+                host: Any = address.host.encode() if address.host.isascii() else address.host  # else IDNA is loaded
+                connection = socket.create_connection((host, address.port), timeout=CONNECT_SECONDS)
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.settimeout(self.timeout)
             if there := address.tls:
@@ -10852,6 +10920,38 @@ def program() -> str:
             return typed
     by_name = os.path.abspath(called) == os.path.abspath(__file__)
     return f"python3 {shell_quote(called if by_name else os.path.abspath(__file__))}"
+
+
+# What runs this file as a module begins so. It is compiled once and kept in a folder, whatever the environment says.
+MODULE_START = """\
+import sys
+sys.path[0] = {folder}
+import gc, os, signal
+gc.disable()
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+sys.dont_write_bytecode, sys.pycache_prefix = False, {cache}
+"""
+
+
+def leave_script() -> None:
+    """Go on as a module, in the same process, if this file was started as a script: for as long as that runs, Python
+    keeps its syntax tree, 40 MB. Nothing happens where what was compiled can't be kept in a folder of this user."""
+    from importlib.machinery import SourceFileLoader
+    from importlib.util import cache_from_source
+
+    folder, file = os.path.split(os.path.abspath(__file__))
+    if __name__ != "__main__" or file != "agenthub.py" or sys.orig_argv[1:] != sys.argv or os.name == "nt":
+        return
+    before = sys.dont_write_bytecode, sys.pycache_prefix
+    with contextlib.suppress(OSError):
+        sys.dont_write_bytecode, sys.pycache_prefix = False, os.path.join(state_folder("DATA"), "cache")
+        SourceFileLoader("agenthub", __file__).get_code("agenthub")  # compiles it, if that was not done, and keeps it
+        code = MODULE_START.format(folder=repr(folder), cache=repr(sys.pycache_prefix))
+        code += "del sys.argv[0]\nimport agenthub\nagenthub.run_process()"
+        if os.stat(cache_from_source(__file__)).st_uid == os.geteuid():
+            os.execv(sys.executable, [sys.executable, "-c", code, *sys.argv])
+    sys.dont_write_bytecode, sys.pycache_prefix = before
 
 
 def _starts_this_file(launcher: str) -> bool:
@@ -11543,7 +11643,7 @@ def _search_command(args: argparse.Namespace) -> None:
 def _trace_command(args: argparse.Namespace) -> None:
     traced = Identity(args).act(lambda client: client.trace(args.id))
     via = f" via {traced['via']}" if "via" in traced else ""
-    chosen = f", id {traced['id']}" if not _MADE(traced["id"]) else ""
+    chosen = f", id {traced['id']}" if not _MADE.fullmatch(traced["id"]) else ""
     about = f"m{traced['seq']} ({traced['type']}) from {traced['from']} {age_of(traced['timestamp'])}"
     lines = [f"{about}, {traced['timestamp']}{via}{chosen}"]
     day = traced["timestamp"][:10] + " "  # of a time on another day it is shown, too
@@ -11643,7 +11743,7 @@ def event_text(event: Json) -> str:
     """What happened, in a line."""
     values = {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in event.items()}
     id, title = str(event.get("task_id")), f' "{event["title"]}"' if "title" in event else ""
-    values["task"] = f"task{title}" if _MADE(id) else f"task {id}{title}"
+    values["task"] = f"task{title}" if _MADE.fullmatch(id) else f"task {id}{title}"
     with contextlib.suppress(KeyError):
         return indented(HAPPENED[event["event"]].format_map(values))
     rest = fields_text({k: v for k, v in event.items() if k not in ("timestamp", "event", "name", "agent_id")})
@@ -12125,7 +12225,7 @@ def from_environment(name: str, kind: Callable[[str], R], default: R) -> R:
 def host_name(text: str) -> str:
     """A name or an address of the hub, in lower case, without a port. Raises Misuse."""
     text = f"[{text}]" if text.count(":") > 1 and "[" not in text else text  # an IPv6 address, as browsers write it
-    if not is_host(text) or not without_port(text):
+    if not _HOST.fullmatch(text) or not without_port(text):
         raise Misuse(f"--allow-host {refused_value(text)} is not a host: write a name or an address, as browsers do")
     return without_port(text)
 
@@ -12375,6 +12475,8 @@ def serve_arguments() -> Iterator[argument]:
     yield argument("--trusted-proxy", proxy, action="append", metavar="NET")
     yield own_option("certfile", "serve TLS with this certificate chain (PEM); SIGHUP reads it again", metavar="FILE")
     yield own_option("keyfile", "the certificate's key (PEM), where it is not in the same file", metavar="FILE")
+    yield own_option("loop", "event loop; auto: uvloop where installed; default asyncio", **one_of(*LOOPS))
+    yield own_option("json", "what writes JSON; auto: orjson where installed; default python", **one_of(*ENCODERS))
     yield own_option("log-format", "of the log on stderr: text (default) or json", type=log_format, default="text")
     for name, limit in LIMITS.items():
         kind, units = {"seconds": (duration, _UNITS), "bytes": (size, _SIZES)}.get(limit.unit, (amount, {"": 1}))
@@ -12384,11 +12486,43 @@ def serve_arguments() -> Iterator[argument]:
         yield argument(f"--{name.replace('_', '-')}", words, type=kind, default=default)
 
 
+LOOPS, ENCODERS = ("asyncio", "uvloop", "auto"), ("python", "orjson", "auto")
+
+
+def chosen_module(option: str, choice: str | None, name: str) -> Any:
+    """The module `name`, if it was chosen by that name or is installed and the choice is `auto`. Raises Failed."""
+    try:
+        return __import__(name) if choice in (name, "auto") else None
+    except ImportError:
+        if choice == "auto":
+            return None
+        raise Failed(f"{name} is not installed: `pip install {name}`, or leave out {option} {name}") from None
+
+
+def loop_runner(choice: str | None) -> Callable[[Coroutine[Any, Any, R]], R]:
+    """What runs a coroutine to its end, on the event loop that was chosen. Raises Failed."""
+    uvloop = chosen_module("--loop", choice, "uvloop")
+    return cast("Callable[[Coroutine[Any, Any, R]], R]", uvloop.run if uvloop else asyncio.run)
+
+
+def choose_encoder(choice: str | None) -> None:
+    """Have JSON written by what was chosen. Raises Failed."""
+    orjson = chosen_module("--json", choice, "orjson")
+    if orjson and orjson.dumps(1e16) == b"1e+16":
+        use_orjson(orjson)
+    elif orjson and choice != "auto":
+        raise Failed(f"orjson {orjson.__version__} is too old (it writes 1e+16 as 1e16): `pip install -U orjson`")
+
+
 @command_line("serve", "run a hub", serve_arguments, example="agenthub serve --port 8080", client=False)
 def _serve_command(args: argparse.Namespace) -> int:
+    if args.db != ":memory:":  # which leaves nothing behind
+        leave_script()
+    run = loop_runner(args.loop)
+    choose_encoder(args.json)
     end_log = start_log(args.log_format)
     try:
-        return asyncio.run(_serve_until_signal(args))
+        return run(_serve_until_signal(args))
     except KeyboardInterrupt:  # before the signal handler was in place
         return 0
     finally:
@@ -12892,12 +13026,13 @@ asyncio.run(main())
 
 class BenchRun(NamedTuple):
     """How a row is measured: on the hub that was named (else one is made), for how long (seconds), with messages of how
-    much text (bytes). `cache` is where Python keeps this file compiled."""
+    much text (bytes). `cache` is where Python keeps this file compiled, `options` are more for `serve`."""
 
     url: str
     seconds: float
     size: int
     cache: str
+    options: list[str]
 
     @contextlib.contextmanager
     def hub(self, agents: Iterable[str] = ()) -> Iterator[BenchTarget]:
@@ -12908,7 +13043,7 @@ class BenchRun(NamedTuple):
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="agenthub-bench-"))
                 options = ["--db", os.path.join(folder, "hub.db"), "--host", HOST, "--port", "0", "--max-inbox", "0"]
                 options += ["--rate-limit", "0", "--max-connections", "0", "--max-per-address", "0"]
-                url, pid = stack.enter_context(own_hub(**own_command(self.cache, "serve", *options)))
+                url, pid = stack.enter_context(own_hub(**own_command(self.cache, "serve", *options, *self.options)))
             with Client(url) as client:
                 for client.agent_id in agents:
                     client.session_id, client.token = None, ""
@@ -13083,7 +13218,8 @@ def _bench_command(args: argparse.Namespace) -> None:
     head = f"{'':<24}{'hub':>12}     {'p50 ms':>8}{'p99 ms':>8}{'CPU':>6}{'floor':>13}{'ratio':>8}   of all rounds"
     show(args, {"columns": head.split()}, head)
     with tempfile.TemporaryDirectory(prefix="agenthub-bench-") as cache:
-        run = BenchRun(args.url, args.seconds, args.size, cache)
+        run = BenchRun(args.url, args.seconds, args.size, cache, args.command)
+        subprocess.run(**own_command(cache, "--version"), stdout=subprocess.DEVNULL, check=True)  # it is compiled once
         for row in rows:
             say(f"measuring {row.name}")
             _show_rounds(args, row, [(row.floor(run), row.hub(run)) for _ in range(args.rounds)])
@@ -13134,7 +13270,8 @@ def help_text(first: str = "") -> str:
 
 
 def read_command(words: list[str]) -> argparse.Namespace:
-    """The arguments; what stands behind `--` is, for `lock`, a command. Raises Misuse, or SystemExit after a help."""
+    """The arguments; what stands behind `--` is a command for `lock`, and for `bench` options of its hub. Raises
+    Misuse, or SystemExit after a help."""
     if words[:1] == ["help"]:
         words = [*words[1:], "--help"]
     first, wanted = (words or ["--help"])[0], words[1:2] in ([], ["-h"], ["--help"])
@@ -13146,17 +13283,16 @@ def read_command(words: list[str]) -> argparse.Namespace:
     if name not in lines:
         raise unknown_command(name if first in GROUPS else first)
     row, rest = lines[name], words[len(name.split()) :]
-    end = rest.index("--") if name == "lock" and "--" in rest else len(rest)
+    end = rest.index("--") if name in ("lock", "bench") and "--" in rest else len(rest)
     parser = make_parser(row, rest)
     args, extra = parser.parse_known_args(rest[:end])
     if extra and isinstance(getattr(args, "text", None), list) and not any(word[:1] == "-" for word in extra):
         args.text, extra = [*args.text, *extra], []  # words behind an option
     if extra:
         parser.error(f"unrecognized arguments: {extra[0]}")
-    if end < len(rest):
-        args.command = rest[end + 1 :]
-        if not args.command:
-            raise Misuse("name the command to run under the lock: `agenthub lock PATH -- COMMAND`")
+    args.command = rest[end + 1 :]
+    if end < len(rest) and not args.command and name == "lock":
+        raise Misuse("name the command to run under the lock: `agenthub lock PATH -- COMMAND`")
     return args
 
 
@@ -13222,12 +13358,20 @@ def make_parser(row: command_line, words: list[str]) -> argparse.ArgumentParser:
     units = "; TIME is 90s, 30m, 2h or 1d, or a number of seconds" if times else ""
     used = {name: text.replace("%", "%%") for name, text in usage_of(row).items()}
     epilog, usage = f"example: {used['example']}{units}", f"{program()} {used['usage']}".replace("%", "%%")
-    parser = _Parser(usage=usage, description=row.help, epilog=epilog, allow_abbrev=False)
+    formatter = functools.partial(argparse.HelpFormatter, width=_help_width())
+    parser = _Parser(None, usage, row.help, epilog, formatter_class=formatter, allow_abbrev=False)
     for one in all_arguments:
         shown = {} if one.name.startswith("-") else {"metavar": (one.options.get("metavar") or one.name).upper()}
         parser.add_argument(one.name, **for_argparse(one.options | shown))
-    parser.set_defaults(run=row.run, command=None, called=row.name, shown=None, caller=None)
+    parser.set_defaults(run=row.run, called=row.name, shown=None, caller=None)
     return parser
+
+
+def _help_width() -> int:
+    """The width of a help, as argparse has it. That asks shutil for each argument anew, which takes 5 ms."""
+    with contextlib.suppress(OSError, ValueError):
+        return (int(os.environ.get("COLUMNS", 0)) or os.get_terminal_size().columns or 80) - 2
+    return 78
 
 
 def for_argparse(options: Json) -> Json:
@@ -13278,7 +13422,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def print_error(words: list[str], error: HubError) -> None:
     """Say on stderr why a command is not done; with --json as an object, in one line."""
-    if "--json" in itertools.takewhile("--".__ne__, words):
+    if "--json" in itertools.takewhile("--".__ne__, words) and words[:1] != ["serve"]:
         value = error.wire()
         value["error"] |= {"message": spelt(error.message), "exit_status": error.exit_code}
         print(json.dumps(value), file=sys.stderr, flush=True)
@@ -13291,6 +13435,8 @@ def print_error(words: list[str], error: HubError) -> None:
 
 def run_process() -> None:
     """Run a command as a whole process, which ends with it."""
+    gc.freeze()  # what is there by now stays
+    gc.enable()
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on `main` ends it
     status = main()
@@ -14104,10 +14250,10 @@ def _mcp_command(args: argparse.Namespace) -> None:
 JsonPath = tuple["str | int | None", ...]  # keys and indexes; None at its end: one more in an array
 _BLANK = " \t\r\n"
 _EMPTY = "\ufeff" + _BLANK
-_NO_BLANK = re.compile(r"[^ \t\r\n]|\Z")
+_NO_BLANK = lazy_pattern(r"[^ \t\r\n]|\Z")
 _STRING = r'"[^"\\]*(?:\\.[^"\\]*)*"'
-_COMMENT = re.compile(_STRING + r"|(\A\ufeff|//[^\n]*|/\*.*?\*/)", re.S)
-_LAST_COMMA = re.compile(_STRING + r"|[\[{,]\s*,|(,)(?=\s*[}\]])", re.S)
+_COMMENT = lazy_pattern(_STRING + r"|(\A\ufeff|//[^\n]*|/\*.*?\*/)", re.S)
+_LAST_COMMA = lazy_pattern(_STRING + r"|[\[{,]\s*,|(,)(?=\s*[}\]])", re.S)
 
 
 def _blanked(pattern: re.Pattern[str], text: str) -> str:
@@ -14239,19 +14385,19 @@ class JsonSettings:
         return before + blank + after  # `before` ends in a comment, which needs its end of line
 
 
-_CALLS_US = re.compile(r"""(?<![\w.-])agenthub(\.py|\.cmd)?['"]?\s+['"]?(hook|mcp)\b""").search
+_CALLS_US = lazy_pattern(r"""(?<![\w.-])agenthub(\.py|\.cmd)?['"]?\s+['"]?(hook|mcp)\b""")
 OTHER_SERVER = "has another MCP server called agenthub: remove it first, or give it another name"
 
 
 def _is_own_hook(hook: Any) -> bool:
     """Whether a hook calls us and does nothing else: what a user built around such a call is the user's."""
     line = typed_at(str, hook, "command")
-    return bool(_CALLS_US(line)) and not re.search(r"[;&|<>\n]", re.sub(r"""'[^']*'|"[^"]*\"""", "", line))
+    return bool(_CALLS_US.search(line)) and not re.search(r"[;&|<>\n]", re.sub(r"""'[^']*'|"[^"]*\"""", "", line))
 
 
 def _is_own_server(entry: Any) -> bool:
     args = entry.get("args") if isinstance(entry, dict) else None
-    return isinstance(args, list) and bool(_CALLS_US(" ".join(map(str, [entry.get("command"), *args]))))
+    return isinstance(args, list) and bool(_CALLS_US.search(" ".join(map(str, [entry.get("command"), *args]))))
 
 
 def _own_hook_paths(value: Any) -> list[JsonPath]:
@@ -14306,7 +14452,7 @@ def without_own(text: str, before: Any) -> str:
 # Codex' settings are TOML. Codex writes its own tables in front of a comment at the end: ours goes to the end, too.
 
 _MARK = "# agenthub: written by `agenthub install codex`"
-_TABLE = re.compile(
+_TABLE = lazy_pattern(
     r"(?:\A|(?:\r?\n)?\r?\n)(?:# agenthub[^\r\n]*\r?\n)?\[mcp_servers\.agenthub(?:\.[^\]\r\n]*)?\][^\r\n]*"
     r"(?:\r?\n(?![ \t]*(?:[\[#\r\n]|\Z))[^\r\n]*)*"
 )
@@ -14319,7 +14465,7 @@ def _own_table(text: str) -> re.Match[str] | None:
         return None
     lines = sorted(re.findall(r"^(?:command|args)[ \t]*=.*", table[0], re.M), reverse=True)
     words = re.findall(r"""["']([^"']*)["']""", " ".join(lines))
-    return table if _MARK in table[0] or _CALLS_US(" ".join(words)) else None
+    return table if _MARK in table[0] or _CALLS_US.search(" ".join(words)) else None
 
 
 def read_toml(text: str) -> Json:
@@ -14498,11 +14644,9 @@ def edit_file(path: str, mode: int, *edits: Callable[[str], str]) -> Change:
 LAUNCHER = '''\
 #!{python}
 """Runs agenthub.py where it lies. Written by `agenthub install`, removed by the last `agenthub uninstall`."""
-import os, signal, sys
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
-sys.path.insert(0, {folder})
-sys.dont_write_bytecode, sys.pycache_prefix = False, {cache}  # compiled once, whatever the environment says
+'''
+LAUNCHER += MODULE_START
+LAUNCHER += """\
 try:
     import agenthub
 except ImportError:
@@ -14512,7 +14656,7 @@ except ImportError:
     what = "can't be loaded from" if there else "is not at"
     sys.exit(f"agenthub: agenthub.py {{what}} {{sys.path[0]}} any more: run `python3 agenthub.py install` again")
 agenthub.run_process()
-'''
+"""
 
 
 class Installation:

@@ -3,6 +3,7 @@
     python -m pytest -q test_agenthub.py                  # all: a minute and a half on two cores
     python -m pytest -q -m "not slow" test_agenthub.py    # rules, operations, parsers: seconds, without any process
     python -m pytest -q -k "lock and not slow"            # what has `lock` in its name
+    AGENTHUB_TEST_LOOP=uvloop AGENTHUB_TEST_JSON=orjson python -m pytest -q      # with both, as `serve` takes them
 
 `World` is a hub with its API and store in this process and a clock that a test moves: `apply` a command, `call` a
 request, `tool` an MCP tool. `live(...)` starts a hub in a process of its own, with options; `shared_hub` is one for all
@@ -40,7 +41,6 @@ import tempfile
 import threading
 import time
 import types
-import typing
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -56,6 +56,9 @@ MEMORY = "/dev/shm"  # where an fsync takes no time: a third of all, on a disk
 if os.path.isdir(MEMORY) and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 1 << 30:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", MEMORY)  # pytest's `tmp_path` is there
 websockets = pytest.importorskip("websockets") if os.environ.get("CI") else None
+LOOP, ENCODER = (os.environ.get(f"AGENTHUB_TEST_{name}", "") for name in ("LOOP", "JSON"))
+asyncio.run = ah.loop_runner(LOOP)
+ah.choose_encoder(ENCODER)
 
 
 # --- Helpers ----------------------------------------------------------------------------------------------------------
@@ -433,7 +436,7 @@ class LiveHub:
         self.clients: weakref.WeakSet[ah.Client] = weakref.WeakSet()  # those that the test still holds
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("AGENTHUB", "CLAUDE"))}
         homes = {"XDG_DATA_HOME": str(folder / "data"), "XDG_STATE_HOME": str(folder / "state")}
-        self.env |= {**homes, "USER": "tester", **env}
+        self.env |= {**homes, "USER": "tester", "AGENTHUB_LOOP": LOOP, "AGENTHUB_JSON": ENCODER, **env}
         self.errors = open(folder / "errors.txt", "a+")  # noqa: SIM115
         where = ["--port", port] if port else []
         words = ["serve", *where, "--db", str(self.db), *options]
@@ -1058,7 +1061,7 @@ def test_an_upgrade_field_counts_only_where_the_connection_field_names_it() -> N
 
 def test_a_header_full_of_blanks_costs_no_square_of_its_length() -> None:
     """What a pattern with two ways to read a blank needs the square of: 16,000 of them were 130 million steps."""
-    pattern = re.compile(ah._HEADER_LINE.__self__.pattern)
+    pattern = re.compile(ah._HEADER_LINE.pattern)
     assert rb"[ \t]*" not in pattern.pattern
     assert ah.parse_headers([b"A: \t b c \t"]) == {"a": "b c"}
 
@@ -3407,10 +3410,7 @@ def test_every_kind_of_state_is_read_as_it_was_written(tmp_path: Path) -> None:
         "tuple[bytes, ...]": (b"t" * 32, b"u" * 32),
         "tuple[TaskStep, ...]": (ah.TaskStep("é", 1 << 40, "fail", "'x'"),),
     }  # fmt: skip
-    kinds = [
-        (row, [getattr(hint, "__forward_arg__", hint) for hint in row.kind.__annotations__.values()])
-        for row in ah.STATE
-    ]
+    kinds = [(row, row.kind.__annotations__.values()) for row in ah.STATE]
     written = [row.kind(*[values[hint] for hint in hints]) for row, hints in kinds]
     store.write([ah.Put(value, aside="beside") for value in written])
     store.commit()
@@ -4529,7 +4529,7 @@ def test_a_field_marked_shown_goes_from_the_request_to_the_envelope(
 ) -> None:
     text = "Annotated[str | None, printable(64){}]"
     for name, hint in (("mood", text.format(", SHOWN")), ("secret", text.format(""))):
-        monkeypatch.setitem(ah.Sending.__annotations__, name, typing.ForwardRef(hint))
+        monkeypatch.setitem(ah.Sending.__annotations__, name, hint)
     row = ah.Operation(ah.Operations.send.handler, "POST", "/api/v1/messages", {"actor": "from"})
     monkeypatch.setitem(ah.PATHS[row.path], "POST", row)
     monkeypatch.setattr(ah.Operations, "send", row)
@@ -10965,6 +10965,8 @@ def test_a_mistyped_command_is_answered_with_how_to_do_it(
     assert text.startswith("agenthub: ") and said in text.splitlines()[0], text
     assert f"\nexample: {ah.program()} {example}" in text and text.count("\n") <= 3
     assert not re.search("float|int |invalid|argument |NoneType", text)
+    if typed.startswith("serve"):  # whose --json is another one
+        return
     assert ah.main([*typed.split(), "--json"]) == 2
     error = json.loads(capsys.readouterr().err)["error"]
     assert (error["code"], error["exit_status"]) == ("misuse", 2) and said in error["message"]
@@ -11760,6 +11762,92 @@ def test_options_are_variables_too_and_lists_are_written_with_commas(monkeypatch
 # --- Serve ------------------------------------------------------------------------------------------------------------
 
 
+def test_orjson_writes_what_the_standard_library_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    orjson, chance = pytest.importorskip("orjson"), random.Random(17)
+    monkeypatch.setattr(ah, "dump", ah.dump)  # it is put back after the test
+    ah.use_orjson(orjson)
+    floats = [chance.choice((1, -1)) * chance.random() * 10.0 ** chance.randint(-30, 30) for _ in range(3000)]
+    numbers = [*floats, *[10.0**n for n in range(-330, 300)], 0.0, -0.0, 2**63, 2**64, -(2**63) - 1, 10**40]
+    texts = ["".join(map(chr, range(start, start + 256))) for start in range(0, 0xD800, 256)]
+    nested = functools.reduce(lambda inner, _: [inner], range(400), "x")
+    values = [
+        *numbers,
+        *texts,
+        {2: None, True: 2, None: 1.5, "\U0001f600": ()},
+        nested,
+        ah.Peer("x"),
+    ]
+    for value in [*values, *[{"id": "e", "n": [value]} for value in values], "\ud800"]:
+        assert ah.dump(value) == ah.standard_dump(value)
+    for value in (float("nan"), [float("inf")], {"n": -float("inf")}):
+        with pytest.raises(ValueError, match="JSON compliant"):
+            ah.dump(value)
+
+
+def started_as_script(folder: Path, data: Path) -> tuple[str, int, int, list[str]]:
+    """What a hub that is started as a script prints first, its memory (KiB), its exit status and its words."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("AGENTHUB_")}
+    env |= {"XDG_DATA_HOME": str(data), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, FILE.name, "serve", "--port", "0", "--db", str(folder / "hub.db")]
+    with subprocess.Popen(command, cwd=FILE.parent, env=env, stdout=subprocess.PIPE, text=True) as hub:
+        line, memory = hub.stdout.readline(), int(ah.process_figures(hub.pid)[0])
+        words = Path(f"/proc/{hub.pid}/cmdline").read_text().split("\0")
+        hub.terminate()
+    return line, memory, hub.returncode, words
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="memory is read from Linux' /proc")
+def test_a_hub_started_as_a_script_goes_on_as_a_lean_module(tmp_path: Path) -> None:
+    (tmp_path / "a file").touch()
+    lean, script = (started_as_script(tmp_path, tmp_path / name) for name in ("data", "a file"))
+    for line, _, status, words in (lean, script):
+        assert "python3 agenthub.py send" in line and status == 0 and "serve" in words
+    assert "-c" in lean[3] and "-c" not in script[3] and lean[1] < script[1] - 20_000
+    (compiled,) = (tmp_path / "data" / "agenthub" / "cache").rglob("agenthub.*.pyc")
+    assert compiled.stat().st_uid == os.geteuid()
+
+
+def test_serve_runs_on_the_loop_that_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("uvloop")
+    monkeypatch.setattr(asyncio, "run", asyncio.runners.run)  # also where all tests use uvloop
+    loops: list[str] = []
+
+    async def serve(args: object) -> int:
+        loops.append(type(asyncio.get_running_loop()).__module__.partition(".")[0])
+        return 0
+
+    monkeypatch.setattr(ah, "_serve_until_signal", serve)
+    for words in (["uvloop"], ["auto"], ["asyncio"]):
+        assert ah.main(["serve", "--loop", *words]) == 0
+    monkeypatch.setenv("AGENTHUB_LOOP", "uvloop")
+    assert ah.main(["serve"]) == 0
+    assert loops == ["uvloop", "uvloop", "asyncio", "uvloop"]
+
+
+def test_what_is_not_installed_is_refused_unless_the_choice_is_auto(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for name in ("uvloop", "orjson"):
+        monkeypatch.setitem(sys.modules, name, None)  # so that an import fails
+    for option, name in (("--loop", "uvloop"), ("--json", "orjson")):
+        assert ah.main(["serve", option, name]) == 1
+        sentence = f"agenthub: {name} is not installed: `pip install {name}`, or leave out {option} {name}\n"
+        assert capsys.readouterr().err == sentence
+    before = ah.dump
+    ah.choose_encoder("auto")
+    assert ah.loop_runner("auto") is asyncio.run and ah.dump is before
+
+
+def test_an_orjson_that_writes_other_numbers_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = types.SimpleNamespace(dumps=lambda value: b"1e16", __version__="3.10.0")
+    monkeypatch.setitem(sys.modules, "orjson", old)
+    before = ah.dump
+    ah.choose_encoder("auto")
+    assert ah.dump is before
+    with pytest.raises(ah.Failed, match="is too old"):
+        ah.choose_encoder("orjson")
+
+
 def test_every_limit_is_an_option_and_a_variable_and_port_is_honoured(
     live: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -11911,6 +11999,13 @@ def test_the_demo_shows_what_really_happened_and_leaves_nothing(
     assert (last["task_id"], last["winner"]) == (won["result"]["task_id"], "alpha") and last["next"][0].endswith(
         " serve"
     )
+
+
+def test_the_bench_hands_options_behind_two_dashes_to_its_hub(tmp_path: Path) -> None:
+    assert ah.read_command(["bench", "--only", "health", "--", "--loop", "uvloop"]).command == ["--loop", "uvloop"]
+    run = ah.BenchRun("", 1, 100, str(tmp_path), ["--loop", "no such loop"])
+    with pytest.raises(ah.HubError, match="did not start"), run.hub():
+        pass
 
 
 def test_the_bench_measures_rows_beside_their_floors(shared_hub: LiveHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -13566,7 +13661,7 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_a_bare_interpreter_runs_a_hub_and_every_client_command(bare_python: str, live: object) -> None:
-    hub = live(python=bare_python)
+    hub = live(python=bare_python, AGENTHUB_LOOP="", AGENTHUB_JSON="")
     until(lambda: "websockets is not installed" in hub.log())  # a thread writes it
     for words in (
         ("send", "bob", "hi"),
