@@ -237,6 +237,7 @@ FLOOR_STEP = 64  # messages an inbox acknowledges, and a quarter of what it has 
 MAX_KNOWN = 50_000  # audiences, and ends of inboxes' ranges, that the store need not look up; 10 MB
 MAX_GROUPS = 100  # and groups with all who belong to them
 MAX_RECENT = 5_000  # newest messages whose inboxes it knows, on average a hundred, for when they are pushed; 5 MB
+RECENT_BYTES = 8 << 20  # of the messages that were read last, which stay in memory with their envelopes
 FEW = 8  # recipients of a group with which the same was so at once, up to which each has a row of its own
 INDEX_BATCH = 100  # messages taken into the search index in one turn: 2 ms, when nothing else is to be done
 INDEX_BYTES = 64 * 1024  # and no more than about this much of their text, which takes 7 ms
@@ -537,15 +538,13 @@ class Message(NamedTuple):
 
 class Wanted(NamedTuple):
     """A filter on messages; an empty field fits any. `root` is the seq of the thread's first message, which does not
-    name the thread; `between` are two agents: what either sent the other. An `inbox` does not hold what its agent sent
-    to a group."""
+    name the thread; `between` are two agents: what either sent the other."""
 
     type: str = ""
     sender: str = ""
     thread: str = ""
     root: int = 0
     between: tuple[str, str] = ("", "")
-    inbox: str = ""
 
 
 class Receipt(NamedTuple):
@@ -3547,7 +3546,7 @@ BEGIN IMMEDIATE;
 CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE messages {_MESSAGE_TABLE}, audience INTEGER NOT NULL);
 CREATE TABLE delayed {_MESSAGE_TABLE}, inboxes TEXT NOT NULL);
-CREATE INDEX message_audiences ON messages (audience, seq);
+CREATE INDEX message_audiences ON messages (audience, seq, sender);
 CREATE UNIQUE INDEX message_ids ON messages (id) WHERE id IS NOT NULL;
 CREATE INDEX message_expiry ON messages (expires_at) WHERE expires_at > 0;
 CREATE INDEX message_pings ON messages (seq) WHERE type = 'ping';
@@ -4073,8 +4072,24 @@ _PAST += " pushes at, delayed sent_at, messages sent_at, messages due_at"
 _FUTURE = "agents away_until, jobs until, tasks deadline_at, notes expires_at, delayed due_at, delayed expires_at,"
 _FUTURE += " messages expires_at, claims until"
 BEHIND, AHEAD = ([tuple(one.split()) for one in text.split(", ")] for text in (_PAST, _FUTURE))
-SEQS_BY = {"deliveries": "audience", "messages": "sender", "channel_messages": "channel"}
 ANYTHING = Wanted()
+_WANTED = {  # what each field of Wanted asks of a message m
+    "type": "m.type = :type",
+    "sender": "m.sender = :sender",
+    "thread": "(m.thread = :thread OR m.seq = :root)",
+    "between": f"m.sender IN (:me, :other) AND {_IN_INBOX.format('iif(m.sender = :me, :other, :me)')}",
+}
+
+
+class StoredMessage(Message):
+    """A message as it was read from the store. Its envelope is made once, however often it is read."""
+
+    _text = ""
+
+    def envelope(self, redelivered: bool = False) -> str:
+        """The message as every interface shows it (JSON text)."""
+        text = self._text = self._text or super().envelope()
+        return f'{text[:-1]},"redelivered":true}}' if redelivered else text
 
 
 class Store:
@@ -4091,6 +4106,8 @@ class Store:
         self._lock: IO[str] | None = None
         self._files: dict[str, os.stat_result] = {}
         self.pages, self._scale = 0.0, 1.0  # written to the log since the last checkpoint; how far that guess is off
+        self._recent: dict[int, StoredMessage] = {}  # what was read last
+        self._recent_bytes = 0
         try:
             if not memory:
                 self._prepare_file()
@@ -4395,38 +4412,57 @@ class Store:
             claims[name] = [claim for claim in claims[name] if claim[0] not in over]
         return {name: tuple(sorted(seqs)) for name, seqs in sorted(unread.items()) if seqs}, pushed, claims
 
-    def _message(self, row: tuple[Any, ...]) -> Message:
-        return Message(row[0], row[1] or made_id(self.epoch, row[0]), *row[2 : len(Message._fields)])
+    def _message(self, row: tuple[Any, ...]) -> StoredMessage:
+        return StoredMessage(row[0], row[1] or made_id(self.epoch, row[0]), *row[2 : len(Message._fields)])
 
     def messages(
-        self, seqs: Iterable[int], now: int, want: Wanted = ANYTHING, most: int = MAX_ANSWER
-    ) -> tuple[list[Message], bool]:
+        self, seqs: Sequence[int], now: int, want: Wanted = ANYTHING, most: int = MAX_ANSWER
+    ) -> tuple[list[StoredMessage], bool]:
         """Those of the messages that are not past their time and wanted, in the order of `seqs`, and whether there are
         more than go into `most` bytes (one goes in any case)."""
-        rows = self._rows(
-            "SELECT m.* FROM json_each(:seqs) AS wanted CROSS JOIN messages AS m ON m.seq = wanted.value"
-            " WHERE (m.expires_at = 0 OR m.expires_at > :now) AND :type IN ('', m.type) AND :sender IN ('', m.sender)"
-            " AND (:thread IN ('', m.thread) OR m.seq = :root) AND (m.audience > 0 OR m.sender <> :inbox)"
-            f" AND (:me = '' OR m.sender IN (:me, :other) AND {_IN_INBOX.format('iif(m.sender = :me, :other, :me)')})"
-            " ORDER BY wanted.key",
-            want._asdict() | {"seqs": dump(seqs), "now": now, "me": want.between[0], "other": want.between[1]},
-        )
-        taken, more = take_within(most, rows, lambda row: len(row[_PAYLOAD]))
-        return [self._message(row) for row in taken], more
+        if want == ANYTHING:
+            rows = self._recent_messages(seqs)
+        else:
+            also = [sql for name, sql in _WANTED.items() if getattr(want, name) != getattr(ANYTHING, name)]
+            query = f"SELECT m.* FROM json_each(:seqs) JOIN messages AS m ON m.seq = value WHERE {' AND '.join(also)}"
+            values = want._asdict() | {"seqs": dump(seqs), "me": want.between[0], "other": want.between[1]}
+            rows = map(self._message, self._rows(f"{query} ORDER BY key", values))
+        return take_within(most, (m for m in rows if m.expires_at == 0 or m.expires_at > now), lambda m: len(m.payload))
+
+    def _recent_messages(self, seqs: Sequence[int]) -> Iterator[StoredMessage]:
+        """The messages of these seqs, from memory or the file. No change makes one in memory wrong: a message
+        only ever runs out, which its time says, or gets another seq."""
+        known = [self._recent.get(seq) for seq in seqs]
+        others = [seq for seq, message in zip(seqs, known, strict=True) if message is None]
+        query = "SELECT m.* FROM json_each(?) LEFT JOIN messages AS m ON m.seq = value ORDER BY key"
+        rows = self._rows(query, (dump(others),)) if others else iter(())
+        for message in known:
+            if message:
+                yield message
+            elif (row := next(rows))[0]:
+                yield self._remember(self._message(row))
+
+    def _remember(self, message: StoredMessage) -> StoredMessage:
+        self._recent[message.seq] = message
+        self._recent_bytes += 500 + 2 * len(message.payload)
+        while self._recent_bytes > RECENT_BYTES:
+            self._recent_bytes -= 500 + 2 * len(self._recent.pop(next(iter(self._recent))).payload)
+        return message
 
     def seqs(self, table: str, name: str, after: int, before: int, limit: int, newest: bool = False) -> list[int]:
         """The seqs of up to `limit` messages between the two, oldest or newest first: what came to an inbox, read or
-        not (`deliveries`), what an agent sent (`messages`), or what was said in a channel (`channel_messages`). Among
-        the first is what an agent sent to a group that it belongs to: `messages` leaves it out for that `inbox`."""
-        column, spans = SEQS_BY[table], [(name, after, before)]
-        if table == "deliveries":
-            query = "SELECT audience, max(first - 1, ?2), min(last + 1, ?3) FROM audience_of"
-            query += " WHERE inbox = ?1 AND last > ?2 AND first < ?3"
-            table, spans = "messages", list(self._rows(query, spans[0]))
-        query = f"SELECT seq FROM {table} WHERE {column} = ? AND seq > ? AND seq < ? ORDER BY seq"
-        query += " DESC LIMIT ?" if newest else " LIMIT ?"
+        not (`deliveries`), what an agent sent (`messages`), or what was said in a channel (`channel_messages`)."""
+        order = "ORDER BY seq DESC LIMIT ?" if newest else "ORDER BY seq LIMIT ?"
+        if table != "deliveries":
+            column = "sender" if table == "messages" else "channel"
+            query = f"SELECT seq FROM {table} WHERE {column} = ? AND seq > ? AND seq < ? {order}"
+            return [seq for (seq,) in self._rows(query, (name, after, before, limit))]
+        query = "SELECT audience, max(first - 1, ?2), min(last + 1, ?3) FROM audience_of"
+        spans = list(self._rows(f"{query} WHERE inbox = ?1 AND last > ?2 AND first < ?3", (name, after, before)))
+        # of a group, not what it sent itself
+        query = "SELECT seq FROM messages WHERE audience = ? AND seq > ? AND seq < ? AND (audience > 0 OR sender <> ?)"
         for step in (limit // len(spans) + 9, limit) if len(spans) > 4 else (limit,):  # a few of each may do
-            pages = [[seq for (seq,) in self._rows(query, (*span, step))] for span in spans]
+            pages = [[seq for (seq,) in self._rows(f"{query} {order}", (*span, name, step))] for span in spans]
             seqs = sorted(itertools.chain.from_iterable(pages), reverse=newest)
             ends = sorted([page[-1] for page in pages if len(page) == step], reverse=newest)
             if not ends or seqs.index(ends[0]) + 1 >= limit:  # up to there none is left out
@@ -4923,7 +4959,7 @@ class InboxQuery(NamedTuple):
     def page(self, api: Api, cursor: int, at: int) -> tuple[list[Message], int, bool, str]:
         """Messages from a cursor on, oldest first; the cursor after them; whether it stopped at MAX_SCAN deliveries
         looked at; and of the newest ones the field (JSON text) that says before which seq there may be older ones."""
-        step = self.limit if self.wanted == Wanted(inbox=self.wanted.inbox) else MAX_PAGE
+        step = self.limit if self.wanted == Wanted() else MAX_PAGE
         messages: list[Message] = []
         scanned, cut, end = 0, False, False
         while len(messages) < self.limit and scanned < MAX_SCAN and not (cut or end):
@@ -5344,8 +5380,7 @@ class Operations:
             api.probe()
         root = api.find(thread) if thread else None
         between = (name, other) if other else ("", "")
-        own, since_seq = "" if channel or sent or other else name, root.message.seq if root else 0
-        wanted = Wanted(type or "", sender or "", api.full_id(thread or ""), since_seq, between, own)
+        wanted = Wanted(type or "", sender or "", api.full_id(thread or ""), root.message.seq if root else 0, between)
         newest, below = start is None and not unread, sys.maxsize if before is None else before
         first = below if newest else start or 0
         inbox = (("deliveries", name), ("messages", name)) if sent or other else (("deliveries", name),)
@@ -7878,8 +7913,8 @@ class InboxReader(Reader):
         if self.live or self.paused or self.closed:
             return
         api, mail, up_to = self.server.api, self.server.hub.mail(self.agent_id), self.unread_up_to
-        unread, seqs, wanted = self.cursor < up_to, self._next_seqs(), Wanted(inbox=self.agent_id)
-        messages, cut = api.log.messages(seqs, self.server.clock(), wanted, READ_AHEAD) if seqs else ([], False)
+        unread, seqs = self.cursor < up_to, self._next_seqs()
+        messages, cut = api.log.messages(seqs, self.server.clock(), most=READ_AHEAD) if seqs else ([], False)
         for message in messages:
             again = holds(mail.pushed, message.seq)
             self.write(encode_event(self.format, message.type, message.envelope(again), message.seq))

@@ -3373,8 +3373,9 @@ class Ledger(Player):
                     read += page
                     low, high = (low, page[-1]) if newest else (page[-1], high)
                 assert read == sorted(set(read), reverse=newest)
-                assert {m.seq for m in store.messages(read, 0, ah.Wanted(inbox=name))[0]} == {
-                    seq for seq in seqs if store.find("", seq).message.expires_at >= 0
+                ends = {seq: store.find("", seq).message.expires_at or ah.EVER for seq in seqs}
+                assert {m.seq for m in store.messages(read, self.clock())[0]} == {
+                    seq for seq in seqs if ends[seq] > self.clock()
                 }
 
 
