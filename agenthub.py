@@ -1956,9 +1956,12 @@ class Inbox:
         free = (seq for seq in self.unread[start:stop] if self.claims.get(seq, 0) <= unclaimed_at)
         return list(itertools.islice(free, limit))
 
-    def push(self, seqs: tuple[int, ...]) -> list[tuple[int, ...]]:
+    def push(self, seqs: array[int]) -> list[tuple[int, ...]]:
         """Note that these, which ascend, were written to a reader. Returns those that are unread and never were, in
         runs between which nothing else is."""
+        if seqs and self.unread[-len(seqs) :] == seqs and not (self.pushed and self.pushed[-1] >= seqs[0]):
+            self.pushed.extend(seqs)
+            return [tuple(seqs)]  # they just came
         last = self.pushed[-1] if self.pushed else 0
         new = [s for s in seqs if holds(self.unread, s) and not (s <= last and holds(self.pushed, s))]
         if len(new) > 1:  # a run ends where the next has more before it that was never pushed
@@ -2196,6 +2199,7 @@ class Hub:
         self._load_inboxes(snapshot)
         self.active = {name for name in self.agents if self.status(name, at) == "active"}
         self.dormant = self._long_gone(at)  # what goes to ALL is not for them
+        self._everyone: tuple[str, ...] = ()  # whom it is for, when that was last needed and nobody came or went since
         # a recipient of a request counts as here until a sweep has looked: the asker may have to hear that it is not
         open_requests = [request for request in self.requests.values() if not request.notified]
         self.active |= {name for request in open_requests for name in request.recipients} & self.agents.keys()
@@ -2337,10 +2341,13 @@ class Hub:
         """The inboxes that `to` means, each once, and `to` as the envelope shows it (JSON text)."""
         if isinstance(to, str) and to in self.agents:
             return (to,), f'"{to}"'
-        pairs = [self._resolve_one(one, sender) for one in ((to,) if isinstance(to, str) else to)]
-        shown = list(dict.fromkeys(text for _, text in pairs))
+        if isinstance(to, str):
+            names, shown = self._resolve_one(to, sender)
+            return tuple(names), dump(shown)
+        pairs = [self._resolve_one(one, sender) for one in to]
+        texts = list(dict.fromkeys(text for _, text in pairs))
         inboxes = tuple(dict.fromkeys(itertools.chain.from_iterable(names for names, _ in pairs)))
-        return inboxes, dump(shown if len(shown) > 1 else shown[0])
+        return inboxes, dump(texts if len(texts) > 1 else texts[0])
 
     def _resolve_one(self, to: str, sender: str) -> tuple[Iterable[str], str]:
         if to in self.agents or to == OPERATOR:
@@ -2348,7 +2355,7 @@ class Hub:
         if to == GUEST:
             raise Forbidden("`guest` sent without a name and has no inbox: nothing can be sent to it, tell your user")
         if to.upper() == EVERYONE:
-            return sorted(name for name in self.agents if name != sender and name not in self.dormant), EVERYONE
+            return self._everyone_but(sender), EVERYONE
         if to[:1] == "@":
             return sorted(name for name in self.agents.find("capability", to[1:]) if name != sender), to
         if to[:1] == "#":
@@ -2359,6 +2366,13 @@ class Hub:
             raise AmbiguousRecipient(many, candidates=holders)
         inbox = holders[0] if holders else to
         return (inbox,), inbox
+
+    def _everyone_but(self, sender: str) -> tuple[str, ...]:
+        """All agents that are here or were lately, but one; in order."""
+        if not self._everyone:
+            self._everyone = tuple(sorted(self.agents.keys() - self.dormant))
+        start, end = bisect_left(self._everyone, sender), bisect_right(self._everyone, sender)
+        return self._everyone[:start] + self._everyone[end:]
 
     # agents: rules
 
@@ -2402,6 +2416,7 @@ class Hub:
     def _enter(self, agent: Agent, how: str, address: str, at: int) -> None:
         """An agent has registered: the newest stands last."""
         self.agents.drop(agent.agent_id)
+        self._everyone = ()
         self.close_to.cache_clear()
         self._put(agent, how, address)
         self._put(Seen(agent.agent_id, at))
@@ -2420,6 +2435,7 @@ class Hub:
         self.close_to.cache_clear()
         self.seen.pop(agent_id, None)
         self.dormant.discard(agent_id)
+        self._everyone = ()
         self._drop(self.tables[Seen], agent_id)
         self._put(Departed(agent_id))
         for id in [request.id for request in self.requests_of(agent_id) if request.asker == agent_id]:
@@ -2450,7 +2466,9 @@ class Hub:
         if agent and at - seen > self._token_ms and self.lapsed(agent_id, at):
             self.lapse(agent_id)
         self.seen[agent_id] = max(at, seen)
-        self.dormant.discard(agent_id)
+        if agent_id in self.dormant:
+            self.dormant.discard(agent_id)
+            self._everyone = ()
         if agent and (agent_id not in self.active or at - seen >= ACTIVE_SECONDS * 1000):
             if agent_id not in self.active:  # else it has come back before a sweep saw that it was silent
                 self.active.add(agent_id)
@@ -2554,7 +2572,7 @@ class Hub:
         inboxes, shown = self.resolve(to, message.sender)
         if registered:
             self._expect_all(inboxes, named_in(shown)[0], message.sender)
-        if message.sender in inboxes and (message.type == "request" or (registered and message.type == "ping")):
+        if (message.type == "request" or (registered and message.type == "ping")) and message.sender in inboxes:
             raise InvalidRequest(f"a {message.type} to oneself is never answered: name another agent in `to`")
         if message.type == "response" and not message.reply_to and len(inboxes) == 1:
             message = self._as_answer(message, inboxes[0])
@@ -2596,10 +2614,10 @@ class Hub:
                 words = f"mail waits for {len(self._unregistered)} names that nobody has, as many as may be"
                 fix = f"check the name {json.dumps(new[0])}, or have the operator raise --max-agents"
                 raise StorageFull(f"{words}: {fix}")
-        full: tuple[str, ...] = ()
-        for name in inboxes:
-            if len(boxes.get(name, _NO_MAIL).unread) + (aside[name] if aside else 0) >= most:
-                full = (*full, name)
+        get = boxes.get
+        full = tuple([name for name in inboxes if len(get(name, _NO_MAIL).unread) >= most])
+        if aside:
+            full = tuple([name for name in inboxes if len(self.mail(name).unread) + aside[name] >= most])
         if full and len(full) == len(inboxes):
             raise self._no_room(full)
         self.pace.guard(message, to, inboxes, at, self._has_reason)
@@ -2650,8 +2668,9 @@ class Hub:
     def _arrive(self, message: Message, inboxes: tuple[str, ...], full: tuple[str, ...]) -> None:
         """A message comes into inboxes, which is all that most of them do."""
         seq, type = message.seq, message.type
+        get = self.inboxes.get
         for name in inboxes:
-            (self.inboxes.get(name) or self._inbox(name)).unread.append(seq)
+            (get(name) or self._inbox(name)).unread.append(seq)
         self.changes.append(Sent(message, inboxes, full))
         if type == "ping" and inboxes:
             self._pings[seq] = (message.id, message.sender, len(inboxes))
@@ -2726,8 +2745,14 @@ class Hub:
 
     def push(self, at: int, agent_id: str, seqs: tuple[int, ...], via: str) -> None:
         """Messages, whose seqs ascend, were written to a live reader."""
-        for run in self.inboxes.get(agent_id, _NO_MAIL).push(seqs):
-            self.deferred.setdefault((run, at, via), []).append(agent_id)
+        self.push_all(at, (agent_id,), seqs, via)
+
+    def push_all(self, at: int, agent_ids: Sequence[str], seqs: tuple[int, ...], via: str) -> None:
+        """Messages, whose seqs ascend, were written to live readers of each of these inboxes."""
+        written, boxes, deferred = array("q", seqs), self.inboxes, self.deferred
+        for name in agent_ids:
+            for run in boxes[name].push(written) if name in boxes else ():
+                deferred.setdefault((run, at, via), []).append(name)
 
     def claim(self, at: int, agent_id: str, seqs: tuple[int, ...], until: int) -> None:
         """Hide these messages from the other claiming readers of their inbox."""
@@ -3409,7 +3434,7 @@ class Hub:
                 self.touch(at, name)
         for name in sorted(name for name in self.active if self.status(name, at) == "offline"):
             self._went_offline(self.agents[name], at)
-        self.dormant = self._long_gone(at)
+        self.dormant, self._everyone = self._long_gone(at), ()
         seen = [Seen(name, self.seen[name]) for name in sorted(self.agents)]
         for one in [one for one in seen if self.tables[Seen].get(one.agent_id) != one]:
             self._put(one)
@@ -3804,10 +3829,11 @@ class Deliveries:
 
     def acknowledge(self, batch: list[Acknowledged]) -> None:
         """Note what was received."""
-        marks: dict[tuple[Sequence[int], int, str], list[str]] = {}
+        marks: dict[tuple[int, int, int, str], list[str]] = {}
         for inbox, first, last, at, via in batch:
-            marks.setdefault((range(first, last + 1), at, via), []).append(inbox)
-        self._mark("acks", [(names, *what) for what, names in marks.items()])
+            marks.setdefault((first, last, at, via), []).append(inbox)
+        rows = [(names, range(first, last + 1), at, via) for (first, last, at, via), names in marks.items()]
+        self._mark("acks", rows)
 
     def push(self, batch: list[Pushed]) -> None:
         """Note what was pushed: in ranges of all messages, where those were pushed to all of their inboxes."""
@@ -4427,7 +4453,14 @@ class Store:
             query = f"SELECT m.* FROM json_each(:seqs) JOIN messages AS m ON m.seq = value WHERE {' AND '.join(also)}"
             values = want._asdict() | {"seqs": dump(seqs), "me": want.between[0], "other": want.between[1]}
             rows = map(self._message, self._rows(f"{query} ORDER BY key", values))
-        return take_within(most, (m for m in rows if m.expires_at == 0 or m.expires_at > now), lambda m: len(m.payload))
+        taken: list[StoredMessage] = []
+        for message in rows:
+            if message.expires_at == 0 or message.expires_at > now:
+                most -= len(message.payload)
+                if most < 0 and taken:
+                    return taken, True
+                taken.append(message)
+        return taken, False
 
     def _recent_messages(self, seqs: Sequence[int]) -> Iterator[StoredMessage]:
         """The messages of these seqs, from memory or the file. No change makes one in memory wrong: a message
@@ -4999,7 +5032,8 @@ class InboxQuery(NamedTuple):
             why, at = yield Until(name, ends_at, "claims" if self.claim else "mail")
             cursor = self.start if why == OLDER or self.newest or self.claim else following
             over = why == OVER
-        texts = [m.envelope(redelivered=not self.newest and holds(hub.mail(name).pushed, m.seq)) for m in messages]
+        pushed = () if self.newest else hub.mail(name).pushed
+        texts = [message.envelope(bool(pushed) and holds(pushed, message.seq)) for message in messages]
         seqs = tuple([message.seq for message in messages])
         if seqs and self.claim:
             until = at + int(self.claim * 1000)
@@ -5996,18 +6030,8 @@ def note_json(note: Note) -> Json:
 
 def receipt_text(call: Call, receipt: Receipt) -> str:
     """A receipt as JSON text, written by hand: it is most of what a sender costs."""
-    hub, message, states = call.api.hub, receipt.message, delivery_states(call, receipt)
-    rows, looks = [], MAX_CLOSE
-    for name in (*receipt.inboxes, *receipt.full):
-        state, shown, close = states.get(name, "queued"), f'"{name}"', ""  # an agent_id needs no escaping
-        if not hub.known(name) and not is_group(name):
-            state, shown = states.get(name, "unknown"), dump(name)
-            similar = hub.close_to(name) if looks > 0 else []
-            looks -= 1
-            close = f',"did_you_mean":{dump(similar)}' if similar else ""
-        connected = "true" if name in hub.connections else "false"
-        more = f'"connected":{connected},"unread":{hub.unread(name)}{close}'
-        rows.append(f'{{"agent_id":{shown},"state":"{state}",{more}}}')
+    hub, message = call.api.hub, receipt.message
+    rows, pushed, queued = recipients_text(call, receipt)
     warning = reaches_nobody(hub, receipt) if not rows or message.lease else ""
     vain = groups_in_vain(hub, message) if not rows or message.to[0] == "[" else []
     if rows and vain:
@@ -6020,27 +6044,52 @@ def receipt_text(call: Call, receipt: Receipt) -> str:
     meant = [close for name in vain[:MAX_CLOSE] for close in hub.close_groups(name, message.sender)]
     more += f',"did_you_mean":{dump(meant)}' if meant else ""
     more += ',"duplicate":true' if receipt.duplicate else ""
-    kinds = list(states.values())
-    queued = len(receipt.inboxes) + len(receipt.full) - len(kinds)
     return (
         f'{{"success":true,"message_id":"{message.id}","seq":{message.receipt_seq or message.seq},'
-        f'"timestamp":"{timestamp(message.sent_at)}","recipients":[{",".join(rows)}],'
-        f'"pushed":{kinds.count("pushed")},"queued":{queued}{more}}}'
+        f'"timestamp":"{timestamp(message.sent_at)}","recipients":[{rows}],'
+        f'"pushed":{pushed},"queued":{queued}{more}}}'
     )
 
 
-def delivery_states(call: Call, receipt: Receipt) -> dict[str, str]:
-    """What is known of each inbox's copy; one that is only queued is left out."""
-    hub, message = call.api.hub, receipt.message
-    states = {name: "pushed" for name in receipt.inboxes if holds(hub.mail(name).pushed, message.seq)}
-    if receipt.full:
-        states |= dict.fromkeys(receipt.full, "inbox_full")
-    if receipt.duplicate:  # some may have been acknowledged since, or have run out
+def recipients_text(call: Call, receipt: Receipt) -> tuple[str, int, int]:
+    """A receipt's recipients as JSON text, and how many copies are pushed and queued."""
+    hub, seq = call.api.hub, receipt.message.seq
+    find, agents, connections, no_mail = hub.inboxes.get, hub.agents, hub.connections, hub.mail("")
+    states = rarer_states(call, receipt) if receipt.duplicate or receipt.full else {}
+    names = (*receipt.inboxes, *receipt.full)
+    rows, looks, pushed = [], MAX_CLOSE, 0
+    for name in names:
+        box = find(name, no_mail)
+        if box.pushed and (box.pushed[-1] == seq or holds(box.pushed, seq)):
+            state = "pushed"
+        else:
+            state = states.get(name, "queued")
+        pushed += state == "pushed"
+        shown, close = f'"{name}"', ""  # an agent_id needs no escaping
+        if name not in agents and name != OPERATOR and not is_group(name):
+            state, shown = ("unknown" if state == "queued" else state), dump(name)
+            similar = hub.close_to(name) if looks > 0 else []
+            looks -= 1
+            close = f',"did_you_mean":{dump(similar)}' if similar else ""
+        connected = "true" if name in connections else "false"
+        rows.append(
+            f'{{"agent_id":{shown},"state":"{state}","connected":{connected},"unread":{len(box.unread)}{close}}}'
+        )
+    neither = sum(state != "pushed" for state in states.values())
+    return ",".join(rows), pushed, len(names) - pushed - neither
+
+
+def rarer_states(call: Call, receipt: Receipt) -> dict[str, str]:
+    """What else than queued the copies are that were not just pushed: some may have been acknowledged since, or have
+    run out, or there was no room."""
+    message = receipt.message
+    states = dict.fromkeys(receipt.full, "inbox_full")
+    if receipt.duplicate:
         rows = call.api.log.deliveries(message.seq).items()
         over = 0 < abs(message.expires_at) <= call.at
         states |= {name: "expired" for name, row in rows if over and not row["acknowledged"]}
         states |= {name: "pushed" for name, row in rows if row["pushed"]}
-        states |= dict.fromkeys(hub.pushes(message.seq), "pushed")
+        states |= dict.fromkeys(call.api.hub.pushes(message.seq), "pushed")
     return states
 
 
@@ -7781,7 +7830,7 @@ class MailRun:
     and each reader gets them as one write."""
 
     def __init__(self, messages: list[Message]) -> None:
-        self.messages, self.seqs = messages, [message.seq for message in messages]
+        self.messages, self.seqs = messages, tuple([message.seq for message in messages])
         self._frames: dict[str, bytes] = {}
 
     def frames(self, format: str) -> bytes:
@@ -7923,7 +7972,7 @@ class InboxReader(Reader):
             sent = tuple([message.seq for message in messages])
             if self.proves:
                 self.written += sent
-            self.server.pushed(self.agent_id, sent, self.via)
+            self.server.pushed((self.agent_id,), sent, self.via)
         if cut:
             self.cursor = messages[-1].seq
         elif unread and end:
@@ -9003,8 +9052,7 @@ class Committer:
             self.hub.load(self.store.load(), self._server.clock())
             for change in undone:
                 if type(change) is Pushed:
-                    for name in change.inboxes:
-                        self.hub.push(change.at, name, change.seqs, change.via)
+                    self.hub.push_all(change.at, change.inboxes, change.seqs, change.via)
                 elif type(change) is Put and change.how == "lapsed" and change.value.agent_id in self.hub.agents:
                     self.hub.lapse(change.value.agent_id)
         except Exception:
@@ -9199,7 +9247,7 @@ class Server:
         self.copying: set[FileSender] = set()
         self.closing = self.flushing = self._passing = self._settling = self._moving_up = self._deep = False
         self._presence: dict[str, Presence] = {}
-        self._pushes: dict[tuple[str, str], list[int]] = {}
+        self._pushes: dict[tuple[tuple[int, ...], str], list[str]] = {}
         self._turn_ends = 0.0
         self._swept_at = self._audited_at = self._counted_at = self.loop.time()
         self._tick()
@@ -9259,16 +9307,15 @@ class Server:
             if readers := self.readers.get(name):
                 took = [reader.via for reader in list(readers) if reader.push(run)]
                 if took:
-                    self._pushes.setdefault((name, took[0]), []).extend(run.seqs)
+                    self._pushes.setdefault((run.seqs, took[0]), []).append(name)
         for subscriber in self.subscribers:
             subscriber.touch({f"hub://inbox/{name}" for name in inboxes})
 
     def note_pushes(self) -> None:
         """Note what of a batch was pushed, before the receipts leave that say so."""
         pushes, self._pushes = self._pushes, {}
-        at = self.clock()
-        for (name, via), seqs in pushes.items():
-            self.pushed(name, tuple(seqs), via, at)
+        for (seqs, via), names in pushes.items():
+            self.pushed(names, seqs, via)
 
     def _fall_behind(self, agent_id: str, first: int) -> None:
         """Messages came into an inbox that has newer ones."""
@@ -9333,9 +9380,9 @@ class Server:
 
     # readers
 
-    def pushed(self, agent_id: str, seqs: tuple[int, ...], via: str, at: int = 0) -> None:
-        """Remember what was written to a live reader: receipts say it, and what is sent again."""
-        self.hub.push(at or self.clock(), agent_id, seqs, via)
+    def pushed(self, agent_ids: Sequence[str], seqs: tuple[int, ...], via: str) -> None:
+        """Remember what was written to live readers: receipts say it, and what is sent again."""
+        self.hub.push_all(self.clock(), agent_ids, seqs, via)
         if self.hub.deferred and not self._settling:
             self._settling = True
             self.loop.call_later(SETTLE_SECONDS, self._settle)

@@ -1164,7 +1164,7 @@ def test_an_inbox_agrees_with_three_sets_whatever_is_done_to_it(seed: int) -> No
         some = (*sorted(chance.sample(sorted(unread), min(len(unread), chance.randrange(5)))), step + 9)
         kind = chance.randrange(8)
         if kind < 3:
-            runs, new = inbox.push(some), set(some) & unread - pushed
+            runs, new = inbox.push(ah.array("q", some)), set(some) & unread - pushed
             assert [seq for run in runs for seq in run] == sorted(new)
             assert not any(run[0] < seq < run[-1] for run in runs for seq in unread - pushed - set(run))
             pushed |= new
@@ -3118,10 +3118,13 @@ class Fields:
 
     def agent_id(self, rule: str) -> str:
         hub = self.world.hub
-        readers = {"disconnect": hub.connections, "claim": hub.agents, "push": hub.agents}
+        readers = {"disconnect": hub.connections, "claim": hub.agents, "push": hub.agents, "push_all": hub.agents}
         names = readers.get(rule, ["a", "b", "c", "Nobody", "operator"])
         self.agent = self.chance.choice(sorted(names) or [""])
         return self.agent
+
+    def agent_ids(self, rule: str) -> tuple[str, ...]:
+        return (self.agent_id(rule), *list(self.world.hub.agents)[:2])
 
     def to(self) -> str | tuple[str, ...]:
         return self.chance.choice(["a", "b", "ALL", "#c", "@x", "Nobody", ("a", "c", "#c")])
