@@ -234,11 +234,10 @@ SWEEP_BYTES = 2 << 20  # and about this much of messages: freeing their pages co
 SWEEP_PAUSE = 0.005  # seconds between two such turns while there is more: 10,000 messages a second may run out
 MAX_REQUESTS = 100_000  # unanswered requests tracked at a time, 40 MB; beyond, the oldest is no longer tracked
 FLOOR_STEP = 64  # messages an inbox acknowledges, and a quarter of what it has unread, until its floor is written
-MAX_KNOWN = 50_000  # audiences, and ends of inboxes' ranges, that the store need not look up; 10 MB
+MAX_KNOWN = 50_000  # lists of up to FEW recipients whose audience the store need not look up; 10 MB
 MAX_GROUPS = 100  # and groups with all who belong to them
-MAX_RECENT = 5_000  # newest messages whose inboxes it knows, on average a hundred, for when they are pushed; 5 MB
+FEW = 8
 RECENT_BYTES = 8 << 20  # of the messages that were read last, which stay in memory with their envelopes
-FEW = 8  # recipients of a group with which the same was so at once, up to which each has a row of its own
 INDEX_BATCH = 100  # messages taken into the search index in one turn: 2 ms, when nothing else is to be done
 INDEX_BYTES = 64 * 1024  # and no more than about this much of their text, which takes 7 ms
 INDEX_TEXT = 32 * 1024  # characters of one message that a search looks at
@@ -1669,6 +1668,7 @@ class Expired(NamedTuple):
     """Change: messages past their own time, which no reader gets any more; their traces can still be read."""
 
     seqs: tuple[int, ...]
+    at: int
 
 
 class Dropped(NamedTuple):
@@ -2770,7 +2770,7 @@ class Hub:
 
     def expire(self, at: int, messages: tuple[tuple[int, str, tuple[str, ...]], ...]) -> None:
         """These messages, as (seq, id, inboxes), are past their own time."""
-        self.changes.append(Expired(self._run_out(at, messages)))
+        self.changes.append(Expired(self._run_out(at, messages), at))
 
     def drop(self, at: int, messages: tuple[tuple[int, str, tuple[str, ...]], ...]) -> None:
         """These messages, as (seq, id, inboxes), have been kept for long enough."""
@@ -3563,7 +3563,6 @@ _PAYLOAD = Message._fields.index("payload")  # where it stands in a row
 _MESSAGE_COLUMNS = ", ".join(f'"{name}" {column}' for name, (column, *_) in _NAMED_CODECS)
 # Without an id, it is the one that the hub makes of epoch and seq.
 _MESSAGE_TABLE = f"(seq INTEGER PRIMARY KEY, id TEXT, {_MESSAGE_COLUMNS}, refused TEXT NOT NULL"
-_RANGES = "(inbox TEXT, last INTEGER, first INTEGER, at INTEGER, via TEXT, PRIMARY KEY (inbox, last)) WITHOUT ROWID"
 _NEW_EPOCH = "lower(hex(randomblob(4)))"
 _MADE_ID = "(SELECT value FROM meta WHERE key = 'epoch') || printf('-%013x', seq)"
 SCHEMA = f"""
@@ -3583,11 +3582,10 @@ CREATE TABLE audiences (id INTEGER PRIMARY KEY, name TEXT UNIQUE);
 CREATE TABLE audience_of (inbox TEXT, audience INTEGER, first INTEGER, last INTEGER,
     PRIMARY KEY (inbox, audience, first)) WITHOUT ROWID;
 CREATE INDEX audience_members ON audience_of (audience, last);
-CREATE TABLE acks {_RANGES};
-CREATE TABLE pushes {_RANGES};
-CREATE TABLE turns (last INTEGER PRIMARY KEY, first INTEGER, at INTEGER, via TEXT);
-CREATE TABLE group_marks (seq INTEGER, kind TEXT, at INTEGER, via TEXT, names TEXT, listed INTEGER,
+CREATE TABLE marks (seq INTEGER, kind TEXT, at INTEGER, via TEXT, names TEXT,
     PRIMARY KEY (seq, kind, at, via, names)) WITHOUT ROWID;
+CREATE TABLE ranges (inbox TEXT, kind TEXT, last INTEGER, first INTEGER, at INTEGER, via TEXT,
+    PRIMARY KEY (inbox, kind, last)) WITHOUT ROWID;
 CREATE TABLE claims (seq INTEGER, inbox TEXT, at INTEGER, until INTEGER, PRIMARY KEY (seq, inbox)) WITHOUT ROWID;
 CREATE TABLE floors (inbox TEXT PRIMARY KEY, seq INTEGER, but TEXT) WITHOUT ROWID;
 CREATE TABLE channel_messages (channel TEXT, seq INTEGER, PRIMARY KEY (channel, seq)) WITHOUT ROWID;
@@ -3628,11 +3626,11 @@ _STORED = {  # how whole messages are read
     "messages": f"SELECT m.*, {_INBOXES} AS inboxes FROM messages AS m",
     "delayed": "SELECT *, inboxes FROM delayed",
 }
-# The copies of a message: their inboxes, and the seq.
-_COPIES = f"(SELECT value AS inbox, seq FROM messages AS m, json_each({_INBOXES}) WHERE seq = ?) AS h"
+# The copies of a message: their inboxes, the seq, and when its time is over.
+_COPIES = f"""(SELECT value AS inbox, seq, abs(expires_at) AS ends FROM messages AS m, json_each({_INBOXES})
+    WHERE seq = ?) AS h"""
 # The first of the ranges of an inbox that end there or later; they do not overlap, so no other holds that seq.
-_TURN = "(SELECT first FROM turns WHERE last >= h.seq ORDER BY last LIMIT 1)"
-_RANGE = "(SELECT {1} FROM {0} WHERE inbox = h.inbox AND last >= h.seq ORDER BY last LIMIT 1)"
+_RANGE = "(SELECT {1} FROM ranges WHERE inbox = h.inbox AND kind = {0} AND last >= h.seq ORDER BY last LIMIT 1)"
 _FORGET = "INSERT OR IGNORE INTO forgotten SELECT {0} FROM meta WHERE key = 'indexed' AND value >= {0}"
 _GAP = f"""
     INSERT INTO gaps SELECT value, seq FROM messages AS m, json_each({_INBOXES}) WHERE seq = :each.seqs
@@ -3641,8 +3639,8 @@ _GAP = f"""
 _INSERT_MESSAGE = f"INSERT INTO {{}} VALUES ({', '.join('?' * (len(Message._fields) + 2))})"
 _JUST_CAME = """
     DELETE FROM claims WHERE seq = :seq AND inbox = :inbox;
-    UPDATE group_marks SET names = iif(listed, (SELECT json_group_array(value) FROM json_each(names)
-    WHERE value <> :inbox), json_insert(names, '$[#]', :inbox)) WHERE seq = :seq;
+    UPDATE marks SET names = (SELECT json_group_array(value) FROM json_each(names) WHERE value <> :inbox)
+    WHERE seq = :seq;
     UPDATE floors SET but = (SELECT json_group_array(value) FROM json_each(but) WHERE value < :seq), seq = :seq - 1
     WHERE inbox = :inbox AND seq >= :seq"""
 # What each change does to the tables, by its type; of state, by the value's type too.
@@ -3654,12 +3652,11 @@ _STATEMENTS: dict[type | tuple[type, type], str] = {
     Expired: f"""
         {_GAP};
         {_FORGET.format(":each.seqs")};
+        INSERT INTO marks SELECT seq, 'acks', :at, 'expired', '' FROM messages WHERE seq = :each.seqs;
         UPDATE messages SET payload = 'null', expires_at = -abs(expires_at) WHERE seq = :each.seqs""",
     Dropped: f"""
         {_GAP};
         {_FORGET.format(":each.seqs")};
-        DELETE FROM claims WHERE seq = :each.seqs;
-        DELETE FROM group_marks WHERE seq = :each.seqs;
         DELETE FROM channel_messages WHERE seq = :each.seqs AND channel IN (SELECT value FROM messages,
         json_each(iif("to" LIKE '[%', "to", json_array(json("to")))) WHERE messages.seq = :each.seqs);
         DELETE FROM messages WHERE seq = :each.seqs;
@@ -3668,6 +3665,7 @@ _STATEMENTS: dict[type | tuple[type, type], str] = {
         UPDATE messages SET id = ifnull(id, {_MADE_ID}), receipt_seq = iif(receipt_seq, receipt_seq, seq), seq = :seq
         WHERE seq = :was;
         DELETE FROM claims WHERE seq = :was;
+        DELETE FROM marks WHERE seq = :was;
         UPDATE channel_messages SET seq = :seq WHERE channel = :group AND seq = :was;
         {_FORGET.format(":was")}""",
     (Put, Lock): "UPDATE meta SET value = max(value, :value.token) WHERE key = 'fence'",
@@ -3701,15 +3699,16 @@ def statements_of(kind: type, batch: list[Any]) -> Iterator[tuple[str, list[Any]
 # --- Deliveries -------------------------------------------------------------------------------------------------------
 
 
-# What inboxes have unread, above their floors and below; of it, what has marks of a group, what was pushed, and claims.
+# What inboxes have unread, above their floors and below, as far as `ranges` say; of it, what has marks, what was pushed
+# and claims.
 UNREAD = [
     f"""
     SELECT h.inbox, json_group_array(h.seq), json_group_array(h.seq) FILTER
-    (WHERE EXISTS (SELECT 1 FROM group_marks AS g WHERE g.seq = h.seq)),
-    json_group_array(h.seq) FILTER (WHERE h.seq >= {_RANGE.format("pushes", "first")} OR h.seq >= {_TURN}),
+    (WHERE EXISTS (SELECT 1 FROM marks AS k WHERE k.seq = h.seq)),
+    json_group_array(h.seq) FILTER (WHERE h.seq >= {_RANGE.format("'pushes'", "first")}),
     json_group_array(json_array(h.seq, c.until)) FILTER (WHERE c.until)
     FROM ({held}) AS h LEFT JOIN claims AS c ON c.seq = h.seq AND c.inbox = h.inbox
-    WHERE NOT ifnull(h.seq >= {_RANGE.format("acks", "first")}, 0) GROUP BY h.inbox"""
+    WHERE NOT ifnull(h.seq >= {_RANGE.format("'acks'", "first")}, 0) GROUP BY h.inbox"""
     for held in (
         "SELECT a.inbox, m.seq FROM audience_of AS a LEFT JOIN floors AS f ON f.inbox = a.inbox CROSS JOIN"
         " messages AS m ON m.audience = a.audience AND m.seq BETWEEN max(a.first, ifnull(f.seq, 0) + 1) AND a.last"
@@ -3720,16 +3719,13 @@ UNREAD = [
 ]
 
 
-_UNKNOWN: tuple[int, tuple[str, ...]] = (0, ())
-
-
 class Deliveries:
     """In which inboxes a message lies, and what became of it there. A message is one row, and names its audience: a
     list of inboxes, with an id above 0; or with one below, those who belonged to a group at that seq, without the
-    message's sender, so that a row is written only when one comes or goes. What was received or pushed is a range of
-    seqs (`acks`, `pushes`): what lay in an inbox then. Everything in it up to its floor is settled, `but` a few.
-    `turns` are ranges of all messages that were pushed to all of their inboxes at once. For a part of those of a group
-    message there is one row (`group_marks`), which names them (`listed`), or the others."""
+    message's sender, so that a row is written only when one comes or goes. What was received (`acks`) or pushed at
+    once is a row of `marks` for each message, which names its inboxes (all of them, if empty), or a row of `ranges` for
+    each inbox, of all that lay in it then; whichever is fewer. All in an inbox up to its floor is settled, `but` a few.
+    """
 
     def __init__(self, writer: sqlite3.Connection) -> None:
         self._run, self._run_many = writer.execute, writer.executemany
@@ -3739,21 +3735,12 @@ class Deliveries:
         """Know nothing of what the tables hold: what was written has been undone."""
         self._lists: dict[tuple[str, ...], int] = {}  # audiences by their inboxes
         self._groups: dict[str, tuple[int, set[str]]] = {}  # and by the `to` of messages, with who belongs there now
-        self._inboxes: dict[int, tuple[int, tuple[str, ...]]] = {}  # of the newest messages, with their audience
-        self._names = 0  # in all of these
-        self._ends: dict[tuple[str, str], int] = {}  # no range of that table and inbox ends later
         self._left, self._emptier = set[int](), set[str]()  # audiences and inboxes for `tidy` to look at
 
     def _audience(self, message: Message, inboxes: tuple[str, ...]) -> int:
         if len(inboxes) > 1 and message.sender not in inboxes and any(map(is_group, named_in(message.to))):
-            audience = self._group(message, inboxes)
-        else:
-            audience = self._lists.get(inboxes) or self._list(inboxes)
-        self._inboxes[message.seq] = audience, inboxes
-        self._names += len(inboxes)
-        while len(self._inboxes) > MAX_RECENT or self._names > MAX_RECENT * 100:
-            self._names -= len(self._inboxes.pop(next(iter(self._inboxes)))[1])
-        return audience
+            return self._group(message, inboxes)
+        return self._lists.get(inboxes) or self._list(inboxes)
 
     def _list(self, inboxes: tuple[str, ...]) -> int:
         if len(self._lists) >= MAX_KNOWN:
@@ -3803,7 +3790,6 @@ class Deliveries:
     def _readdress(self, seq: int, inboxes: tuple[str, ...]) -> None:
         row = self._run("SELECT audience FROM messages WHERE seq = ?", (seq,)).fetchone()
         self._run("UPDATE messages SET audience = ? WHERE seq = ?", (self._list(inboxes), seq))
-        self._names -= len(self._inboxes.pop(seq, _UNKNOWN)[1])
         self._left.update(row or ())
 
     def transfer(self, batch: list[Transferred]) -> None:
@@ -3813,102 +3799,58 @@ class Deliveries:
                 row = self._run(f"SELECT {_INBOXES} FROM messages AS m WHERE seq = ?", (seq,)).fetchone()
                 names = json.loads(row[0]) if row else ()
                 self._readdress(seq, tuple(dict.fromkeys(agent_id if name == inbox else name for name in names)))
-                self._split("acks", agent_id, seq)
-                self._split("pushes", agent_id, seq)
+                self._split(agent_id, seq)
             for sql in _JUST_CAME.split(";"):
                 self._run_many(sql, [{"inbox": agent_id, "seq": seq} for seq in seqs])
 
-    def _split(self, table: str, inbox: str, seq: int) -> None:
-        """Take a seq out of the range that holds it, if one does."""
-        sql = f"SELECT * FROM {table} WHERE inbox = ? AND last >= ? ORDER BY last LIMIT 1"
-        _, last, first, *how = self._run(sql, (inbox, seq)).fetchone() or (inbox, 0, seq + 1)
-        if first <= seq:
-            self._run(f"DELETE FROM {table} WHERE inbox = ? AND last = ?", (inbox, last))
-            parts = [(inbox, high, low, *how) for low, high in ((first, seq - 1), (seq + 1, last)) if low <= high]
-            self._run_many(f"INSERT INTO {table} VALUES (?,?,?,?,?)", parts)
+    def _split(self, inbox: str, seq: int) -> None:
+        """Take a seq out of the ranges that hold it."""
+        for kind in ("acks", "pushes"):
+            sql = "SELECT * FROM ranges WHERE inbox = ? AND kind = ? AND last >= ? ORDER BY last LIMIT 1"
+            row = self._run(sql, (inbox, kind, seq)).fetchone()
+            if row and row[3] <= seq:
+                _, _, last, first, at, via = row
+                self._run("DELETE FROM ranges WHERE inbox = ? AND kind = ? AND last = ?", (inbox, kind, last))
+                self._note_range(kind, inbox, first, seq - 1, at, via)
+                self._note_range(kind, inbox, seq + 1, last, at, via)
 
     def acknowledge(self, batch: list[Acknowledged]) -> None:
         """Note what was received."""
         marks: dict[tuple[int, int, int, str], list[str]] = {}
         for inbox, first, last, at, via in batch:
             marks.setdefault((first, last, at, via), []).append(inbox)
-        rows = [(names, range(first, last + 1), at, via) for (first, last, at, via), names in marks.items()]
-        self._mark("acks", rows)
+        runs = [(names, range(first, last + 1), at, via) for (first, last, at, via), names in marks.items()]
+        self._note("acks", runs)
 
     def push(self, batch: list[Pushed]) -> None:
-        """Note what was pushed: in ranges of all messages, where those were pushed to all of their inboxes."""
-        counts: dict[tuple[int, str, int], int] = {}
-        for names, seqs, at, via in batch:
-            for seq in seqs:
-                counts[at, via, seq] = counts.get((at, via, seq), 0) + len(names)
-        whole = {key for key, count in counts.items() if count == len(self._inboxes.get(key[2], _UNKNOWN)[1])}
-        runs = itertools.groupby(enumerate(sorted(whole)), lambda pair: (*pair[1][:2], pair[1][2] - pair[0]))
-        for (at, via, _), run in runs:
-            turn = [seq for _, (_, _, seq) in run]
-            self._run("INSERT OR IGNORE INTO turns VALUES (?,?,?,?)", (turn[-1], turn[0], at, via))
-        if len(whole) < len(counts):
-            rest = [(names, [s for s in seqs if (at, via, s) not in whole], at, via) for names, seqs, at, via in batch]
-            self._mark("pushes", [row for row in rest if row[1]])
+        """Note what was pushed."""
+        self._note("pushes", batch)
 
-    def expire(self, batch: list[Expired]) -> None:
-        """Note messages as settled where they were not acknowledged: what is received later does not go over them."""
-        sql = f"SELECT h.inbox FROM {_COPIES} WHERE NOT ifnull(h.seq >= {_RANGE.format('acks', 'first')}, 0)"
-        acks = "SELECT names, listed FROM group_marks WHERE seq = ? AND kind = 'acks'"
-        for seq in [seq for change in batch for seq in change.seqs]:
-            names = tuple([name for (name,) in self._run(sql, (seq,))])
-            for text, listed in self._run(acks, (seq,)):
-                here = {*json.loads(text)}
-                names = tuple([name for name in names if (name in here) != listed])
-            for (at,) in self._run("SELECT abs(expires_at) FROM messages WHERE seq = ?", (seq,)).fetchall():
-                self._mark("acks", [(names, (seq,), at, "expired")])
-
-    def _mark(self, kind: str, marks: Iterable[tuple[Sequence[str], Sequence[int], int, str]]) -> None:
-        """Note messages, as (inboxes, seqs, at, via), in ranges; those to a group in a row each."""
-        ranges: list[tuple[str, int, int, int, str]] = []
-        groups: dict[tuple[int, str, int, str], list[str]] = {}
+    def _note(self, kind: str, marks: Iterable[tuple[Sequence[str], Sequence[int], int, str]]) -> None:
+        """Note what was so of some messages in some inboxes, as (inboxes, seqs, at, via)."""
+        rows = []
         for names, seqs, at, via in marks:
-            if len(names) > max(len(seqs), FEW) and all(self._inboxes.get(seq, _UNKNOWN)[0] < 0 for seq in seqs):
-                for seq in seqs:
-                    groups.setdefault((seq, kind, at, via), []).extend(names)
+            if len(seqs) == 1 or len(names) > len(seqs):
+                text = dump(names)
+                rows += [(seq, kind, at, via, text) for seq in seqs]
             else:
-                ranges += [(name, seqs[0], seqs[-1], at, via) for name in names]
-        self._note(kind, ranges)
-        if groups:
-            rows = [(*key, *self._shorter(key[0], names)) for key, names in groups.items()]
-            self._run_many("INSERT OR IGNORE INTO group_marks VALUES (?,?,?,?,?,?)", rows)
+                for name in names:
+                    self._note_range(kind, name, seqs[0], seqs[-1], at, via)
+        self._run_many("INSERT OR IGNORE INTO marks VALUES (?,?,?,?,?)", rows)
 
-    def _shorter(self, seq: int, names: list[str]) -> tuple[str, bool]:
-        """These of a message's inboxes, listed, or the others."""
-        _, inboxes = self._inboxes[seq]
-        if len(names) <= len(inboxes) / 2:
-            return dump(names), True
-        here = {*names}
-        return dump([name for name in inboxes if name not in here]), False
-
-    def _note(self, table: str, ranges: Iterable[tuple[str, int, int, int, str]]) -> None:
-        """Note ranges, as (inbox, first, last, at, via): what is in an earlier one stays there."""
-        rows: list[tuple[Any, ...]] = []
-        insert, ends = f"INSERT INTO {table} VALUES (?,?,?,?,?)", self._ends
-        if len(ends) >= MAX_KNOWN:
-            ends.clear()
-        for inbox, first, last, at, via in ranges:
-            end = ends.get((table, inbox))
-            if end is None:
-                end = self._run(f"SELECT ifnull(max(last), 0) FROM {table} WHERE inbox = ?", (inbox,)).fetchone()[0]
-            if first <= end:
-                self._run_many(insert, rows)
-                rows = []
-                sql = f"SELECT first, last FROM {table} WHERE inbox = ? AND last >= ? ORDER BY last"
-                for low, high in self._run(sql, (inbox, first)):
-                    if low > first:
-                        rows.append((inbox, min(low - 1, last), first, at, via))
-                    first = high + 1
-                    if high >= last:
-                        break
-            if first <= last:
-                rows.append((inbox, last, first, at, via))
-            ends[table, inbox] = max(end, last)
-        self._run_many(insert, rows)
+    def _note_range(self, kind: str, inbox: str, first: int, last: int, at: int, via: str) -> None:
+        """Note a range: what is in an earlier one stays there."""
+        rows = []
+        sql = "SELECT first, last FROM ranges WHERE inbox = ? AND kind = ? AND last >= ? ORDER BY last"
+        for low, high in self._run(sql, (inbox, kind, first)):
+            if first < low:
+                rows.append((inbox, kind, min(low - 1, last), first, at, via))
+            first = high + 1
+            if first > last:
+                break
+        if first <= last:
+            rows.append((inbox, kind, last, first, at, via))
+        self._run_many("INSERT INTO ranges VALUES (?,?,?,?,?,?)", rows)
 
     def drop(self, batch: list[Dropped]) -> None:
         """Note where messages lay that will be gone."""
@@ -3931,12 +3873,12 @@ class Deliveries:
                 self._lists.pop(tuple(json.loads(name)) if audience > 0 else (), None)
         if self._emptier:
             (oldest,) = self._run("SELECT ifnull(min(seq), ?) FROM messages", (EVER,)).fetchone()
-            values = [(name, oldest) for name in self._emptier]
-            self._run("DELETE FROM turns WHERE last < ?", (oldest,))
-            self._run_many("DELETE FROM acks WHERE inbox = ? AND last < ?", values)
-            self._run_many("DELETE FROM pushes WHERE inbox = ? AND last < ?", values)
+            self._run("DELETE FROM marks WHERE seq < ?", (oldest,))
+            self._run("DELETE FROM claims WHERE seq < ?", (oldest,))
+            values = [(name, kind, oldest) for name in self._emptier for kind in ("acks", "pushes")]
+            self._run_many("DELETE FROM ranges WHERE inbox = ? AND kind = ? AND last < ?", values)
             unused = "NOT EXISTS (SELECT 1 FROM audience_of WHERE inbox = ?1)"
-            self._run_many(f"DELETE FROM floors WHERE inbox = ?1 AND ?2 AND {unused}", values)
+            self._run_many(f"DELETE FROM floors WHERE inbox = ?1 AND {unused}", [(name,) for name in self._emptier])
         self._left, self._emptier = set(), set()
 
 
@@ -3946,7 +3888,6 @@ WRITERS: dict[type, Callable[[Deliveries, list[Any]], None]] = {
     Pushed: Deliveries.push,
     Transferred: Deliveries.transfer,
     Handed: Deliveries.hand,
-    Expired: Deliveries.expire,
     Dropped: Deliveries.drop,
 }
 
@@ -4418,20 +4359,18 @@ class Store:
         """What each inbox has unread, what of it was pushed, and claims in it as (seq, until)."""
         rows, gone, pushed = self._reader.execute, dict[str, set[int]](), dict[str, set[int]]()
         unread, claims = dict[str, list[int]](), dict[str, list[tuple[int, int]]]()
-        in_group: dict[int, list[str]] = {}  # inboxes with a group message that may be unread, by its seq
+        marked: dict[int, set[str]] = {}  # inboxes with a message that has marks, by its seq
         for name, *lists in itertools.chain.from_iterable(map(rows, UNREAD)):  # as JSON: rows would be tuples
-            seqs, group, pushes, until = map(json.loads, lists)
+            seqs, with_marks, pushes, until = map(json.loads, lists)
             unread[name] = unread.get(name, []) + seqs
             pushed[name] = pushed.get(name, set()) | {*pushes}
             claims[name] = claims.get(name, []) + until
-            for seq in group:
-                in_group.setdefault(seq, []).append(name)
-        sql = "SELECT m.* FROM json_each(?) CROSS JOIN group_marks AS m ON m.seq = value"
-        for seq, kind, *_, text, listed in rows(sql, (dump([*in_group]),)):
-            names, marks = {*json.loads(text)}, gone if kind == "acks" else pushed
-            for name in in_group[seq]:
-                if (name in names) == listed:
-                    marks.setdefault(name, set()).add(seq)
+            for seq in with_marks:
+                marked.setdefault(seq, set()).add(name)
+        sql = "SELECT seq, kind, names FROM json_each(?) CROSS JOIN marks ON seq = value"
+        for seq, kind, names in rows(sql, (dump([*marked]),)):
+            for name in marked[seq].intersection(json.loads(names)) if names else marked[seq]:
+                (gone if kind == "acks" else pushed).setdefault(name, set()).add(seq)
         for name, over in gone.items():
             unread[name] = [seq for seq in unread[name] if seq not in over]
             pushed[name] -= over
@@ -4563,31 +4502,26 @@ class Store:
 
     def deliveries(self, seq: int) -> dict[str, dict[str, Any]]:
         """When a message was pushed, claimed, acknowledged and so on (ms since 1970), and how, by inbox."""
-        ranges = "LEFT JOIN {0} AS {1} ON {1}.inbox = h.inbox AND {1}.first <= h.seq AND {1}.last = "
-        ranges += _RANGE.format("{0}", "last")
-        rows = self._rows(
-            f"SELECT h.inbox, c.at, c.until, k.at, k.via, p.at, p.via FROM {_COPIES}"
-            f" {ranges.format('acks', 'k')} {ranges.format('pushes', 'p')}"
-            " LEFT JOIN claims AS c ON c.seq = h.seq AND c.inbox = h.inbox",
-            (seq,),
-        )
-        query = (
-            "SELECT kind, at, via, listed, names FROM group_marks WHERE seq = ?1 UNION ALL SELECT 'pushes', at, via, 0,"
-            " '[]' FROM (SELECT * FROM turns WHERE last >= ?1 ORDER BY last LIMIT 1) WHERE first <= ?1"
-        )
-        deliveries, marks = {}, [(*mark, {*json.loads(names)}) for *mark, names in self._rows(query, (seq,))]
-        for inbox, claimed, until, *ranged in rows:
-            times: dict[str, list[tuple[int, str]]] = {"acks": [], "pushes": []}
-            for kind, at, via, listed, names in marks:
-                if (inbox in names) == listed:
-                    times[kind].append((at, via))
-            settled, via = min([*times["acks"], tuple(ranged[:2])], key=lambda mark: mark[0] or EVER)
-            if (ranged[2] or EVER) <= (settled or EVER):  # else it goes over what was read without a push
-                times["pushes"].append(tuple(ranged[2:]))
-            pushed, push_via = min(times["pushes"], default=(None, None), key=lambda mark: mark[0] or EVER)
-            acked, over = (None, settled) if via == "expired" else (settled, None)
-            row = {"acknowledged": acked, "acknowledged_via": acked and via, "pushed": pushed, "pushed_via": push_via}
-            deliveries[inbox] = row | {"claimed": claimed, "claimed_until": until, "expired": over}
+        copies = f"SELECT h.inbox, ends, at, until FROM {_COPIES} LEFT JOIN claims ON claims.seq = h.seq"
+        claims = {row[0]: row for row in self._rows(f"{copies} AND claims.inbox = h.inbox", (seq,))}
+        ranges = f"""
+            SELECT r.kind, r.at, r.via, json_array(h.inbox) FROM {_COPIES} CROSS JOIN
+            (SELECT 'acks' AS kind UNION SELECT 'pushes') AS k JOIN ranges AS r ON r.inbox = h.inbox
+            AND r.kind = k.kind AND r.last = {_RANGE.format("k.kind", "last")} WHERE r.first <= h.seq"""
+        marks = "SELECT kind, at, via, names FROM marks WHERE seq = ?"
+        firsts: dict[tuple[str, str], tuple[int, bool, str]] = {}  # how it was first, by kind and inbox
+        for kind, at, via, names in self._rows(f"{marks} UNION ALL {ranges}", (seq, seq)):
+            for name in json.loads(names) if names else claims:
+                firsts[kind, name] = min((at, via == "expired", via), firsts.get((kind, name), (EVER, True, "")))
+        deliveries = {}
+        for inbox, ends, claimed, until in claims.values():
+            settled, expired, via = firsts.get(("acks", inbox), (None, False, None))
+            pushed, _, push_via = firsts.get(("pushes", inbox), (None, False, None))
+            if (pushed or 0) > (settled or EVER):  # that range goes over what was read without a push
+                pushed = push_via = None
+            row = {"acknowledged": None if expired else settled, "acknowledged_via": None if expired else via}
+            row |= {"pushed": pushed, "pushed_via": push_via, "claimed": claimed, "claimed_until": until}
+            deliveries[inbox] = row | {"expired": ends if expired else None}
         return deliveries
 
     def last_said(self, channels: Iterable[str]) -> dict[str, int]:

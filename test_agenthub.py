@@ -3383,7 +3383,6 @@ class Ledger(Player):
 
 
 def test_what_moves_to_an_agents_inbox_is_new_there(crew: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ah, "FEW", 0)
     first, second = (crew.send("boss", ("@build", "Bee")).message.seq for _ in "12")
     crew.commit()
     crew.apply("claim", "w1", (first, second), crew.clock() + 5000)
@@ -3404,7 +3403,6 @@ def test_what_moves_to_an_agents_inbox_is_new_there(crew: World, monkeypatch: py
 
 
 def test_what_was_received_just_before_it_ran_out_did_not_expire(crew: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ah, "FEW", 1)
     seq = crew.send("boss", "ALL", expires_at=crew.clock() + 1000).message.seq
     crew.commit()
     crew.clock.advance(2)
@@ -3444,7 +3442,7 @@ def test_audiences_that_were_deleted_or_undone_are_made_again(crew: World) -> No
         assert not any(rows_of(crew).values())
 
 
-ROWS = ("audiences", "audience_of", "acks", "pushes", "turns", "group_marks", "claims", "floors", "messages")
+ROWS = ("audiences", "audience_of", "marks", "ranges", "claims", "floors", "messages")
 
 
 def rows_of(world: World) -> dict[str, int]:
@@ -3472,7 +3470,7 @@ def test_a_message_to_all_is_one_row_and_so_is_its_push(crew: World) -> None:
     for name in names[:20]:
         crew.apply("ack", name, seqs=(seq,), via="websocket")
     crew.commit()
-    assert rows_of(crew)["group_marks"] == 2 and rows_of(crew)["acks"] == 0
+    assert rows_of(crew)["marks"] == 2 and rows_of(crew)["ranges"] == 0
     crew.register("late")
     crew.send("boss", "ALL")
     crew.commit()
@@ -3480,7 +3478,6 @@ def test_a_message_to_all_is_one_row_and_so_is_its_push(crew: World) -> None:
 
 
 def test_when_all_is_dropped_no_row_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ah, "FEW", 1)
     player = Ledger(7, tmp_path / "hub.db")
     for _ in range(800):
         player.step()
