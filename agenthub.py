@@ -234,9 +234,8 @@ SWEEP_BYTES = 2 << 20  # and about this much of messages: freeing their pages co
 SWEEP_PAUSE = 0.005  # seconds between two such turns while there is more: 10,000 messages a second may run out
 MAX_REQUESTS = 100_000  # unanswered requests tracked at a time, 40 MB; beyond, the oldest is no longer tracked
 FLOOR_STEP = 64  # messages an inbox acknowledges, and a quarter of what it has unread, until its floor is written
-MAX_KNOWN = 50_000  # lists of up to FEW recipients whose audience the store need not look up; 10 MB
+MAX_KNOWN = 50_000  # inboxes that the store knows to be noted as audiences, 5 MB
 MAX_GROUPS = 100  # and groups with all who belong to them
-FEW = 8
 RECENT_BYTES = 8 << 20  # of the messages that were read last, which stay in memory with their envelopes
 INDEX_BATCH = 100  # messages taken into the search index in one turn: 2 ms, when nothing else is to be done
 INDEX_BYTES = 64 * 1024  # and no more than about this much of their text, which takes 7 ms
@@ -3478,6 +3477,7 @@ FSYNC_FAILED = (1034, 1290)  # SQLITE_IOERR_FSYNC and _DIR_FSYNC; Python says wh
 APPLICATION_ID = 0x61676874  # "aght" in SQLite's header: how a file says whose it is
 STORE_VERSION = 2
 EVER = 1 << 62  # the `last` of a membership that goes on
+GROUP, LIST = chr(9), chr(10)  # how audiences begin that are not an inbox; no name does
 WAL_KEPT = 64 << 20  # bytes of write-ahead log that stay after a burst: to overwrite them is quicker than to grow again
 PROBE_BYTES = 16_384  # four pages, what a small commit writes (see `write`): a disk that takes them takes that too
 
@@ -3568,7 +3568,7 @@ _MADE_ID = "(SELECT value FROM meta WHERE key = 'epoch') || printf('-%013x', seq
 SCHEMA = f"""
 BEGIN IMMEDIATE;
 CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
-CREATE TABLE messages {_MESSAGE_TABLE}, audience INTEGER NOT NULL);
+CREATE TABLE messages {_MESSAGE_TABLE}, audience TEXT NOT NULL);
 CREATE TABLE delayed {_MESSAGE_TABLE}, inboxes TEXT NOT NULL);
 CREATE INDEX message_audiences ON messages (audience, seq, sender);
 CREATE UNIQUE INDEX message_ids ON messages (id) WHERE id IS NOT NULL;
@@ -3578,8 +3578,7 @@ CREATE INDEX message_senders ON messages (sender);
 CREATE INDEX message_receipts ON messages (receipt_seq) WHERE receipt_seq > 0;
 CREATE UNIQUE INDEX delayed_ids ON delayed (id);
 CREATE INDEX delayed_due ON delayed (due_at);
-CREATE TABLE audiences (id INTEGER PRIMARY KEY, name TEXT UNIQUE);
-CREATE TABLE audience_of (inbox TEXT, audience INTEGER, first INTEGER, last INTEGER,
+CREATE TABLE audience_of (inbox TEXT, audience TEXT, first INTEGER, last INTEGER,
     PRIMARY KEY (inbox, audience, first)) WITHOUT ROWID;
 CREATE INDEX audience_members ON audience_of (audience, last);
 CREATE TABLE marks (seq INTEGER, kind TEXT, at INTEGER, via TEXT, names TEXT,
@@ -3604,7 +3603,7 @@ UPDATE meta SET value = {_NEW_EPOCH} WHERE key = 'epoch'
 """
 
 
-def _message_row(sent: Sent | Delayed, where: int | str) -> tuple[Any, ...]:
+def _message_row(sent: Sent | Delayed, where: str) -> tuple[Any, ...]:
     """An id that the hub made follows from the seq and is not stored, unless the seq is not the one it was made of."""
     m, _, full = sent
     return (m.seq, m.id if m.digest or m.due_at else None, *m[2:], dump(full) if full else "[]", where)
@@ -3617,11 +3616,11 @@ def _channel_rows(batch: list[Sent]) -> list[tuple[str, int]]:
 
 _CAME_AT = "max(sent_at, due_at)"  # when a message came into its inboxes
 # The inboxes of a message m, as a JSON list, in the order in which its receipt named them; those of a group by name.
-_INBOXES = """iif(m.audience > 0, (SELECT name FROM audiences WHERE id = m.audience), (SELECT json_group_array(inbox)
-    FROM (SELECT inbox FROM audience_of WHERE audience = m.audience AND last >= m.seq AND first <= m.seq
-    AND inbox <> m.sender ORDER BY inbox)))"""
+_INBOXES = """CASE substr(m.audience, 1, 1) WHEN char(10) THEN substr(m.audience, 2) WHEN char(9) THEN
+    (SELECT json_group_array(inbox) FROM (SELECT inbox FROM audience_of WHERE audience = m.audience AND last >= m.seq
+    AND first <= m.seq AND inbox <> m.sender ORDER BY inbox)) ELSE json_array(m.audience) END"""
 _IN_INBOX = """EXISTS (SELECT 1 FROM audience_of AS a WHERE a.inbox = {0} AND a.audience = m.audience
-    AND m.seq BETWEEN a.first AND a.last AND (m.audience > 0 OR m.sender <> {0}))"""
+    AND m.seq BETWEEN a.first AND a.last AND (m.audience >= char(10) OR m.sender <> {0}))"""
 _STORED = {  # how whole messages are read
     "messages": f"SELECT m.*, {_INBOXES} AS inboxes FROM messages AS m",
     "delayed": "SELECT *, inboxes FROM delayed",
@@ -3639,8 +3638,8 @@ _GAP = f"""
 _INSERT_MESSAGE = f"INSERT INTO {{}} VALUES ({', '.join('?' * (len(Message._fields) + 2))})"
 _JUST_CAME = """
     DELETE FROM claims WHERE seq = :seq AND inbox = :inbox;
-    UPDATE marks SET names = (SELECT json_group_array(value) FROM json_each(names) WHERE value <> :inbox)
-    WHERE seq = :seq;
+    UPDATE OR REPLACE marks SET names = (SELECT json_group_array(value) FROM json_each(names) WHERE value <> :inbox)
+    WHERE seq = :seq AND names <> '';
     UPDATE floors SET but = (SELECT json_group_array(value) FROM json_each(but) WHERE value < :seq), seq = :seq - 1
     WHERE inbox = :inbox AND seq >= :seq"""
 # What each change does to the tables, by its type; of state, by the value's type too.
@@ -3712,7 +3711,7 @@ UNREAD = [
     for held in (
         "SELECT a.inbox, m.seq FROM audience_of AS a LEFT JOIN floors AS f ON f.inbox = a.inbox CROSS JOIN"
         " messages AS m ON m.audience = a.audience AND m.seq BETWEEN max(a.first, ifnull(f.seq, 0) + 1) AND a.last"
-        " WHERE m.audience > 0 OR m.sender <> a.inbox",
+        " WHERE m.audience >= char(10) OR m.sender <> a.inbox",
         "SELECT f.inbox, m.seq FROM floors AS f CROSS JOIN json_each(f.but) AS b CROSS JOIN messages AS m"
         " ON m.seq = b.value",
     )
@@ -3720,12 +3719,11 @@ UNREAD = [
 
 
 class Deliveries:
-    """In which inboxes a message lies, and what became of it there. A message is one row, and names its audience: a
-    list of inboxes, with an id above 0; or with one below, those who belonged to a group at that seq, without the
-    message's sender, so that a row is written only when one comes or goes. What was received (`acks`) or pushed at
-    once is a row of `marks` for each message, which names its inboxes (all of them, if empty), or a row of `ranges` for
-    each inbox, of all that lay in it then; whichever is fewer. All in an inbox up to its floor is settled, `but` a few.
-    """
+    """In which inboxes a message lies, and what became of it there. A message is one row, and names its audience: an
+    inbox; a LIST of inboxes; or a GROUP, which is who belonged to it at that seq, without the message's sender, so that
+    a row is written only when one comes or goes. What was received (`acks`) or pushed at once is a row of `marks` for
+    each message, which names its inboxes (all of them, if empty), or a row of `ranges` for each inbox, of all that lay
+    in it then; whichever is fewer. All in an inbox up to its floor is settled, `but` a few."""
 
     def __init__(self, writer: sqlite3.Connection) -> None:
         self._run, self._run_many = writer.execute, writer.executemany
@@ -3733,53 +3731,44 @@ class Deliveries:
 
     def forget(self) -> None:
         """Know nothing of what the tables hold: what was written has been undone."""
-        self._lists: dict[tuple[str, ...], int] = {}  # audiences by their inboxes
-        self._groups: dict[str, tuple[int, set[str]]] = {}  # and by the `to` of messages, with who belongs there now
-        self._left, self._emptier = set[int](), set[str]()  # audiences and inboxes for `tidy` to look at
+        self._known: set[str] = set()  # inboxes that have their row as an audience
+        self._groups: dict[str, set[str]] = {}  # who belongs to a group now
+        self._left, self._emptier = set[str](), set[str]()  # audiences and inboxes for `tidy` to look at
 
-    def _audience(self, message: Message, inboxes: tuple[str, ...]) -> int:
-        if len(inboxes) > 1 and message.sender not in inboxes and any(map(is_group, named_in(message.to))):
-            return self._group(message, inboxes)
-        return self._lists.get(inboxes) or self._list(inboxes)
+    def _audience(self, inboxes: tuple[str, ...]) -> str:
+        audience = inboxes[0] if len(inboxes) == 1 else f"{LIST}{dump(inboxes)}"
+        if audience not in self._known:
+            rows = [(name, audience, 0, EVER) for name in inboxes]
+            self._run_many("INSERT OR IGNORE INTO audience_of VALUES (?,?,?,?)", rows)
+            if len(self._known) >= MAX_KNOWN:
+                self._known.clear()
+            self._known.update(inboxes if len(inboxes) == 1 else ())
+        return audience
 
-    def _list(self, inboxes: tuple[str, ...]) -> int:
-        if len(self._lists) >= MAX_KNOWN:
-            self._lists.clear()
-        id, new = self._id_of(dump(inboxes), "max(0, ifnull(max(id), 0)) + 1")
-        if new:
-            self._run_many("INSERT INTO audience_of VALUES (?,?,0,?)", [(name, id, EVER) for name in inboxes])
-        if len(inboxes) <= FEW:
-            self._lists[inboxes] = id
-        return id
-
-    def _id_of(self, name: str, following: str) -> tuple[int, bool]:
-        """The id of an audience, and whether it is new: then it gets the `following` one."""
-        row = self._run("SELECT id FROM audiences WHERE name = ?", (name,)).fetchone()
-        if row:
-            return row[0], False
-        return self._run(f"INSERT INTO audiences SELECT {following}, ? FROM audiences", (name,)).lastrowid or 0, True
-
-    def _group(self, message: Message, inboxes: tuple[str, ...]) -> int:
-        seq, sql = message.seq, "SELECT inbox FROM audience_of WHERE audience = ? AND last = ?"
-        if message.to not in self._groups:
+    def _group(self, message: Message, inboxes: tuple[str, ...]) -> str:
+        audience, seq = f"{GROUP}{message.to}", message.seq
+        if audience not in self._groups:
             if len(self._groups) >= MAX_GROUPS:
                 self._groups.clear()
-            id, _ = self._id_of(message.to, "min(0, ifnull(min(id), 0)) - 1")
-            self._groups[message.to] = id, {name for (name,) in self._run(sql, (id, EVER))}
-        id, members = self._groups[message.to]
-        came = set(inboxes) - members
-        gone = members.difference(inboxes, (message.sender,))
+            rows = self._run("SELECT inbox FROM audience_of WHERE audience = ? AND last = ?", (audience, EVER))
+            self._groups[audience] = {name for (name,) in rows}
+        members = self._groups[audience]
+        came, gone = set(inboxes) - members, members.difference(inboxes, (message.sender,))
         if came or gone:
             sql = "UPDATE audience_of SET last = ? WHERE inbox = ? AND audience = ? AND last = ?"
-            self._run_many(sql, [(seq - 1, name, id, EVER) for name in gone])
-            self._run_many("INSERT INTO audience_of VALUES (?,?,?,?)", [(name, id, seq, EVER) for name in came])
-            members |= came
-            members -= gone
-        return id
+            self._run_many(sql, [(seq - 1, name, audience, EVER) for name in gone])
+            self._run_many("INSERT INTO audience_of VALUES (?,?,?,?)", [(name, audience, seq, EVER) for name in came])
+            self._groups[audience] = members - gone | came
+        return audience
 
     def send(self, batch: list[Sent]) -> None:
         """Store messages, each with its audience."""
-        rows = [_message_row(sent, self._audience(sent.message, sent.inboxes)) for sent in batch]
+        rows = []
+        for sent in batch:
+            message, inboxes = sent.message, sent.inboxes
+            several = len(inboxes) > 1 and message.sender not in inboxes
+            in_group = several and any(map(is_group, named_in(message.to)))
+            rows.append(_message_row(sent, self._group(message, inboxes) if in_group else self._audience(inboxes)))
         self._run_many(_INSERT_MESSAGE.format("messages"), rows)
 
     def hand(self, batch: list[Handed]) -> None:
@@ -3789,7 +3778,7 @@ class Deliveries:
 
     def _readdress(self, seq: int, inboxes: tuple[str, ...]) -> None:
         row = self._run("SELECT audience FROM messages WHERE seq = ?", (seq,)).fetchone()
-        self._run("UPDATE messages SET audience = ? WHERE seq = ?", (self._list(inboxes), seq))
+        self._run("UPDATE messages SET audience = ? WHERE seq = ?", (self._audience(inboxes), seq))
         self._left.update(row or ())
 
     def transfer(self, batch: list[Transferred]) -> None:
@@ -3831,7 +3820,7 @@ class Deliveries:
         rows = []
         for names, seqs, at, via in marks:
             if len(seqs) == 1 or len(names) > len(seqs):
-                text = dump(names)
+                text = '["' + '","'.join(names) + '"]'  # agents', which need no escaping
                 rows += [(seq, kind, at, via, text) for seq in seqs]
             else:
                 for name in names:
@@ -3867,10 +3856,8 @@ class Deliveries:
             oldest = self._run(sql, (audience,)).fetchone()
             self._run("DELETE FROM audience_of WHERE audience = ? AND last < ?", (audience, *(oldest or (EVER + 1,))))
             if not oldest:
-                (name,) = self._run("SELECT name FROM audiences WHERE id = ?", (audience,)).fetchone()
-                self._run("DELETE FROM audiences WHERE id = ?", (audience,))
-                self._groups.pop(name, None)
-                self._lists.pop(tuple(json.loads(name)) if audience > 0 else (), None)
+                self._known.discard(audience)
+                self._groups.pop(audience, None)
         if self._emptier:
             (oldest,) = self._run("SELECT ifnull(min(seq), ?) FROM messages", (EVER,)).fetchone()
             self._run("DELETE FROM marks WHERE seq < ?", (oldest,))
@@ -4035,10 +4022,11 @@ SCANS = (  # of what is not in the index, and of what is
 
 # The times in the tables, in milliseconds: of what has happened, and of what is to come.
 _PAST = "seen at, agents registered_at, tasks proposed_at, tasks since, locks taken_at, locks renewed_at, notes at,"
-_PAST += " pushes at, delayed sent_at, messages sent_at, messages due_at"
+_PAST += " marks at, ranges at, delayed sent_at, messages sent_at, messages due_at"
 _FUTURE = "agents away_until, jobs until, tasks deadline_at, notes expires_at, delayed due_at, delayed expires_at,"
 _FUTURE += " messages expires_at, claims until"
 BEHIND, AHEAD = ([tuple(one.split()) for one in text.split(", ")] for text in (_PAST, _FUTURE))
+MANY = ("messages", "marks", "ranges")  # tables with too many rows to look for the newest time
 ANYTHING = Wanted()
 _WANTED = {  # what each field of Wanted asks of a message m
     "type": "m.type = :type",
@@ -4432,7 +4420,8 @@ class Store:
         query = "SELECT audience, max(first - 1, ?2), min(last + 1, ?3) FROM audience_of"
         spans = list(self._rows(f"{query} WHERE inbox = ?1 AND last > ?2 AND first < ?3", (name, after, before)))
         # of a group, not what it sent itself
-        query = "SELECT seq FROM messages WHERE audience = ? AND seq > ? AND seq < ? AND (audience > 0 OR sender <> ?)"
+        query = "SELECT seq FROM messages WHERE audience = ? AND seq > ? AND seq < ?"
+        query += " AND (audience >= char(10) OR sender <> ?)"
         for step in (limit // len(spans) + 9, limit) if len(spans) > 4 else (limit,):  # a few of each may do
             pages = [[seq for (seq,) in self._rows(f"{query} {order}", (*span, name, step))] for span in spans]
             seqs = sorted(itertools.chain.from_iterable(pages), reverse=newest)
@@ -4544,7 +4533,7 @@ class Store:
 
     def latest(self) -> int:
         """The newest time that is written down of what has happened, in milliseconds since 1970."""
-        times = [f"SELECT max({name}) AS at FROM {table}" for table, name in BEHIND if table != "messages"]
+        times = [f"SELECT max({name}) AS at FROM {table}" for table, name in BEHIND if table not in MANY]
         times.append(f"SELECT * FROM (SELECT {_CAME_AT} FROM messages ORDER BY seq DESC LIMIT 1)")  # not all of them
         return int(next(self._rows(f"SELECT ifnull(max(at), 0) FROM ({' UNION ALL '.join(times)})"))[0])
 
@@ -4555,7 +4544,7 @@ class Store:
         if ahead > 0:
             self._execute("BEGIN IMMEDIATE")
             for table, name in BEHIND:
-                self._execute(f'UPDATE {table} SET "{name}" = :at WHERE "{name}" > :at', {"at": at})
+                self._execute(f'UPDATE OR REPLACE {table} SET "{name}" = :at WHERE "{name}" > :at', {"at": at})
             for table, name in AHEAD:
                 sql = f'UPDATE {table} SET "{name}" = "{name}" - :ahead WHERE "{name}" > :at'
                 self._execute(sql, {"at": at, "ahead": ahead})
