@@ -2245,8 +2245,10 @@ class Hub:
 
     def settle(self) -> None:
         """Have what could wait for the next commit committed now."""
-        self.changes += [Pushed(tuple(names), *key) for key, names in self.deferred.items()]
-        self.changes += [Cleared(name, self.seq, tuple(self.mail(name).unread)) for name in self._cleared]
+        for key, names in self.deferred.items():
+            self.changes.append(Pushed(tuple(names), *key))
+        for name in self._cleared:
+            self.changes.append(Cleared(name, self.seq, tuple(self.mail(name).unread)))
         self.deferred.clear()
         self._cleared.clear()
 
@@ -3475,7 +3477,7 @@ class Hub:
 
 FSYNC_FAILED = (1034, 1290)  # SQLITE_IOERR_FSYNC and _DIR_FSYNC; Python says which from 3.11 on
 APPLICATION_ID = 0x61676874  # "aght" in SQLite's header: how a file says whose it is
-STORE_VERSION = 2
+STORE_VERSION = 3
 EVER = 1 << 62  # the `last` of a membership that goes on
 GROUP, LIST = chr(9), chr(10)  # how audiences begin that are not an inbox; no name does
 WAL_KEPT = 64 << 20  # bytes of write-ahead log that stay after a burst: to overwrite them is quicker than to grow again
@@ -3610,8 +3612,7 @@ def _message_row(sent: Sent | Delayed, where: str) -> tuple[Any, ...]:
 
 
 def _channel_rows(batch: list[Sent]) -> list[tuple[str, int]]:
-    messages = [sent.message for sent in batch if "#" in sent.message.to]
-    return [(name, message.seq) for message in messages for name in named_in(message.to) if name[0] == "#"]
+    return [(name, m.seq) for m, *_ in batch if "#" in m.to for name in named_in(m.to) if name[0] == "#"]
 
 
 _CAME_AT = "max(sent_at, due_at)"  # when a message came into its inboxes
@@ -3661,8 +3662,9 @@ _STATEMENTS: dict[type | tuple[type, type], str] = {
         DELETE FROM messages WHERE seq = :each.seqs;
         UPDATE meta SET value = max(value, :seq) WHERE key = 'seq'""",
     Handed: f"""
-        UPDATE messages SET id = ifnull(id, {_MADE_ID}), receipt_seq = iif(receipt_seq, receipt_seq, seq), seq = :seq
-        WHERE seq = :was;
+        INSERT OR IGNORE INTO audience_of VALUES (:agent_id, :agent_id, 0, {EVER});
+        UPDATE messages SET id = ifnull(id, {_MADE_ID}), receipt_seq = iif(receipt_seq, receipt_seq, seq), seq = :seq,
+        audience = :agent_id WHERE seq = :was;
         DELETE FROM claims WHERE seq = :was;
         DELETE FROM marks WHERE seq = :was;
         UPDATE channel_messages SET seq = :seq WHERE channel = :group AND seq = :was;
@@ -3772,22 +3774,18 @@ class Deliveries:
         self._run_many(_INSERT_MESSAGE.format("messages"), rows)
 
     def hand(self, batch: list[Handed]) -> None:
-        """Give a job another audience; all else that is to be done needs no look at what is there."""
-        for change in batch:
-            self._readdress(change.was, (change.agent_id,))
-
-    def _readdress(self, seq: int, inboxes: tuple[str, ...]) -> None:
-        row = self._run("SELECT audience FROM messages WHERE seq = ?", (seq,)).fetchone()
-        self._run("UPDATE messages SET audience = ? WHERE seq = ?", (self._audience(inboxes), seq))
-        self._left.update(row or ())
+        """Note where jobs lay that are given to others."""
+        self._left.update([change.inbox for change in batch])
 
     def transfer(self, batch: list[Transferred]) -> None:
         """Have messages in another inbox as if they had just come: no older range or floor there holds them."""
         for inbox, agent_id, seqs in batch:
             for seq in seqs:
-                row = self._run(f"SELECT {_INBOXES} FROM messages AS m WHERE seq = ?", (seq,)).fetchone()
-                names = json.loads(row[0]) if row else ()
-                self._readdress(seq, tuple(dict.fromkeys(agent_id if name == inbox else name for name in names)))
+                sql = f"SELECT audience, {_INBOXES} FROM messages AS m WHERE seq = ?"
+                for audience, text in self._run(sql, (seq,)).fetchall():
+                    names = dict.fromkeys([agent_id if name == inbox else name for name in json.loads(text)])
+                    self._run("UPDATE messages SET audience = ? WHERE seq = ?", (self._audience(tuple(names)), seq))
+                    self._left.add(audience)
                 self._split(agent_id, seq)
             for sql in _JUST_CAME.split(";"):
                 self._run_many(sql, [{"inbox": agent_id, "seq": seq} for seq in seqs])
@@ -4173,7 +4171,7 @@ class Store:
     def write(self, changes: list[Any]) -> None:
         """Begin a transaction with all of the changes; `commit` or `undo` must follow."""
         self.check()
-        before = self._writer.total_changes
+        before, text = self._writer.total_changes, 0
         try:
             self._writer.execute("BEGIN IMMEDIATE")
             for kind, run in itertools.groupby(changes, type):
@@ -4181,12 +4179,14 @@ class Store:
                 if kind in WRITERS:
                     WRITERS[kind](self._deliveries, batch)
                 for sql, rows in statements_of(kind, batch):
-                    self._writer.executemany(sql, rows)
-                    self.search.untidy = self.search.untidy or "INTO forgotten" in sql
+                    if rows:
+                        self._writer.executemany(sql, rows)
+                        self.search.untidy = self.search.untidy or "INTO forgotten" in sql
+                if kind is Sent or kind is Delayed:
+                    text += sum([len(sent.message.payload) for sent in batch])
             self._deliveries.tidy()
         except sqlite3.Error as error:
             raise self._refusal(error) from error
-        text = sum(len(change.message.payload) for change in changes if type(change) in (Sent, Delayed))
         # a guess, which `checkpoint` corrects: 3 pages a commit, 8 rows a page, and the text in pages of 4 KiB
         self.pages += self._scale * (3 + (self._writer.total_changes - before) / 8 + text / 4096)
 
