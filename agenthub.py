@@ -1958,10 +1958,11 @@ class Inbox:
     def push(self, seqs: array[int]) -> list[tuple[int, ...]]:
         """Note that these, which ascend, were written to a reader. Returns those that are unread and never were, in
         runs between which nothing else is."""
-        if seqs and self.unread[-len(seqs) :] == seqs and not (self.pushed and self.pushed[-1] >= seqs[0]):
+        unread, last = self.unread, self.pushed[-1] if self.pushed else 0
+        start = bisect_left(unread, seqs[0]) if seqs else 0
+        if seqs and unread[start : start + len(seqs)] == seqs and last < seqs[0]:  # what just came, as a rule
             self.pushed.extend(seqs)
-            return [tuple(seqs)]  # they just came
-        last = self.pushed[-1] if self.pushed else 0
+            return [tuple(seqs)]
         new = [s for s in seqs if holds(self.unread, s) and not (s <= last and holds(self.pushed, s))]
         if len(new) > 1:  # a run ends where the next has more before it that was never pushed
             ranks = [bisect_left(self.unread, s) - bisect_left(self.pushed, s) - n for n, s in enumerate(new)]
@@ -1985,6 +1986,9 @@ class Inbox:
 
     def take_all(self, seqs: tuple[int, ...]) -> list[array[int]]:
         """Remove these, which ascend, and return them as runs between which nothing else was unread."""
+        start = bisect_left(self.unread, seqs[0])
+        if self.unread[start : start + len(seqs)] == array("q", seqs):
+            return [self.take(seqs[0] - 1, seqs[-1])]
         runs: dict[int, int] = {}  # the last of each, by its first
         first, following = 0, -1
         for seq in seqs:
@@ -5983,10 +5987,9 @@ def recipients_text(call: Call, receipt: Receipt) -> tuple[str, int, int]:
     rows, looks, pushed = [], MAX_CLOSE, 0
     for name in names:
         box = find(name, no_mail)
+        state = states.get(name, "queued")
         if box.pushed and (box.pushed[-1] == seq or holds(box.pushed, seq)):
             state = "pushed"
-        else:
-            state = states.get(name, "queued")
         pushed += state == "pushed"
         shown, close = f'"{name}"', ""  # an agent_id needs no escaping
         if name not in agents and name != OPERATOR and not is_group(name):
