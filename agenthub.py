@@ -20,7 +20,7 @@ end of its row, and a test holds it to that.
 
   1. Ground             Limits, Errors, Text, Values, Paths, Fields, HTTP, Files                              -
   2. Rules              Changes, State, Pace, Inboxes, Locks, Hub                                             1
-  3. Log                Tables, Deliveries, Search, Store                                                         1, 2
+  3. Log                Tables, Deliveries, Search, Store                                                     1, 2
   4. Operations         Steps, Api, Operations, JSON, Metrics, Tools, MCP, Endpoint, Guide, Access, Dispatch  1 to 3
   5. Server             Readers, Watchers, Running, Connections, Sockets, Committer, Listener, Server         1 to 4
   6. Clients            Requests, Client, AgentClient                                                         1, 4
@@ -357,6 +357,7 @@ def _second(second: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
+@functools.lru_cache(4_096)
 def timestamp(ms: int) -> str:
     """RFC 3339 in UTC with milliseconds, of milliseconds since 1970."""
     return f"{_second(ms // 1000)}.{ms % 1000:03d}Z"
