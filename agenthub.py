@@ -3670,8 +3670,6 @@ _STATEMENTS: dict[type | tuple[type, type], str] = {
         INSERT OR IGNORE INTO audience_of VALUES (:agent_id, :agent_id, 0, {EVER});
         UPDATE messages SET id = ifnull(id, {_MADE_ID}), receipt_seq = iif(receipt_seq, receipt_seq, seq), seq = :seq,
         audience = :agent_id WHERE seq = :was;
-        DELETE FROM claims WHERE seq = :was;
-        DELETE FROM marks WHERE seq = :was;
         UPDATE channel_messages SET seq = :seq WHERE channel = :group AND seq = :was;
         {_FORGET.format(":was")}""",
     (Put, Lock): "UPDATE meta SET value = max(value, :value.token) WHERE key = 'fence'",

@@ -3426,6 +3426,27 @@ def test_an_inbox_of_many_audiences_is_read_in_order(crew: World) -> None:
         assert crew.store.seqs("deliveries", "w1", seqs[50], seqs[99], limit) == seqs[51:99][:limit]
 
 
+def test_what_is_read_again_comes_from_memory_as_it_is_in_the_file(
+    crew: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ah, "RECENT_BYTES", 4000)
+    ends = [0, crew.clock() + 5000]
+    seqs = [crew.send("boss", "w1", f'"{"x" * 20 * n}"', expires_at=ends[n % 2]).message.seq for n in range(12)]
+    crew.commit()
+    store, chance = crew.store, random.Random(1)
+    for _ in range(100):
+        some = chance.sample(seqs, chance.randrange(12))
+        messages, cut = store.messages(some, crew.clock())
+        assert [m.seq for m in messages] == some and not cut
+        assert len(store._recent) < 8
+        for message in messages:
+            again = chance.random() < 0.5
+            assert message.envelope(again) == store.find("", message.seq).message.envelope(again)
+    crew.clock.advance(6)
+    assert [m.seq for m in store.messages(seqs, crew.clock())[0]] == seqs[::2], "some of them are in memory still"
+    assert store.messages(seqs[::2], crew.clock(), most=150) == (store.messages(seqs[:5:2], crew.clock())[0], True)
+
+
 def test_audiences_that_were_deleted_or_undone_are_made_again(crew: World) -> None:
     for to in ("ALL", ("w1", "w2"), "new"):
         crew.send("boss", to)
