@@ -20,7 +20,7 @@ end of its row, and a test holds it to that.
 
   1. Ground             Limits, Errors, Text, Values, Paths, Fields, HTTP, Files                              -
   2. Rules              Changes, State, Pace, Inboxes, Locks, Hub                                             1
-  3. Log                Tables, Deliveries, Search, Store                                                         1, 2
+  3. Log                Tables, Deliveries, Search, Store                                                     1, 2
   4. Operations         Steps, Api, Operations, JSON, Metrics, Tools, MCP, Endpoint, Guide, Access, Dispatch  1 to 3
   5. Server             Readers, Watchers, Running, Connections, Sockets, Committer, Listener, Server         1 to 4
   6. Clients            Requests, Client, AgentClient                                                         1, 4
@@ -262,10 +262,9 @@ SWEEP_BYTES = 2 << 20  # and about this much of messages: freeing their pages co
 SWEEP_PAUSE = 0.005  # seconds between two such turns while there is more: 10,000 messages a second may run out
 MAX_REQUESTS = 100_000  # unanswered requests tracked at a time, 40 MB; beyond, the oldest is no longer tracked
 FLOOR_STEP = 64  # messages an inbox acknowledges, and a quarter of what it has unread, until its floor is written
-MAX_KNOWN = 50_000  # audiences, and ends of inboxes' ranges, that the store need not look up; 10 MB
+MAX_KNOWN = 50_000  # inboxes that the store knows to be noted as audiences, 5 MB
 MAX_GROUPS = 100  # and groups with all who belong to them
-MAX_RECENT = 5_000  # newest messages whose inboxes it knows, on average a hundred, for when they are pushed; 5 MB
-FEW = 8  # recipients of a group with which the same was so at once, up to which each has a row of its own
+RECENT_BYTES = 8 << 20  # of the messages that were read last, which stay in memory with their envelopes
 INDEX_BATCH = 100  # messages taken into the search index in one turn: 2 ms, when nothing else is to be done
 INDEX_BYTES = 64 * 1024  # and no more than about this much of their text, which takes 7 ms
 INDEX_TEXT = 32 * 1024  # characters of one message that a search looks at
@@ -419,6 +418,7 @@ def _second(second: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
+@functools.lru_cache(4_096)
 def timestamp(ms: int) -> str:
     """RFC 3339 in UTC with milliseconds, of milliseconds since 1970."""
     return f"{_second(ms // 1000)}.{ms % 1000:03d}Z"
@@ -598,15 +598,13 @@ class Message(NamedTuple):
 
 class Wanted(NamedTuple):
     """A filter on messages; an empty field fits any. `root` is the seq of the thread's first message, which does not
-    name the thread; `between` are two agents: what either sent the other. An `inbox` does not hold what its agent sent
-    to a group."""
+    name the thread; `between` are two agents: what either sent the other."""
 
     type: str = ""
     sender: str = ""
     thread: str = ""
     root: int = 0
     between: tuple[str, str] = ("", "")
-    inbox: str = ""
 
 
 class Receipt(NamedTuple):
@@ -1738,6 +1736,7 @@ class Expired(NamedTuple):
     """Change: messages past their own time, which no reader gets any more; their traces can still be read."""
 
     seqs: tuple[int, ...]
+    at: int
 
 
 class Dropped(NamedTuple):
@@ -2022,10 +2021,14 @@ class Inbox:
         free = (seq for seq in self.unread[start:stop] if self.claims.get(seq, 0) <= unclaimed_at)
         return list(itertools.islice(free, limit))
 
-    def push(self, seqs: tuple[int, ...]) -> list[tuple[int, ...]]:
+    def push(self, seqs: array[int]) -> list[tuple[int, ...]]:
         """Note that these, which ascend, were written to a reader. Returns those that are unread and never were, in
         runs between which nothing else is."""
-        last = self.pushed[-1] if self.pushed else 0
+        unread, last = self.unread, self.pushed[-1] if self.pushed else 0
+        start = bisect_left(unread, seqs[0]) if seqs else 0
+        if seqs and unread[start : start + len(seqs)] == seqs and last < seqs[0]:  # what just came, as a rule
+            self.pushed.extend(seqs)
+            return [tuple(seqs)]
         new = [s for s in seqs if holds(self.unread, s) and not (s <= last and holds(self.pushed, s))]
         if len(new) > 1:  # a run ends where the next has more before it that was never pushed
             ranks = [bisect_left(self.unread, s) - bisect_left(self.pushed, s) - n for n, s in enumerate(new)]
@@ -2049,6 +2052,9 @@ class Inbox:
 
     def take_all(self, seqs: tuple[int, ...]) -> list[array[int]]:
         """Remove these, which ascend, and return them as runs between which nothing else was unread."""
+        start = bisect_left(self.unread, seqs[0])
+        if self.unread[start : start + len(seqs)] == array("q", seqs):
+            return [self.take(seqs[0] - 1, seqs[-1])]
         runs: dict[int, int] = {}  # the last of each, by its first
         first, following = 0, -1
         for seq in seqs:
@@ -2262,6 +2268,7 @@ class Hub:
         self._load_inboxes(snapshot)
         self.active = {name for name in self.agents if self.status(name, at) == "active"}
         self.dormant = self._long_gone(at)  # what goes to ALL is not for them
+        self._everyone: tuple[str, ...] = ()  # whom it is for, when that was last needed and nobody came or went since
         # a recipient of a request counts as here until a sweep has looked: the asker may have to hear that it is not
         open_requests = [request for request in self.requests.values() if not request.notified]
         self.active |= {name for request in open_requests for name in request.recipients} & self.agents.keys()
@@ -2308,8 +2315,10 @@ class Hub:
 
     def settle(self) -> None:
         """Have what could wait for the next commit committed now."""
-        self.changes += [Pushed(tuple(names), *key) for key, names in self.deferred.items()]
-        self.changes += [Cleared(name, self.seq, tuple(self.mail(name).unread)) for name in self._cleared]
+        for key, names in self.deferred.items():
+            self.changes.append(Pushed(tuple(names), *key))
+        for name in self._cleared:
+            self.changes.append(Cleared(name, self.seq, tuple(self.mail(name).unread)))
         self.deferred.clear()
         self._cleared.clear()
 
@@ -2403,10 +2412,13 @@ class Hub:
         """The inboxes that `to` means, each once, and `to` as the envelope shows it (JSON text)."""
         if isinstance(to, str) and to in self.agents:
             return (to,), f'"{to}"'
-        pairs = [self._resolve_one(one, sender) for one in ((to,) if isinstance(to, str) else to)]
-        shown = list(dict.fromkeys(text for _, text in pairs))
+        if isinstance(to, str):
+            names, shown = self._resolve_one(to, sender)
+            return tuple(names), dump(shown)
+        pairs = [self._resolve_one(one, sender) for one in to]
+        texts = list(dict.fromkeys(text for _, text in pairs))
         inboxes = tuple(dict.fromkeys(itertools.chain.from_iterable(names for names, _ in pairs)))
-        return inboxes, dump(shown if len(shown) > 1 else shown[0])
+        return inboxes, dump(texts if len(texts) > 1 else texts[0])
 
     def _resolve_one(self, to: str, sender: str) -> tuple[Iterable[str], str]:
         if to in self.agents or to == OPERATOR:
@@ -2414,7 +2426,7 @@ class Hub:
         if to == GUEST:
             raise Forbidden("`guest` sent without a name and has no inbox: nothing can be sent to it, tell your user")
         if to.upper() == EVERYONE:
-            return sorted(name for name in self.agents if name != sender and name not in self.dormant), EVERYONE
+            return self._everyone_but(sender), EVERYONE
         if to[:1] == "@":
             return sorted(name for name in self.agents.find("capability", to[1:]) if name != sender), to
         if to[:1] == "#":
@@ -2425,6 +2437,13 @@ class Hub:
             raise AmbiguousRecipient(many, candidates=holders)
         inbox = holders[0] if holders else to
         return (inbox,), inbox
+
+    def _everyone_but(self, sender: str) -> tuple[str, ...]:
+        """All agents that are here or were lately, but one; in order."""
+        if not self._everyone:
+            self._everyone = tuple(sorted(self.agents.keys() - self.dormant))
+        start, end = bisect_left(self._everyone, sender), bisect_right(self._everyone, sender)
+        return self._everyone[:start] + self._everyone[end:]
 
     # agents: rules
 
@@ -2468,6 +2487,7 @@ class Hub:
     def _enter(self, agent: Agent, how: str, address: str, at: int) -> None:
         """An agent has registered: the newest stands last."""
         self.agents.drop(agent.agent_id)
+        self._everyone = ()
         self.close_to.cache_clear()
         self._put(agent, how, address)
         self._put(Seen(agent.agent_id, at))
@@ -2486,6 +2506,7 @@ class Hub:
         self.close_to.cache_clear()
         self.seen.pop(agent_id, None)
         self.dormant.discard(agent_id)
+        self._everyone = ()
         self._drop(self.tables[Seen], agent_id)
         self._put(Departed(agent_id))
         for id in [request.id for request in self.requests_of(agent_id) if request.asker == agent_id]:
@@ -2516,7 +2537,9 @@ class Hub:
         if agent and at - seen > self._token_ms and self.lapsed(agent_id, at):
             self.lapse(agent_id)
         self.seen[agent_id] = max(at, seen)
-        self.dormant.discard(agent_id)
+        if agent_id in self.dormant:
+            self.dormant.discard(agent_id)
+            self._everyone = ()
         if agent and (agent_id not in self.active or at - seen >= ACTIVE_SECONDS * 1000):
             if agent_id not in self.active:  # else it has come back before a sweep saw that it was silent
                 self.active.add(agent_id)
@@ -2620,7 +2643,7 @@ class Hub:
         inboxes, shown = self.resolve(to, message.sender)
         if registered:
             self._expect_all(inboxes, named_in(shown)[0], message.sender)
-        if message.sender in inboxes and (message.type == "request" or (registered and message.type == "ping")):
+        if (message.type == "request" or (registered and message.type == "ping")) and message.sender in inboxes:
             raise InvalidRequest(f"a {message.type} to oneself is never answered: name another agent in `to`")
         if message.type == "response" and not message.reply_to and len(inboxes) == 1:
             message = self._as_answer(message, inboxes[0])
@@ -2662,10 +2685,10 @@ class Hub:
                 words = f"mail waits for {len(self._unregistered)} names that nobody has, as many as may be"
                 fix = f"check the name {json.dumps(new[0])}, or have the operator raise --max-agents"
                 raise StorageFull(f"{words}: {fix}")
-        full: tuple[str, ...] = ()
-        for name in inboxes:
-            if len(boxes.get(name, _NO_MAIL).unread) + (aside[name] if aside else 0) >= most:
-                full = (*full, name)
+        get = boxes.get
+        full = tuple([name for name in inboxes if len(get(name, _NO_MAIL).unread) >= most])
+        if aside:
+            full = tuple([name for name in inboxes if len(self.mail(name).unread) + aside[name] >= most])
         if full and len(full) == len(inboxes):
             raise self._no_room(full)
         self.pace.guard(message, to, inboxes, at, self._has_reason)
@@ -2716,8 +2739,9 @@ class Hub:
     def _arrive(self, message: Message, inboxes: tuple[str, ...], full: tuple[str, ...]) -> None:
         """A message comes into inboxes, which is all that most of them do."""
         seq, type = message.seq, message.type
+        get = self.inboxes.get
         for name in inboxes:
-            (self.inboxes.get(name) or self._inbox(name)).unread.append(seq)
+            (get(name) or self._inbox(name)).unread.append(seq)
         self.changes.append(Sent(message, inboxes, full))
         if type == "ping" and inboxes:
             self._pings[seq] = (message.id, message.sender, len(inboxes))
@@ -2792,8 +2816,14 @@ class Hub:
 
     def push(self, at: int, agent_id: str, seqs: tuple[int, ...], via: str) -> None:
         """Messages, whose seqs ascend, were written to a live reader."""
-        for run in self.inboxes.get(agent_id, _NO_MAIL).push(seqs):
-            self.deferred.setdefault((run, at, via), []).append(agent_id)
+        self.push_all(at, (agent_id,), seqs, via)
+
+    def push_all(self, at: int, agent_ids: Sequence[str], seqs: tuple[int, ...], via: str) -> None:
+        """Messages, whose seqs ascend, were written to live readers of each of these inboxes."""
+        written, boxes, deferred = array("q", seqs), self.inboxes, self.deferred
+        for name in agent_ids:
+            for run in boxes[name].push(written) if name in boxes else ():
+                deferred.setdefault((run, at, via), []).append(name)
 
     def claim(self, at: int, agent_id: str, seqs: tuple[int, ...], until: int) -> None:
         """Hide these messages from the other claiming readers of their inbox."""
@@ -2811,7 +2841,7 @@ class Hub:
 
     def expire(self, at: int, messages: tuple[tuple[int, str, tuple[str, ...]], ...]) -> None:
         """These messages, as (seq, id, inboxes), are past their own time."""
-        self.changes.append(Expired(self._run_out(at, messages)))
+        self.changes.append(Expired(self._run_out(at, messages), at))
 
     def drop(self, at: int, messages: tuple[tuple[int, str, tuple[str, ...]], ...]) -> None:
         """These messages, as (seq, id, inboxes), have been kept for long enough."""
@@ -3475,7 +3505,7 @@ class Hub:
                 self.touch(at, name)
         for name in sorted(name for name in self.active if self.status(name, at) == "offline"):
             self._went_offline(self.agents[name], at)
-        self.dormant = self._long_gone(at)
+        self.dormant, self._everyone = self._long_gone(at), ()
         seen = [Seen(name, self.seen[name]) for name in sorted(self.agents)]
         for one in [one for one in seen if self.tables[Seen].get(one.agent_id) != one]:
             self._put(one)
@@ -3517,8 +3547,9 @@ class Hub:
 
 FSYNC_FAILED = (1034, 1290)  # SQLITE_IOERR_FSYNC and _DIR_FSYNC; Python says which from 3.11 on
 APPLICATION_ID = 0x61676874  # "aght" in SQLite's header: how a file says whose it is
-STORE_VERSION = 2
+STORE_VERSION = 3
 EVER = 1 << 62  # the `last` of a membership that goes on
+GROUP, LIST = chr(9), chr(10)  # how audiences begin that are not an inbox; no name does
 WAL_KEPT = 64 << 20  # bytes of write-ahead log that stay after a burst: to overwrite them is quicker than to grow again
 PROBE_BYTES = 16_384  # four pages, what a small commit writes (see `write`): a disk that takes them takes that too
 
@@ -3604,15 +3635,14 @@ _PAYLOAD = Message._fields.index("payload")  # where it stands in a row
 _MESSAGE_COLUMNS = ", ".join(f'"{name}" {column}' for name, (column, *_) in _NAMED_CODECS)
 # Without an id, it is the one that the hub makes of epoch and seq.
 _MESSAGE_TABLE = f"(seq INTEGER PRIMARY KEY, id TEXT, {_MESSAGE_COLUMNS}, refused TEXT NOT NULL"
-_RANGES = "(inbox TEXT, last INTEGER, first INTEGER, at INTEGER, via TEXT, PRIMARY KEY (inbox, last)) WITHOUT ROWID"
 _NEW_EPOCH = "lower(hex(randomblob(4)))"
 _MADE_ID = "(SELECT value FROM meta WHERE key = 'epoch') || printf('-%013x', seq)"
 SCHEMA = f"""
 BEGIN IMMEDIATE;
 CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
-CREATE TABLE messages {_MESSAGE_TABLE}, audience INTEGER NOT NULL);
+CREATE TABLE messages {_MESSAGE_TABLE}, audience TEXT NOT NULL);
 CREATE TABLE delayed {_MESSAGE_TABLE}, inboxes TEXT NOT NULL);
-CREATE INDEX message_audiences ON messages (audience, seq);
+CREATE INDEX message_audiences ON messages (audience, seq, sender);
 CREATE UNIQUE INDEX message_ids ON messages (id) WHERE id IS NOT NULL;
 CREATE INDEX message_expiry ON messages (expires_at) WHERE expires_at > 0;
 CREATE INDEX message_pings ON messages (seq) WHERE type = 'ping';
@@ -3620,15 +3650,13 @@ CREATE INDEX message_senders ON messages (sender);
 CREATE INDEX message_receipts ON messages (receipt_seq) WHERE receipt_seq > 0;
 CREATE UNIQUE INDEX delayed_ids ON delayed (id);
 CREATE INDEX delayed_due ON delayed (due_at);
-CREATE TABLE audiences (id INTEGER PRIMARY KEY, name TEXT UNIQUE);
-CREATE TABLE audience_of (inbox TEXT, audience INTEGER, first INTEGER, last INTEGER,
+CREATE TABLE audience_of (inbox TEXT, audience TEXT, first INTEGER, last INTEGER,
     PRIMARY KEY (inbox, audience, first)) WITHOUT ROWID;
 CREATE INDEX audience_members ON audience_of (audience, last);
-CREATE TABLE acks {_RANGES};
-CREATE TABLE pushes {_RANGES};
-CREATE TABLE turns (last INTEGER PRIMARY KEY, first INTEGER, at INTEGER, via TEXT);
-CREATE TABLE group_marks (seq INTEGER, kind TEXT, at INTEGER, via TEXT, names TEXT, listed INTEGER,
+CREATE TABLE marks (seq INTEGER, kind TEXT, at INTEGER, via TEXT, names TEXT,
     PRIMARY KEY (seq, kind, at, via, names)) WITHOUT ROWID;
+CREATE TABLE ranges (inbox TEXT, kind TEXT, last INTEGER, first INTEGER, at INTEGER, via TEXT,
+    PRIMARY KEY (inbox, kind, last)) WITHOUT ROWID;
 CREATE TABLE claims (seq INTEGER, inbox TEXT, at INTEGER, until INTEGER, PRIMARY KEY (seq, inbox)) WITHOUT ROWID;
 CREATE TABLE floors (inbox TEXT PRIMARY KEY, seq INTEGER, but TEXT) WITHOUT ROWID;
 CREATE TABLE channel_messages (channel TEXT, seq INTEGER, PRIMARY KEY (channel, seq)) WITHOUT ROWID;
@@ -3647,33 +3675,32 @@ UPDATE meta SET value = {_NEW_EPOCH} WHERE key = 'epoch'
 """
 
 
-def _message_row(sent: Sent | Delayed, where: int | str) -> tuple[Any, ...]:
+def _message_row(sent: Sent | Delayed, where: str) -> tuple[Any, ...]:
     """An id that the hub made follows from the seq and is not stored, unless the seq is not the one it was made of."""
     m, _, full = sent
     return (m.seq, m.id if m.digest or m.due_at else None, *m[2:], dump(full) if full else "[]", where)
 
 
 def _channel_rows(batch: list[Sent]) -> list[tuple[str, int]]:
-    messages = [sent.message for sent in batch if "#" in sent.message.to]
-    return [(name, message.seq) for message in messages for name in named_in(message.to) if name[0] == "#"]
+    return [(name, m.seq) for m, *_ in batch if "#" in m.to for name in named_in(m.to) if name[0] == "#"]
 
 
 _CAME_AT = "max(sent_at, due_at)"  # when a message came into its inboxes
 # The inboxes of a message m, as a JSON list, in the order in which its receipt named them; those of a group by name.
-_INBOXES = """iif(m.audience > 0, (SELECT name FROM audiences WHERE id = m.audience), (SELECT json_group_array(inbox)
-    FROM (SELECT inbox FROM audience_of WHERE audience = m.audience AND last >= m.seq AND first <= m.seq
-    AND inbox <> m.sender ORDER BY inbox)))"""
+_INBOXES = """CASE substr(m.audience, 1, 1) WHEN char(10) THEN substr(m.audience, 2) WHEN char(9) THEN
+    (SELECT json_group_array(inbox) FROM (SELECT inbox FROM audience_of WHERE audience = m.audience AND last >= m.seq
+    AND first <= m.seq AND inbox <> m.sender ORDER BY inbox)) ELSE json_array(m.audience) END"""
 _IN_INBOX = """EXISTS (SELECT 1 FROM audience_of AS a WHERE a.inbox = {0} AND a.audience = m.audience
-    AND m.seq BETWEEN a.first AND a.last AND (m.audience > 0 OR m.sender <> {0}))"""
+    AND m.seq BETWEEN a.first AND a.last AND (m.audience >= char(10) OR m.sender <> {0}))"""
 _STORED = {  # how whole messages are read
     "messages": f"SELECT m.*, {_INBOXES} AS inboxes FROM messages AS m",
     "delayed": "SELECT *, inboxes FROM delayed",
 }
-# The copies of a message: their inboxes, and the seq.
-_COPIES = f"(SELECT value AS inbox, seq FROM messages AS m, json_each({_INBOXES}) WHERE seq = ?) AS h"
+# The copies of a message: their inboxes, the seq, and when its time is over.
+_COPIES = f"""(SELECT value AS inbox, seq, abs(expires_at) AS ends FROM messages AS m, json_each({_INBOXES})
+    WHERE seq = ?) AS h"""
 # The first of the ranges of an inbox that end there or later; they do not overlap, so no other holds that seq.
-_TURN = "(SELECT first FROM turns WHERE last >= h.seq ORDER BY last LIMIT 1)"
-_RANGE = "(SELECT {1} FROM {0} WHERE inbox = h.inbox AND last >= h.seq ORDER BY last LIMIT 1)"
+_RANGE = "(SELECT {1} FROM ranges WHERE inbox = h.inbox AND kind = {0} AND last >= h.seq ORDER BY last LIMIT 1)"
 _FORGET = "INSERT OR IGNORE INTO forgotten SELECT {0} FROM meta WHERE key = 'indexed' AND value >= {0}"
 _GAP = f"""
     INSERT INTO gaps SELECT value, seq FROM messages AS m, json_each({_INBOXES}) WHERE seq = :each.seqs
@@ -3682,8 +3709,8 @@ _GAP = f"""
 _INSERT_MESSAGE = f"INSERT INTO {{}} VALUES ({', '.join('?' * (len(Message._fields) + 2))})"
 _JUST_CAME = """
     DELETE FROM claims WHERE seq = :seq AND inbox = :inbox;
-    UPDATE group_marks SET names = iif(listed, (SELECT json_group_array(value) FROM json_each(names)
-    WHERE value <> :inbox), json_insert(names, '$[#]', :inbox)) WHERE seq = :seq;
+    UPDATE OR REPLACE marks SET names = (SELECT json_group_array(value) FROM json_each(names) WHERE value <> :inbox)
+    WHERE seq = :seq AND names <> '';
     UPDATE floors SET but = (SELECT json_group_array(value) FROM json_each(but) WHERE value < :seq), seq = :seq - 1
     WHERE inbox = :inbox AND seq >= :seq"""
 # What each change does to the tables, by its type; of state, by the value's type too.
@@ -3695,20 +3722,19 @@ _STATEMENTS: dict[type | tuple[type, type], str] = {
     Expired: f"""
         {_GAP};
         {_FORGET.format(":each.seqs")};
+        INSERT INTO marks SELECT seq, 'acks', :at, 'expired', '' FROM messages WHERE seq = :each.seqs;
         UPDATE messages SET payload = 'null', expires_at = -abs(expires_at) WHERE seq = :each.seqs""",
     Dropped: f"""
         {_GAP};
         {_FORGET.format(":each.seqs")};
-        DELETE FROM claims WHERE seq = :each.seqs;
-        DELETE FROM group_marks WHERE seq = :each.seqs;
         DELETE FROM channel_messages WHERE seq = :each.seqs AND channel IN (SELECT value FROM messages,
         json_each(iif("to" LIKE '[%', "to", json_array(json("to")))) WHERE messages.seq = :each.seqs);
         DELETE FROM messages WHERE seq = :each.seqs;
         UPDATE meta SET value = max(value, :seq) WHERE key = 'seq'""",
     Handed: f"""
-        UPDATE messages SET id = ifnull(id, {_MADE_ID}), receipt_seq = iif(receipt_seq, receipt_seq, seq), seq = :seq
-        WHERE seq = :was;
-        DELETE FROM claims WHERE seq = :was;
+        INSERT OR IGNORE INTO audience_of VALUES (:agent_id, :agent_id, 0, {EVER});
+        UPDATE messages SET id = ifnull(id, {_MADE_ID}), receipt_seq = iif(receipt_seq, receipt_seq, seq), seq = :seq,
+        audience = :agent_id WHERE seq = :was;
         UPDATE channel_messages SET seq = :seq WHERE channel = :group AND seq = :was;
         {_FORGET.format(":was")}""",
     (Put, Lock): "UPDATE meta SET value = max(value, :value.token) WHERE key = 'fence'",
@@ -3742,35 +3768,32 @@ def statements_of(kind: type, batch: list[Any]) -> Iterator[tuple[str, list[Any]
 # --- Deliveries -------------------------------------------------------------------------------------------------------
 
 
-# What inboxes have unread, above their floors and below; of it, what has marks of a group, what was pushed, and claims.
+# What inboxes have unread, above their floors and below, as far as `ranges` say; of it, what has marks, what was pushed
+# and claims.
 UNREAD = [
     f"""
     SELECT h.inbox, json_group_array(h.seq), json_group_array(h.seq) FILTER
-    (WHERE EXISTS (SELECT 1 FROM group_marks AS g WHERE g.seq = h.seq)),
-    json_group_array(h.seq) FILTER (WHERE h.seq >= {_RANGE.format("pushes", "first")} OR h.seq >= {_TURN}),
+    (WHERE EXISTS (SELECT 1 FROM marks AS k WHERE k.seq = h.seq)),
+    json_group_array(h.seq) FILTER (WHERE h.seq >= {_RANGE.format("'pushes'", "first")}),
     json_group_array(json_array(h.seq, c.until)) FILTER (WHERE c.until)
     FROM ({held}) AS h LEFT JOIN claims AS c ON c.seq = h.seq AND c.inbox = h.inbox
-    WHERE NOT ifnull(h.seq >= {_RANGE.format("acks", "first")}, 0) GROUP BY h.inbox"""
+    WHERE NOT ifnull(h.seq >= {_RANGE.format("'acks'", "first")}, 0) GROUP BY h.inbox"""
     for held in (
         "SELECT a.inbox, m.seq FROM audience_of AS a LEFT JOIN floors AS f ON f.inbox = a.inbox CROSS JOIN"
         " messages AS m ON m.audience = a.audience AND m.seq BETWEEN max(a.first, ifnull(f.seq, 0) + 1) AND a.last"
-        " WHERE m.audience > 0 OR m.sender <> a.inbox",
+        " WHERE m.audience >= char(10) OR m.sender <> a.inbox",
         "SELECT f.inbox, m.seq FROM floors AS f CROSS JOIN json_each(f.but) AS b CROSS JOIN messages AS m"
         " ON m.seq = b.value",
     )
 ]
 
 
-_UNKNOWN: tuple[int, tuple[str, ...]] = (0, ())
-
-
 class Deliveries:
-    """In which inboxes a message lies, and what became of it there. A message is one row, and names its audience: a
-    list of inboxes, with an id above 0; or with one below, those who belonged to a group at that seq, without the
-    message's sender, so that a row is written only when one comes or goes. What was received or pushed is a range of
-    seqs (`acks`, `pushes`): what lay in an inbox then. Everything in it up to its floor is settled, `but` a few.
-    `turns` are ranges of all messages that were pushed to all of their inboxes at once. For a part of those of a group
-    message there is one row (`group_marks`), which names them (`listed`), or the others."""
+    """In which inboxes a message lies, and what became of it there. A message is one row, and names its audience: an
+    inbox; a LIST of inboxes; or a GROUP, which is who belonged to it at that seq, without the message's sender, so that
+    a row is written only when one comes or goes. What was received (`acks`) or pushed at once is a row of `marks` for
+    each message, which names its inboxes (all of them, if empty), or a row of `ranges` for each inbox, of all that lay
+    in it then; whichever is fewer. All in an inbox up to its floor is settled, `but` a few."""
 
     def __init__(self, writer: sqlite3.Connection) -> None:
         self._run, self._run_many = writer.execute, writer.executemany
@@ -3778,177 +3801,111 @@ class Deliveries:
 
     def forget(self) -> None:
         """Know nothing of what the tables hold: what was written has been undone."""
-        self._lists: dict[tuple[str, ...], int] = {}  # audiences by their inboxes
-        self._groups: dict[str, tuple[int, set[str]]] = {}  # and by the `to` of messages, with who belongs there now
-        self._inboxes: dict[int, tuple[int, tuple[str, ...]]] = {}  # of the newest messages, with their audience
-        self._names = 0  # in all of these
-        self._ends: dict[tuple[str, str], int] = {}  # no range of that table and inbox ends later
-        self._left, self._emptier = set[int](), set[str]()  # audiences and inboxes for `tidy` to look at
+        self._known: set[str] = set()  # inboxes that have their row as an audience
+        self._groups: dict[str, set[str]] = {}  # who belongs to a group now
+        self._left, self._emptier = set[str](), set[str]()  # audiences and inboxes for `tidy` to look at
 
-    def _audience(self, message: Message, inboxes: tuple[str, ...]) -> int:
-        if len(inboxes) > 1 and message.sender not in inboxes and any(map(is_group, named_in(message.to))):
-            audience = self._group(message, inboxes)
-        else:
-            audience = self._lists.get(inboxes) or self._list(inboxes)
-        self._inboxes[message.seq] = audience, inboxes
-        self._names += len(inboxes)
-        while len(self._inboxes) > MAX_RECENT or self._names > MAX_RECENT * 100:
-            self._names -= len(self._inboxes.pop(next(iter(self._inboxes)))[1])
+    def _audience(self, inboxes: tuple[str, ...]) -> str:
+        audience = inboxes[0] if len(inboxes) == 1 else f"{LIST}{dump(inboxes)}"
+        if audience not in self._known:
+            rows = [(name, audience, 0, EVER) for name in inboxes]
+            self._run_many("INSERT OR IGNORE INTO audience_of VALUES (?,?,?,?)", rows)
+            if len(self._known) >= MAX_KNOWN:
+                self._known.clear()
+            self._known.update(inboxes if len(inboxes) == 1 else ())
         return audience
 
-    def _list(self, inboxes: tuple[str, ...]) -> int:
-        if len(self._lists) >= MAX_KNOWN:
-            self._lists.clear()
-        id, new = self._id_of(dump(inboxes), "max(0, ifnull(max(id), 0)) + 1")
-        if new:
-            self._run_many("INSERT INTO audience_of VALUES (?,?,0,?)", [(name, id, EVER) for name in inboxes])
-        if len(inboxes) <= FEW:
-            self._lists[inboxes] = id
-        return id
-
-    def _id_of(self, name: str, following: str) -> tuple[int, bool]:
-        """The id of an audience, and whether it is new: then it gets the `following` one."""
-        row = self._run("SELECT id FROM audiences WHERE name = ?", (name,)).fetchone()
-        if row:
-            return row[0], False
-        return self._run(f"INSERT INTO audiences SELECT {following}, ? FROM audiences", (name,)).lastrowid or 0, True
-
-    def _group(self, message: Message, inboxes: tuple[str, ...]) -> int:
-        seq, sql = message.seq, "SELECT inbox FROM audience_of WHERE audience = ? AND last = ?"
-        if message.to not in self._groups:
+    def _group(self, message: Message, inboxes: tuple[str, ...]) -> str:
+        audience, seq = f"{GROUP}{message.to}", message.seq
+        if audience not in self._groups:
             if len(self._groups) >= MAX_GROUPS:
                 self._groups.clear()
-            id, _ = self._id_of(message.to, "min(0, ifnull(min(id), 0)) - 1")
-            self._groups[message.to] = id, {name for (name,) in self._run(sql, (id, EVER))}
-        id, members = self._groups[message.to]
-        came = set(inboxes) - members
-        gone = members.difference(inboxes, (message.sender,))
+            rows = self._run("SELECT inbox FROM audience_of WHERE audience = ? AND last = ?", (audience, EVER))
+            self._groups[audience] = {name for (name,) in rows}
+        members = self._groups[audience]
+        came, gone = set(inboxes) - members, members.difference(inboxes, (message.sender,))
         if came or gone:
             sql = "UPDATE audience_of SET last = ? WHERE inbox = ? AND audience = ? AND last = ?"
-            self._run_many(sql, [(seq - 1, name, id, EVER) for name in gone])
-            self._run_many("INSERT INTO audience_of VALUES (?,?,?,?)", [(name, id, seq, EVER) for name in came])
-            members |= came
-            members -= gone
-        return id
+            self._run_many(sql, [(seq - 1, name, audience, EVER) for name in gone])
+            self._run_many("INSERT INTO audience_of VALUES (?,?,?,?)", [(name, audience, seq, EVER) for name in came])
+            self._groups[audience] = members - gone | came
+        return audience
 
     def send(self, batch: list[Sent]) -> None:
         """Store messages, each with its audience."""
-        rows = [_message_row(sent, self._audience(sent.message, sent.inboxes)) for sent in batch]
+        rows = []
+        for sent in batch:
+            message, inboxes = sent.message, sent.inboxes
+            several = len(inboxes) > 1 and message.sender not in inboxes
+            in_group = several and any(map(is_group, named_in(message.to)))
+            rows.append(_message_row(sent, self._group(message, inboxes) if in_group else self._audience(inboxes)))
         self._run_many(_INSERT_MESSAGE.format("messages"), rows)
 
     def hand(self, batch: list[Handed]) -> None:
-        """Give a job another audience; all else that is to be done needs no look at what is there."""
-        for change in batch:
-            self._readdress(change.was, (change.agent_id,))
-
-    def _readdress(self, seq: int, inboxes: tuple[str, ...]) -> None:
-        row = self._run("SELECT audience FROM messages WHERE seq = ?", (seq,)).fetchone()
-        self._run("UPDATE messages SET audience = ? WHERE seq = ?", (self._list(inboxes), seq))
-        self._names -= len(self._inboxes.pop(seq, _UNKNOWN)[1])
-        self._left.update(row or ())
+        """Note where jobs lay that are given to others."""
+        self._left.update([change.inbox for change in batch])
 
     def transfer(self, batch: list[Transferred]) -> None:
         """Have messages in another inbox as if they had just come: no older range or floor there holds them."""
         for inbox, agent_id, seqs in batch:
             for seq in seqs:
-                row = self._run(f"SELECT {_INBOXES} FROM messages AS m WHERE seq = ?", (seq,)).fetchone()
-                names = json.loads(row[0]) if row else ()
-                self._readdress(seq, tuple(dict.fromkeys(agent_id if name == inbox else name for name in names)))
-                self._split("acks", agent_id, seq)
-                self._split("pushes", agent_id, seq)
+                sql = f"SELECT audience, {_INBOXES} FROM messages AS m WHERE seq = ?"
+                for audience, text in self._run(sql, (seq,)).fetchall():
+                    names = dict.fromkeys([agent_id if name == inbox else name for name in json.loads(text)])
+                    self._run("UPDATE messages SET audience = ? WHERE seq = ?", (self._audience(tuple(names)), seq))
+                    self._left.add(audience)
+                self._split(agent_id, seq)
             for sql in _JUST_CAME.split(";"):
                 self._run_many(sql, [{"inbox": agent_id, "seq": seq} for seq in seqs])
 
-    def _split(self, table: str, inbox: str, seq: int) -> None:
-        """Take a seq out of the range that holds it, if one does."""
-        sql = f"SELECT * FROM {table} WHERE inbox = ? AND last >= ? ORDER BY last LIMIT 1"
-        _, last, first, *how = self._run(sql, (inbox, seq)).fetchone() or (inbox, 0, seq + 1)
-        if first <= seq:
-            self._run(f"DELETE FROM {table} WHERE inbox = ? AND last = ?", (inbox, last))
-            parts = [(inbox, high, low, *how) for low, high in ((first, seq - 1), (seq + 1, last)) if low <= high]
-            self._run_many(f"INSERT INTO {table} VALUES (?,?,?,?,?)", parts)
+    def _split(self, inbox: str, seq: int) -> None:
+        """Take a seq out of the ranges that hold it."""
+        for kind in ("acks", "pushes"):
+            sql = "SELECT * FROM ranges WHERE inbox = ? AND kind = ? AND last >= ? ORDER BY last LIMIT 1"
+            row = self._run(sql, (inbox, kind, seq)).fetchone()
+            if row and row[3] <= seq:
+                _, _, last, first, at, via = row
+                self._run("DELETE FROM ranges WHERE inbox = ? AND kind = ? AND last = ?", (inbox, kind, last))
+                self._note_range(kind, inbox, first, seq - 1, at, via)
+                self._note_range(kind, inbox, seq + 1, last, at, via)
 
     def acknowledge(self, batch: list[Acknowledged]) -> None:
         """Note what was received."""
-        marks: dict[tuple[Sequence[int], int, str], list[str]] = {}
+        marks: dict[tuple[int, int, int, str], list[str]] = {}
         for inbox, first, last, at, via in batch:
-            marks.setdefault((range(first, last + 1), at, via), []).append(inbox)
-        self._mark("acks", [(names, *what) for what, names in marks.items()])
+            marks.setdefault((first, last, at, via), []).append(inbox)
+        runs = [(names, range(first, last + 1), at, via) for (first, last, at, via), names in marks.items()]
+        self._note("acks", runs)
 
     def push(self, batch: list[Pushed]) -> None:
-        """Note what was pushed: in ranges of all messages, where those were pushed to all of their inboxes."""
-        counts: dict[tuple[int, str, int], int] = {}
-        for names, seqs, at, via in batch:
-            for seq in seqs:
-                counts[at, via, seq] = counts.get((at, via, seq), 0) + len(names)
-        whole = {key for key, count in counts.items() if count == len(self._inboxes.get(key[2], _UNKNOWN)[1])}
-        runs = itertools.groupby(enumerate(sorted(whole)), lambda pair: (*pair[1][:2], pair[1][2] - pair[0]))
-        for (at, via, _), run in runs:
-            turn = [seq for _, (_, _, seq) in run]
-            self._run("INSERT OR IGNORE INTO turns VALUES (?,?,?,?)", (turn[-1], turn[0], at, via))
-        if len(whole) < len(counts):
-            rest = [(names, [s for s in seqs if (at, via, s) not in whole], at, via) for names, seqs, at, via in batch]
-            self._mark("pushes", [row for row in rest if row[1]])
+        """Note what was pushed."""
+        self._note("pushes", batch)
 
-    def expire(self, batch: list[Expired]) -> None:
-        """Note messages as settled where they were not acknowledged: what is received later does not go over them."""
-        sql = f"SELECT h.inbox FROM {_COPIES} WHERE NOT ifnull(h.seq >= {_RANGE.format('acks', 'first')}, 0)"
-        acks = "SELECT names, listed FROM group_marks WHERE seq = ? AND kind = 'acks'"
-        for seq in [seq for change in batch for seq in change.seqs]:
-            names = tuple([name for (name,) in self._run(sql, (seq,))])
-            for text, listed in self._run(acks, (seq,)):
-                here = {*json.loads(text)}
-                names = tuple([name for name in names if (name in here) != listed])
-            for (at,) in self._run("SELECT abs(expires_at) FROM messages WHERE seq = ?", (seq,)).fetchall():
-                self._mark("acks", [(names, (seq,), at, "expired")])
-
-    def _mark(self, kind: str, marks: Iterable[tuple[Sequence[str], Sequence[int], int, str]]) -> None:
-        """Note messages, as (inboxes, seqs, at, via), in ranges; those to a group in a row each."""
-        ranges: list[tuple[str, int, int, int, str]] = []
-        groups: dict[tuple[int, str, int, str], list[str]] = {}
+    def _note(self, kind: str, marks: Iterable[tuple[Sequence[str], Sequence[int], int, str]]) -> None:
+        """Note what was so of some messages in some inboxes, as (inboxes, seqs, at, via)."""
+        rows = []
         for names, seqs, at, via in marks:
-            if len(names) > max(len(seqs), FEW) and all(self._inboxes.get(seq, _UNKNOWN)[0] < 0 for seq in seqs):
-                for seq in seqs:
-                    groups.setdefault((seq, kind, at, via), []).extend(names)
+            if len(seqs) == 1 or len(names) > len(seqs):
+                text = '["' + '","'.join(names) + '"]'  # agents', which need no escaping
+                rows += [(seq, kind, at, via, text) for seq in seqs]
             else:
-                ranges += [(name, seqs[0], seqs[-1], at, via) for name in names]
-        self._note(kind, ranges)
-        if groups:
-            rows = [(*key, *self._shorter(key[0], names)) for key, names in groups.items()]
-            self._run_many("INSERT OR IGNORE INTO group_marks VALUES (?,?,?,?,?,?)", rows)
+                for name in names:
+                    self._note_range(kind, name, seqs[0], seqs[-1], at, via)
+        self._run_many("INSERT OR IGNORE INTO marks VALUES (?,?,?,?,?)", rows)
 
-    def _shorter(self, seq: int, names: list[str]) -> tuple[str, bool]:
-        """These of a message's inboxes, listed, or the others."""
-        _, inboxes = self._inboxes[seq]
-        if len(names) <= len(inboxes) / 2:
-            return dump(names), True
-        here = {*names}
-        return dump([name for name in inboxes if name not in here]), False
-
-    def _note(self, table: str, ranges: Iterable[tuple[str, int, int, int, str]]) -> None:
-        """Note ranges, as (inbox, first, last, at, via): what is in an earlier one stays there."""
-        rows: list[tuple[Any, ...]] = []
-        insert, ends = f"INSERT INTO {table} VALUES (?,?,?,?,?)", self._ends
-        if len(ends) >= MAX_KNOWN:
-            ends.clear()
-        for inbox, first, last, at, via in ranges:
-            end = ends.get((table, inbox))
-            if end is None:
-                end = self._run(f"SELECT ifnull(max(last), 0) FROM {table} WHERE inbox = ?", (inbox,)).fetchone()[0]
-            if first <= end:
-                self._run_many(insert, rows)
-                rows = []
-                sql = f"SELECT first, last FROM {table} WHERE inbox = ? AND last >= ? ORDER BY last"
-                for low, high in self._run(sql, (inbox, first)):
-                    if low > first:
-                        rows.append((inbox, min(low - 1, last), first, at, via))
-                    first = high + 1
-                    if high >= last:
-                        break
-            if first <= last:
-                rows.append((inbox, last, first, at, via))
-            ends[table, inbox] = max(end, last)
-        self._run_many(insert, rows)
+    def _note_range(self, kind: str, inbox: str, first: int, last: int, at: int, via: str) -> None:
+        """Note a range: what is in an earlier one stays there."""
+        rows = []
+        sql = "SELECT first, last FROM ranges WHERE inbox = ? AND kind = ? AND last >= ? ORDER BY last"
+        for low, high in self._run(sql, (inbox, kind, first)):
+            if first < low:
+                rows.append((inbox, kind, min(low - 1, last), first, at, via))
+            first = high + 1
+            if first > last:
+                break
+        if first <= last:
+            rows.append((inbox, kind, last, first, at, via))
+        self._run_many("INSERT INTO ranges VALUES (?,?,?,?,?,?)", rows)
 
     def drop(self, batch: list[Dropped]) -> None:
         """Note where messages lay that will be gone."""
@@ -3965,18 +3922,16 @@ class Deliveries:
             oldest = self._run(sql, (audience,)).fetchone()
             self._run("DELETE FROM audience_of WHERE audience = ? AND last < ?", (audience, *(oldest or (EVER + 1,))))
             if not oldest:
-                (name,) = self._run("SELECT name FROM audiences WHERE id = ?", (audience,)).fetchone()
-                self._run("DELETE FROM audiences WHERE id = ?", (audience,))
-                self._groups.pop(name, None)
-                self._lists.pop(tuple(json.loads(name)) if audience > 0 else (), None)
+                self._known.discard(audience)
+                self._groups.pop(audience, None)
         if self._emptier:
             (oldest,) = self._run("SELECT ifnull(min(seq), ?) FROM messages", (EVER,)).fetchone()
-            values = [(name, oldest) for name in self._emptier]
-            self._run("DELETE FROM turns WHERE last < ?", (oldest,))
-            self._run_many("DELETE FROM acks WHERE inbox = ? AND last < ?", values)
-            self._run_many("DELETE FROM pushes WHERE inbox = ? AND last < ?", values)
+            self._run("DELETE FROM marks WHERE seq < ?", (oldest,))
+            self._run("DELETE FROM claims WHERE seq < ?", (oldest,))
+            values = [(name, kind, oldest) for name in self._emptier for kind in ("acks", "pushes")]
+            self._run_many("DELETE FROM ranges WHERE inbox = ? AND kind = ? AND last < ?", values)
             unused = "NOT EXISTS (SELECT 1 FROM audience_of WHERE inbox = ?1)"
-            self._run_many(f"DELETE FROM floors WHERE inbox = ?1 AND ?2 AND {unused}", values)
+            self._run_many(f"DELETE FROM floors WHERE inbox = ?1 AND {unused}", [(name,) for name in self._emptier])
         self._left, self._emptier = set(), set()
 
 
@@ -3986,7 +3941,6 @@ WRITERS: dict[type, Callable[[Deliveries, list[Any]], None]] = {
     Pushed: Deliveries.push,
     Transferred: Deliveries.transfer,
     Handed: Deliveries.hand,
-    Expired: Deliveries.expire,
     Dropped: Deliveries.drop,
 }
 
@@ -4134,12 +4088,29 @@ SCANS = (  # of what is not in the index, and of what is
 
 # The times in the tables, in milliseconds: of what has happened, and of what is to come.
 _PAST = "seen at, agents registered_at, tasks proposed_at, tasks since, locks taken_at, locks renewed_at, notes at,"
-_PAST += " pushes at, delayed sent_at, messages sent_at, messages due_at"
+_PAST += " marks at, ranges at, delayed sent_at, messages sent_at, messages due_at"
 _FUTURE = "agents away_until, jobs until, tasks deadline_at, notes expires_at, delayed due_at, delayed expires_at,"
 _FUTURE += " messages expires_at, claims until"
 BEHIND, AHEAD = ([tuple(one.split()) for one in text.split(", ")] for text in (_PAST, _FUTURE))
-SEQS_BY = {"deliveries": "audience", "messages": "sender", "channel_messages": "channel"}
+MANY = ("messages", "marks", "ranges")  # tables with too many rows to look for the newest time
 ANYTHING = Wanted()
+_WANTED = {  # what each field of Wanted asks of a message m
+    "type": "m.type = :type",
+    "sender": "m.sender = :sender",
+    "thread": "(m.thread = :thread OR m.seq = :root)",
+    "between": f"m.sender IN (:me, :other) AND {_IN_INBOX.format('iif(m.sender = :me, :other, :me)')}",
+}
+
+
+class StoredMessage(Message):
+    """A message as it was read from the store. Its envelope is made once, however often it is read."""
+
+    _text = ""
+
+    def envelope(self, redelivered: bool = False) -> str:
+        """The message as every interface shows it (JSON text)."""
+        text = self._text = self._text or super().envelope()
+        return f'{text[:-1]},"redelivered":true}}' if redelivered else text
 
 
 class Store:
@@ -4156,6 +4127,8 @@ class Store:
         self._lock: IO[str] | None = None
         self._files: dict[str, os.stat_result] = {}
         self.pages, self._scale = 0.0, 1.0  # written to the log since the last checkpoint; how far that guess is off
+        self._recent: dict[int, StoredMessage] = {}  # what was read last
+        self._recent_bytes = 0
         try:
             if not memory:
                 self._prepare_file()
@@ -4266,7 +4239,7 @@ class Store:
     def write(self, changes: list[Any]) -> None:
         """Begin a transaction with all of the changes; `commit` or `undo` must follow."""
         self.check()
-        before = self._writer.total_changes
+        before, text = self._writer.total_changes, 0
         try:
             self._writer.execute("BEGIN IMMEDIATE")
             for kind, run in itertools.groupby(changes, type):
@@ -4274,12 +4247,14 @@ class Store:
                 if kind in WRITERS:
                     WRITERS[kind](self._deliveries, batch)
                 for sql, rows in statements_of(kind, batch):
-                    self._writer.executemany(sql, rows)
-                    self.search.untidy = self.search.untidy or "INTO forgotten" in sql
+                    if rows:
+                        self._writer.executemany(sql, rows)
+                        self.search.untidy = self.search.untidy or "INTO forgotten" in sql
+                if kind is Sent or kind is Delayed:
+                    text += sum([len(sent.message.payload) for sent in batch])
             self._deliveries.tidy()
         except sqlite3.Error as error:
             raise self._refusal(error) from error
-        text = sum(len(change.message.payload) for change in changes if type(change) in (Sent, Delayed))
         # a guess, which `checkpoint` corrects: 3 pages a commit, 8 rows a page, and the text in pages of 4 KiB
         self.pages += self._scale * (3 + (self._writer.total_changes - before) / 8 + text / 4096)
 
@@ -4440,58 +4415,83 @@ class Store:
         """What each inbox has unread, what of it was pushed, and claims in it as (seq, until)."""
         rows, gone, pushed = self._reader.execute, dict[str, set[int]](), dict[str, set[int]]()
         unread, claims = dict[str, list[int]](), dict[str, list[tuple[int, int]]]()
-        in_group: dict[int, list[str]] = {}  # inboxes with a group message that may be unread, by its seq
+        marked: dict[int, set[str]] = {}  # inboxes with a message that has marks, by its seq
         for name, *lists in itertools.chain.from_iterable(map(rows, UNREAD)):  # as JSON: rows would be tuples
-            seqs, group, pushes, until = map(json.loads, lists)
+            seqs, with_marks, pushes, until = map(json.loads, lists)
             unread[name] = unread.get(name, []) + seqs
             pushed[name] = pushed.get(name, set()) | {*pushes}
             claims[name] = claims.get(name, []) + until
-            for seq in group:
-                in_group.setdefault(seq, []).append(name)
-        sql = "SELECT m.* FROM json_each(?) CROSS JOIN group_marks AS m ON m.seq = value"
-        for seq, kind, *_, text, listed in rows(sql, (dump([*in_group]),)):
-            names, marks = {*json.loads(text)}, gone if kind == "acks" else pushed
-            for name in in_group[seq]:
-                if (name in names) == listed:
-                    marks.setdefault(name, set()).add(seq)
+            for seq in with_marks:
+                marked.setdefault(seq, set()).add(name)
+        sql = "SELECT seq, kind, names FROM json_each(?) CROSS JOIN marks ON seq = value"
+        for seq, kind, names in rows(sql, (dump([*marked]),)):
+            for name in marked[seq].intersection(json.loads(names)) if names else marked[seq]:
+                (gone if kind == "acks" else pushed).setdefault(name, set()).add(seq)
         for name, over in gone.items():
             unread[name] = [seq for seq in unread[name] if seq not in over]
             pushed[name] -= over
             claims[name] = [claim for claim in claims[name] if claim[0] not in over]
         return {name: tuple(sorted(seqs)) for name, seqs in sorted(unread.items()) if seqs}, pushed, claims
 
-    def _message(self, row: tuple[Any, ...]) -> Message:
-        return Message(row[0], row[1] or made_id(self.epoch, row[0]), *row[2 : len(Message._fields)])
+    def _message(self, row: tuple[Any, ...]) -> StoredMessage:
+        return StoredMessage(row[0], row[1] or made_id(self.epoch, row[0]), *row[2 : len(Message._fields)])
 
     def messages(
-        self, seqs: Iterable[int], now: int, want: Wanted = ANYTHING, most: int = MAX_ANSWER
-    ) -> tuple[list[Message], bool]:
+        self, seqs: Sequence[int], now: int, want: Wanted = ANYTHING, most: int = MAX_ANSWER
+    ) -> tuple[list[StoredMessage], bool]:
         """Those of the messages that are not past their time and wanted, in the order of `seqs`, and whether there are
         more than go into `most` bytes (one goes in any case)."""
-        rows = self._rows(
-            "SELECT m.* FROM json_each(:seqs) AS wanted CROSS JOIN messages AS m ON m.seq = wanted.value"
-            " WHERE (m.expires_at = 0 OR m.expires_at > :now) AND :type IN ('', m.type) AND :sender IN ('', m.sender)"
-            " AND (:thread IN ('', m.thread) OR m.seq = :root) AND (m.audience > 0 OR m.sender <> :inbox)"
-            f" AND (:me = '' OR m.sender IN (:me, :other) AND {_IN_INBOX.format('iif(m.sender = :me, :other, :me)')})"
-            " ORDER BY wanted.key",
-            want._asdict() | {"seqs": dump(seqs), "now": now, "me": want.between[0], "other": want.between[1]},
-        )
-        taken, more = take_within(most, rows, lambda row: len(row[_PAYLOAD]))
-        return [self._message(row) for row in taken], more
+        if want == ANYTHING:
+            rows = self._recent_messages(seqs)
+        else:
+            also = [sql for name, sql in _WANTED.items() if getattr(want, name) != getattr(ANYTHING, name)]
+            query = f"SELECT m.* FROM json_each(:seqs) JOIN messages AS m ON m.seq = value WHERE {' AND '.join(also)}"
+            values = want._asdict() | {"seqs": dump(seqs), "me": want.between[0], "other": want.between[1]}
+            rows = map(self._message, self._rows(f"{query} ORDER BY key", values))
+        taken: list[StoredMessage] = []
+        for message in rows:
+            if message.expires_at == 0 or message.expires_at > now:
+                most -= len(message.payload)
+                if most < 0 and taken:
+                    return taken, True
+                taken.append(message)
+        return taken, False
+
+    def _recent_messages(self, seqs: Sequence[int]) -> Iterator[StoredMessage]:
+        """The messages of these seqs, from memory or the file. No change makes one in memory wrong: a message
+        only ever runs out, which its time says, or gets another seq."""
+        known = [self._recent.get(seq) for seq in seqs]
+        others = [seq for seq, message in zip(seqs, known, strict=True) if message is None]
+        query = "SELECT m.* FROM json_each(?) LEFT JOIN messages AS m ON m.seq = value ORDER BY key"
+        rows = self._rows(query, (dump(others),)) if others else iter(())
+        for message in known:
+            if message:
+                yield message
+            elif (row := next(rows))[0]:
+                yield self._remember(self._message(row))
+
+    def _remember(self, message: StoredMessage) -> StoredMessage:
+        self._recent[message.seq] = message
+        self._recent_bytes += 500 + 2 * len(message.payload)
+        while self._recent_bytes > RECENT_BYTES:
+            self._recent_bytes -= 500 + 2 * len(self._recent.pop(next(iter(self._recent))).payload)
+        return message
 
     def seqs(self, table: str, name: str, after: int, before: int, limit: int, newest: bool = False) -> list[int]:
         """The seqs of up to `limit` messages between the two, oldest or newest first: what came to an inbox, read or
-        not (`deliveries`), what an agent sent (`messages`), or what was said in a channel (`channel_messages`). Among
-        the first is what an agent sent to a group that it belongs to: `messages` leaves it out for that `inbox`."""
-        column, spans = SEQS_BY[table], [(name, after, before)]
-        if table == "deliveries":
-            query = "SELECT audience, max(first - 1, ?2), min(last + 1, ?3) FROM audience_of"
-            query += " WHERE inbox = ?1 AND last > ?2 AND first < ?3"
-            table, spans = "messages", list(self._rows(query, spans[0]))
-        query = f"SELECT seq FROM {table} WHERE {column} = ? AND seq > ? AND seq < ? ORDER BY seq"
-        query += " DESC LIMIT ?" if newest else " LIMIT ?"
+        not (`deliveries`), what an agent sent (`messages`), or what was said in a channel (`channel_messages`)."""
+        order = "ORDER BY seq DESC LIMIT ?" if newest else "ORDER BY seq LIMIT ?"
+        if table != "deliveries":
+            column = "sender" if table == "messages" else "channel"
+            query = f"SELECT seq FROM {table} WHERE {column} = ? AND seq > ? AND seq < ? {order}"
+            return [seq for (seq,) in self._rows(query, (name, after, before, limit))]
+        query = "SELECT audience, max(first - 1, ?2), min(last + 1, ?3) FROM audience_of"
+        spans = list(self._rows(f"{query} WHERE inbox = ?1 AND last > ?2 AND first < ?3", (name, after, before)))
+        # of a group, not what it sent itself
+        query = "SELECT seq FROM messages WHERE audience = ? AND seq > ? AND seq < ?"
+        query += " AND (audience >= char(10) OR sender <> ?)"
         for step in (limit // len(spans) + 9, limit) if len(spans) > 4 else (limit,):  # a few of each may do
-            pages = [[seq for (seq,) in self._rows(query, (*span, step))] for span in spans]
+            pages = [[seq for (seq,) in self._rows(f"{query} {order}", (*span, name, step))] for span in spans]
             seqs = sorted(itertools.chain.from_iterable(pages), reverse=newest)
             ends = sorted([page[-1] for page in pages if len(page) == step], reverse=newest)
             if not ends or seqs.index(ends[0]) + 1 >= limit:  # up to there none is left out
@@ -4559,31 +4559,26 @@ class Store:
 
     def deliveries(self, seq: int) -> dict[str, dict[str, Any]]:
         """When a message was pushed, claimed, acknowledged and so on (ms since 1970), and how, by inbox."""
-        ranges = "LEFT JOIN {0} AS {1} ON {1}.inbox = h.inbox AND {1}.first <= h.seq AND {1}.last = "
-        ranges += _RANGE.format("{0}", "last")
-        rows = self._rows(
-            f"SELECT h.inbox, c.at, c.until, k.at, k.via, p.at, p.via FROM {_COPIES}"
-            f" {ranges.format('acks', 'k')} {ranges.format('pushes', 'p')}"
-            " LEFT JOIN claims AS c ON c.seq = h.seq AND c.inbox = h.inbox",
-            (seq,),
-        )
-        query = (
-            "SELECT kind, at, via, listed, names FROM group_marks WHERE seq = ?1 UNION ALL SELECT 'pushes', at, via, 0,"
-            " '[]' FROM (SELECT * FROM turns WHERE last >= ?1 ORDER BY last LIMIT 1) WHERE first <= ?1"
-        )
-        deliveries, marks = {}, [(*mark, {*json.loads(names)}) for *mark, names in self._rows(query, (seq,))]
-        for inbox, claimed, until, *ranged in rows:
-            times: dict[str, list[tuple[int, str]]] = {"acks": [], "pushes": []}
-            for kind, at, via, listed, names in marks:
-                if (inbox in names) == listed:
-                    times[kind].append((at, via))
-            settled, via = min([*times["acks"], tuple(ranged[:2])], key=lambda mark: mark[0] or EVER)
-            if (ranged[2] or EVER) <= (settled or EVER):  # else it goes over what was read without a push
-                times["pushes"].append(tuple(ranged[2:]))
-            pushed, push_via = min(times["pushes"], default=(None, None), key=lambda mark: mark[0] or EVER)
-            acked, over = (None, settled) if via == "expired" else (settled, None)
-            row = {"acknowledged": acked, "acknowledged_via": acked and via, "pushed": pushed, "pushed_via": push_via}
-            deliveries[inbox] = row | {"claimed": claimed, "claimed_until": until, "expired": over}
+        copies = f"SELECT h.inbox, ends, at, until FROM {_COPIES} LEFT JOIN claims ON claims.seq = h.seq"
+        claims = {row[0]: row for row in self._rows(f"{copies} AND claims.inbox = h.inbox", (seq,))}
+        ranges = f"""
+            SELECT r.kind, r.at, r.via, json_array(h.inbox) FROM {_COPIES} CROSS JOIN
+            (SELECT 'acks' AS kind UNION SELECT 'pushes') AS k JOIN ranges AS r ON r.inbox = h.inbox
+            AND r.kind = k.kind AND r.last = {_RANGE.format("k.kind", "last")} WHERE r.first <= h.seq"""
+        marks = "SELECT kind, at, via, names FROM marks WHERE seq = ?"
+        firsts: dict[tuple[str, str], tuple[int, bool, str]] = {}  # how it was first, by kind and inbox
+        for kind, at, via, names in self._rows(f"{marks} UNION ALL {ranges}", (seq, seq)):
+            for name in json.loads(names) if names else claims:
+                firsts[kind, name] = min((at, via == "expired", via), firsts.get((kind, name), (EVER, True, "")))
+        deliveries = {}
+        for inbox, ends, claimed, until in claims.values():
+            settled, expired, via = firsts.get(("acks", inbox), (None, False, None))
+            pushed, _, push_via = firsts.get(("pushes", inbox), (None, False, None))
+            if (pushed or 0) > (settled or EVER):  # that range goes over what was read without a push
+                pushed = push_via = None
+            row = {"acknowledged": None if expired else settled, "acknowledged_via": None if expired else via}
+            row |= {"pushed": pushed, "pushed_via": push_via, "claimed": claimed, "claimed_until": until}
+            deliveries[inbox] = row | {"expired": ends if expired else None}
         return deliveries
 
     def last_said(self, channels: Iterable[str]) -> dict[str, int]:
@@ -4606,7 +4601,7 @@ class Store:
 
     def latest(self) -> int:
         """The newest time that is written down of what has happened, in milliseconds since 1970."""
-        times = [f"SELECT max({name}) AS at FROM {table}" for table, name in BEHIND if table != "messages"]
+        times = [f"SELECT max({name}) AS at FROM {table}" for table, name in BEHIND if table not in MANY]
         times.append(f"SELECT * FROM (SELECT {_CAME_AT} FROM messages ORDER BY seq DESC LIMIT 1)")  # not all of them
         return int(next(self._rows(f"SELECT ifnull(max(at), 0) FROM ({' UNION ALL '.join(times)})"))[0])
 
@@ -4617,7 +4612,7 @@ class Store:
         if ahead > 0:
             self._execute("BEGIN IMMEDIATE")
             for table, name in BEHIND:
-                self._execute(f'UPDATE {table} SET "{name}" = :at WHERE "{name}" > :at', {"at": at})
+                self._execute(f'UPDATE OR REPLACE {table} SET "{name}" = :at WHERE "{name}" > :at', {"at": at})
             for table, name in AHEAD:
                 sql = f'UPDATE {table} SET "{name}" = "{name}" - :ahead WHERE "{name}" > :at'
                 self._execute(sql, {"at": at, "ahead": ahead})
@@ -4984,7 +4979,7 @@ class InboxQuery(NamedTuple):
     def page(self, api: Api, cursor: int, at: int) -> tuple[list[Message], int, bool, str]:
         """Messages from a cursor on, oldest first; the cursor after them; whether it stopped at MAX_SCAN deliveries
         looked at; and of the newest ones the field (JSON text) that says before which seq there may be older ones."""
-        step = self.limit if self.wanted == Wanted(inbox=self.wanted.inbox) else MAX_PAGE
+        step = self.limit if self.wanted == Wanted() else MAX_PAGE
         messages: list[Message] = []
         scanned, cut, end = 0, False, False
         while len(messages) < self.limit and scanned < MAX_SCAN and not (cut or end):
@@ -5024,7 +5019,8 @@ class InboxQuery(NamedTuple):
             why, at = yield Until(name, ends_at, "claims" if self.claim else "mail")
             cursor = self.start if why == OLDER or self.newest or self.claim else following
             over = why == OVER
-        texts = [m.envelope(redelivered=not self.newest and holds(hub.mail(name).pushed, m.seq)) for m in messages]
+        pushed = () if self.newest else hub.mail(name).pushed
+        texts = [message.envelope(bool(pushed) and holds(pushed, message.seq)) for message in messages]
         seqs = tuple([message.seq for message in messages])
         if seqs and self.claim:
             until = at + int(self.claim * 1000)
@@ -5405,8 +5401,7 @@ class Operations:
             api.probe()
         root = api.find(thread) if thread else None
         between = (name, other) if other else ("", "")
-        own, since_seq = "" if channel or sent or other else name, root.message.seq if root else 0
-        wanted = Wanted(type or "", sender or "", api.full_id(thread or ""), since_seq, between, own)
+        wanted = Wanted(type or "", sender or "", api.full_id(thread or ""), root.message.seq if root else 0, between)
         newest, below = start is None and not unread, sys.maxsize if before is None else before
         first = below if newest else start or 0
         inbox = (("deliveries", name), ("messages", name)) if sent or other else (("deliveries", name),)
@@ -6030,18 +6025,8 @@ def note_json(note: Note) -> Json:
 
 def receipt_text(call: Call, receipt: Receipt) -> str:
     """A receipt as JSON text, written by hand: it is most of what a sender costs."""
-    hub, message, states = call.api.hub, receipt.message, delivery_states(call, receipt)
-    rows, looks = [], MAX_CLOSE
-    for name in (*receipt.inboxes, *receipt.full):
-        state, shown, close = states.get(name, "queued"), f'"{name}"', ""  # an agent_id needs no escaping
-        if not hub.known(name) and not is_group(name):
-            state, shown = states.get(name, "unknown"), dump(name)
-            similar = hub.close_to(name) if looks > 0 else []
-            looks -= 1
-            close = f',"did_you_mean":{dump(similar)}' if similar else ""
-        connected = "true" if name in hub.connections else "false"
-        more = f'"connected":{connected},"unread":{hub.unread(name)}{close}'
-        rows.append(f'{{"agent_id":{shown},"state":"{state}",{more}}}')
+    hub, message = call.api.hub, receipt.message
+    rows, pushed, queued = recipients_text(call, receipt)
     warning = reaches_nobody(hub, receipt) if not rows or message.lease else ""
     vain = groups_in_vain(hub, message) if not rows or message.to[0] == "[" else []
     if rows and vain:
@@ -6054,27 +6039,51 @@ def receipt_text(call: Call, receipt: Receipt) -> str:
     meant = [close for name in vain[:MAX_CLOSE] for close in hub.close_groups(name, message.sender)]
     more += f',"did_you_mean":{dump(meant)}' if meant else ""
     more += ',"duplicate":true' if receipt.duplicate else ""
-    kinds = list(states.values())
-    queued = len(receipt.inboxes) + len(receipt.full) - len(kinds)
     return (
         f'{{"success":true,"message_id":"{message.id}","seq":{message.receipt_seq or message.seq},'
-        f'"timestamp":"{timestamp(message.sent_at)}","recipients":[{",".join(rows)}],'
-        f'"pushed":{kinds.count("pushed")},"queued":{queued}{more}}}'
+        f'"timestamp":"{timestamp(message.sent_at)}","recipients":[{rows}],'
+        f'"pushed":{pushed},"queued":{queued}{more}}}'
     )
 
 
-def delivery_states(call: Call, receipt: Receipt) -> dict[str, str]:
-    """What is known of each inbox's copy; one that is only queued is left out."""
-    hub, message = call.api.hub, receipt.message
-    states = {name: "pushed" for name in receipt.inboxes if holds(hub.mail(name).pushed, message.seq)}
-    if receipt.full:
-        states |= dict.fromkeys(receipt.full, "inbox_full")
-    if receipt.duplicate:  # some may have been acknowledged since, or have run out
+def recipients_text(call: Call, receipt: Receipt) -> tuple[str, int, int]:
+    """A receipt's recipients as JSON text, and how many copies are pushed and queued."""
+    hub, seq = call.api.hub, receipt.message.seq
+    find, agents, connections, no_mail = hub.inboxes.get, hub.agents, hub.connections, hub.mail("")
+    states = rarer_states(call, receipt) if receipt.duplicate or receipt.full else {}
+    names = (*receipt.inboxes, *receipt.full)
+    rows, looks, pushed = [], MAX_CLOSE, 0
+    for name in names:
+        box = find(name, no_mail)
+        state = states.get(name, "queued")
+        if box.pushed and (box.pushed[-1] == seq or holds(box.pushed, seq)):
+            state = "pushed"
+        pushed += state == "pushed"
+        shown, close = f'"{name}"', ""  # an agent_id needs no escaping
+        if name not in agents and name != OPERATOR and not is_group(name):
+            state, shown = ("unknown" if state == "queued" else state), dump(name)
+            similar = hub.close_to(name) if looks > 0 else []
+            looks -= 1
+            close = f',"did_you_mean":{dump(similar)}' if similar else ""
+        connected = "true" if name in connections else "false"
+        rows.append(
+            f'{{"agent_id":{shown},"state":"{state}","connected":{connected},"unread":{len(box.unread)}{close}}}'
+        )
+    neither = sum(state != "pushed" for state in states.values())
+    return ",".join(rows), pushed, len(names) - pushed - neither
+
+
+def rarer_states(call: Call, receipt: Receipt) -> dict[str, str]:
+    """What else than queued the copies are that were not just pushed: some may have been acknowledged since, or have
+    run out, or there was no room."""
+    message = receipt.message
+    states = dict.fromkeys(receipt.full, "inbox_full")
+    if receipt.duplicate:
         rows = call.api.log.deliveries(message.seq).items()
         over = 0 < abs(message.expires_at) <= call.at
         states |= {name: "expired" for name, row in rows if over and not row["acknowledged"]}
         states |= {name: "pushed" for name, row in rows if row["pushed"]}
-        states |= dict.fromkeys(hub.pushes(message.seq), "pushed")
+        states |= dict.fromkeys(call.api.hub.pushes(message.seq), "pushed")
     return states
 
 
@@ -7815,7 +7824,7 @@ class MailRun:
     and each reader gets them as one write."""
 
     def __init__(self, messages: list[Message]) -> None:
-        self.messages, self.seqs = messages, [message.seq for message in messages]
+        self.messages, self.seqs = messages, tuple([message.seq for message in messages])
         self._frames: dict[str, bytes] = {}
 
     def frames(self, format: str) -> bytes:
@@ -7950,8 +7959,8 @@ class InboxReader(Reader):
         if self.live or self.paused or self.closed:
             return
         api, mail, up_to = self.server.api, self.server.hub.mail(self.agent_id), self.unread_up_to
-        unread, seqs, wanted = self.cursor < up_to, self._next_seqs(), Wanted(inbox=self.agent_id)
-        messages, cut = api.log.messages(seqs, self.server.clock(), wanted, READ_AHEAD) if seqs else ([], False)
+        unread, seqs = self.cursor < up_to, self._next_seqs()
+        messages, cut = api.log.messages(seqs, self.server.clock(), most=READ_AHEAD) if seqs else ([], False)
         for message in messages:
             again = holds(mail.pushed, message.seq)
             self.write(encode_event(self.format, message.type, message.envelope(again), message.seq))
@@ -7960,7 +7969,7 @@ class InboxReader(Reader):
             sent = tuple([message.seq for message in messages])
             if self.proves:
                 self.written += sent
-            self.server.pushed(self.agent_id, sent, self.via)
+            self.server.pushed((self.agent_id,), sent, self.via)
         if cut:
             self.cursor = messages[-1].seq
         elif unread and end:
@@ -9067,8 +9076,7 @@ class Committer:
             self.hub.load(self.store.load(), self._server.clock())
             for change in undone:
                 if type(change) is Pushed:
-                    for name in change.inboxes:
-                        self.hub.push(change.at, name, change.seqs, change.via)
+                    self.hub.push_all(change.at, change.inboxes, change.seqs, change.via)
                 elif type(change) is Put and change.how == "lapsed" and change.value.agent_id in self.hub.agents:
                     self.hub.lapse(change.value.agent_id)
         except Exception:
@@ -9245,7 +9253,7 @@ class Server:
         self.copying: set[FileSender] = set()
         self.closing = self.flushing = self._passing = self._settling = self._moving_up = self._deep = False
         self._presence: dict[str, Presence] = {}
-        self._pushes: dict[tuple[str, str], list[int]] = {}
+        self._pushes: dict[tuple[tuple[int, ...], str], list[str]] = {}
         self._turn_ends = 0.0
         self._swept_at = self._audited_at = self._counted_at = self.loop.time()
         self._tick()
@@ -9305,16 +9313,15 @@ class Server:
             if readers := self.readers.get(name):
                 took = [reader.via for reader in list(readers) if reader.push(run)]
                 if took:
-                    self._pushes.setdefault((name, took[0]), []).extend(run.seqs)
+                    self._pushes.setdefault((run.seqs, took[0]), []).append(name)
         for subscriber in self.subscribers:
             subscriber.touch({f"hub://inbox/{name}" for name in inboxes})
 
     def note_pushes(self) -> None:
         """Note what of a batch was pushed, before the receipts leave that say so."""
         pushes, self._pushes = self._pushes, {}
-        at = self.clock()
-        for (name, via), seqs in pushes.items():
-            self.pushed(name, tuple(seqs), via, at)
+        for (seqs, via), names in pushes.items():
+            self.pushed(names, seqs, via)
 
     def _fall_behind(self, agent_id: str, first: int) -> None:
         """Messages came into an inbox that has newer ones."""
@@ -9379,9 +9386,9 @@ class Server:
 
     # readers
 
-    def pushed(self, agent_id: str, seqs: tuple[int, ...], via: str, at: int = 0) -> None:
-        """Remember what was written to a live reader: receipts say it, and what is sent again."""
-        self.hub.push(at or self.clock(), agent_id, seqs, via)
+    def pushed(self, agent_ids: Sequence[str], seqs: tuple[int, ...], via: str) -> None:
+        """Remember what was written to live readers: receipts say it, and what is sent again."""
+        self.hub.push_all(self.clock(), agent_ids, seqs, via)
         if self.hub.deferred and not self._settling:
             self._settling = True
             self.loop.call_later(SETTLE_SECONDS, self._settle)
