@@ -10955,9 +10955,12 @@ def leave_script() -> None:
         sys.dont_write_bytecode, sys.pycache_prefix = False, os.path.join(state_folder("DATA"), "cache")
         SourceFileLoader("agenthub", __file__).get_code("agenthub")  # compiles it, if that was not done, and keeps it
         code = MODULE_START.format(folder=repr(folder), cache=repr(sys.pycache_prefix))
-        code += "del sys.argv[0]\nimport agenthub\nagenthub.run_process()"
+        code += "del sys.argv[0]\nimport agenthub\nagenthub.run_process()\n"
+        start = os.path.join(sys.pycache_prefix, f"start-{crc32(code.encode()):08x}.py")  # what `ps` shows is a command
         if os.stat(cache_from_source(__file__)).st_uid == os.geteuid():
-            os.execv(sys.executable, [sys.executable, "-c", code, *sys.argv])
+            with open(open_private(start), "r+") as opened:
+                opened.write(code)
+            os.execv(sys.executable, [sys.executable, start, *sys.argv])
     sys.dont_write_bytecode, sys.pycache_prefix = before
 
 

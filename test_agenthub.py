@@ -302,7 +302,7 @@ import atexit, contextlib, json, os, signal, socket, sys, threading, traceback
 import agenthub, array, asyncio.subprocess, concurrent.futures.thread, datetime, encodings.idna, http.client
 import importlib.metadata, multiprocessing, queue, random, resource, secrets, sqlite3, ssl, tempfile, unicodedata
 with contextlib.suppress(ImportError):
-    import websockets.asyncio.server
+    import websockets.protocol
 agenthub.read_command(["serve"])
 orders = socket.socket(fileno=int(sys.argv[1]))
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -357,7 +357,7 @@ class Copy:
             its = [stack.enter_context(self._end(name, files.get(name))) for name in ("stdin", "stdout", "stderr")]
             self.pid = self.order(order, *[file.fileno() for file in its])[0]
 
-    def _end(self, name: str, file: object) -> contextlib.AbstractContextManager[typing.IO]:
+    def _end(self, name: str, file: object) -> contextlib.AbstractContextManager:
         """The process's own end of a file; of a pipe, this one keeps the other end."""
         if file is None:
             return open(os.devnull, "r+")
@@ -11824,7 +11824,8 @@ def test_a_hub_started_as_a_script_goes_on_as_a_lean_module(tmp_path: Path) -> N
     lean, script = (started_as_script(tmp_path, tmp_path / name) for name in ("data", "a file"))
     for line, _, status, words in (lean, script):
         assert "python3 agenthub.py send" in line and status == 0 and "serve" in words
-    assert "-c" in lean[3] and "-c" not in script[3] and lean[1] < script[1] - 20_000
+    assert lean[3][1].endswith(".py") and lean[3][2:] == script[3][1:], "and `ps` shows the command as it was typed"
+    assert lean[1] < script[1] - 20_000
     (compiled,) = (tmp_path / "data" / "agenthub" / "cache").rglob("agenthub.*.pyc")
     assert compiled.stat().st_uid == os.geteuid()
 
