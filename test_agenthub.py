@@ -3573,7 +3573,7 @@ def test_an_inbox_of_many_audiences_is_read_in_order(crew: World) -> None:
         assert crew.store.seqs("deliveries", "w1", seqs[50], seqs[99], limit) == seqs[51:99][:limit]
 
 
-def test_what_is_read_again_comes_from_memory_as_it_is_in_the_file(
+def test_what_is_read_again_comes_from_memory_unchanged(
     crew: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ah, "RECENT_BYTES", 4000)
