@@ -304,17 +304,19 @@ import importlib.metadata, multiprocessing, queue, random, resource, secrets, sq
 with contextlib.suppress(ImportError):
     import websockets.protocol
 agenthub.read_command(["serve"])
-orders = socket.socket(fileno=int(sys.argv[1]))
+orders, running = socket.socket(fileno=int(sys.argv[1])), set()
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 while True:
     data, files, *_ = socket.recv_fds(orders, 1 << 16, 3)
     if not data:
-        break  # the tests have ended
+        break  # the tests have ended, or were killed
     order = json.loads(data)
     if "process" in order:
         answer = os.waitpid(order["process"], os.WNOHANG | os.WUNTRACED)
+        running -= {answer[0]} if not os.WIFSTOPPED(answer[1]) else set()
     elif process := os.fork():
         answer = [process]
+        running.add(process)
     else:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for number, file in enumerate(files):
@@ -338,6 +340,8 @@ while True:
     for file in files:
         os.close(file)
     orders.sendall(json.dumps(answer).encode())
+for process in running:
+    os.kill(process, signal.SIGKILL)
 """
 
 
