@@ -3577,9 +3577,7 @@ def test_an_inbox_of_many_audiences_is_read_in_order(crew: World) -> None:
         assert crew.store.seqs("deliveries", "w1", seqs[50], seqs[99], limit) == seqs[51:99][:limit]
 
 
-def test_what_is_read_again_comes_from_memory_unchanged(
-    crew: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_read_again_comes_from_memory_unchanged(crew: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ah, "RECENT_BYTES", 4000)
     ends = [0, crew.clock() + 5000]
     seqs = [crew.send("boss", "w1", f'"{"x" * 20 * n}"', expires_at=ends[n % 2]).message.seq for n in range(12)]
@@ -11823,6 +11821,7 @@ def started_as_script(folder: Path, data: Path) -> tuple[str, int, int, list[str
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="memory is read from Linux' /proc")
+@pytest.mark.slow  # it starts processes through others
 def test_a_hub_started_as_a_script_goes_on_as_a_lean_module(tmp_path: Path) -> None:
     (tmp_path / "a file").touch()
     lean, script = (started_as_script(tmp_path, tmp_path / name) for name in ("data", "a file"))
@@ -12028,6 +12027,7 @@ def test_the_demo_shows_what_really_happened_and_leaves_nothing(
     )
 
 
+@pytest.mark.slow  # it starts processes through others
 def test_the_bench_hands_options_behind_two_dashes_to_its_hub(tmp_path: Path) -> None:
     assert ah.read_command(["bench", "--only", "health", "--", "--loop", "uvloop"]).command == ["--loop", "uvloop"]
     run = ah.BenchRun("", 1, 100, str(tmp_path), ["--loop", "no such loop"])
