@@ -290,7 +290,8 @@ CONNECT_SECONDS = 2  # for a connection to be taken, which the system does for a
 ANSWER_SECONDS = 10  # for the first byte of an answer that waits for nothing: a disk that stalls is back by then
 RETRY_SECONDS = 10  # how long clients try again after a connection broke in mid-call, before they give up
 GC_THRESHOLD = 50_000  # allocations between two looks for cycles: the hub makes few, and looking cost it 8 %
-BACKLOG = 1_024  # connections waiting to be accepted: a whole team reconnects at once after a restart
+BACKLOG = 4_096  # connections waiting to be accepted: a crowd reconnects at once after a restart, and one that finds
+# no room here tries again only a second later. It is what Linux allows by itself
 ACCEPTS = 8  # of them in one turn: all are open before the first can be refused, and descriptors may be scarce
 SPARE_FILES = 64  # descriptors that are not for connections: the store, listeners, copies, and those being refused
 DEFAULT_LIMIT = 50  # messages in an answer that names no limit: the seed's figure
