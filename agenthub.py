@@ -9109,10 +9109,11 @@ class Committer:
     def index(self) -> None:
         """Take messages into the search index, if many are not in it and the disk has nothing to do. A timer goes on
         with it, until something is committed."""
-        if self.busy or self.api.trouble or self._server.closing or not self.store.search.lags(self.api.committed):
+        if self.api.trouble or self._server.closing or not self.store.search.lags(self.api.committed):
             return
         self._index_timer.cancel()
-        self._tidy(functools.partial(self.store.index, self.api.committed))
+        if not self.busy:  # on a slow disk it is with the last batch still
+            self._tidy(functools.partial(self.store.index, self.api.committed))
         self._index_timer = self.loop.call_later(SWEEP_PAUSE, self.index)
 
     def _tidy(self, work: Callable[[], None]) -> None:

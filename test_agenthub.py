@@ -9077,6 +9077,31 @@ def test_connections_of_both_kinds_are_counted_by_address(live: object) -> None:
 # --- Committer --------------------------------------------------------------------------------------------------------
 
 
+def test_the_index_is_made_without_a_pause_on_a_slow_disk(tmp_path: Path) -> None:
+    """Where a batch takes longer than SWEEP_PAUSE, the next one must not wait for a tick of the server."""
+
+    async def play() -> None:
+        server = ah.Server(ah.Store(str(tmp_path / "hub.db")), ah.Settings(ah.Limits(loop_guard=0), websockets=False))
+        server._look_after = lambda now: None
+        server.hub.register(server.clock(), "a", "", "s", None, None, None, b"", False)
+        for n in range(3 * ah.INDEX_BATCH):
+            server.hub.send(server.clock(), ah.Draft(ah.Message(0, "", "message", "a", "", str(n), 0), "a"))
+        server.schedule()
+        index, search = server.store.index, server.store.search
+        server.store.index = lambda up_to: (time.sleep(2 * ah.SWEEP_PAUSE), index(up_to))
+        while server.committer.busy:
+            await asyncio.sleep(0)
+        server.committer._mean = 1.0  # a disk known to be slow
+        server.committer.index()
+        deadline = time.monotonic() + 10
+        while search.lags(server.api.committed) and time.monotonic() < deadline:
+            await asyncio.sleep(0.001)
+        assert not search.lags(server.api.committed)
+        await server.stop()
+
+    asyncio.run(play())
+
+
 def test_a_slow_disk_holds_up_what_depends_on_it_and_nothing_else(tmp_path: Path) -> None:
     """Commits that hang until they are let go: heartbeats, reads and new sends go on, and no reply leaves early."""
 
