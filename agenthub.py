@@ -66,12 +66,12 @@ if TYPE_CHECKING:
     import difflib
     import fcntl
     import gc
+    import glob
     import hashlib
     import hmac
     import http
     import ipaddress
     import logging
-    import multiprocessing
     import queue
     import resource
     import selectors
@@ -81,6 +81,7 @@ if TYPE_CHECKING:
     import sqlite3
     import ssl
     import stat
+    import statistics
     import subprocess
     import tempfile
     import threading
@@ -94,8 +95,8 @@ if TYPE_CHECKING:
     from websockets.frames import Frame as SocketFrame
     from websockets.protocol import Protocol
 else:
-    LAZY = "argparse asyncio base64 datetime difflib fcntl gc hashlib hmac http ipaddress logging"
-    LAZY += " multiprocessing queue resource selectors shlex signal socket sqlite3 ssl stat subprocess tempfile"
+    LAZY = "argparse asyncio base64 datetime difflib fcntl gc glob hashlib hmac http ipaddress logging"
+    LAZY += " queue resource selectors shlex signal socket sqlite3 ssl stat statistics subprocess tempfile"
     LAZY += " threading traceback unicodedata"
 
     class LazyModule:
@@ -12737,15 +12738,22 @@ def _demo_command(args: argparse.Namespace) -> None:
 #
 # What a hub does in a second, beside a floor from the same run: the least that its work costs on this machine (SQLite
 # alone, a bare TCP, HTTP or WebSocket server). Each load and each floor is a process of its own. A load sends bytes
-# that were made beforehand and counts markers in what comes back, so that it measures the hub and not itself.
+# that were made beforehand and counts markers in what comes back, so that it measures the hub and not itself; where it
+# is busy all the time, it says so. The rows of scale take minutes: each has to be named.
 
 BENCH_GROUP = 64  # messages under way on one WebSocket, and rows of one commit to compare it with
 BENCH_SPREAD = 100  # recipients of a load that is spread
 BENCH_CLIENTS = 16  # connections of a load that comes from several sides
 BENCH_READERS = 1_000  # of a broadcast
 BENCH_IDLE = 5_000  # WebSockets that only stay open
+BENCH_AGENTS = 10_000  # connected, each of which sends up to one message a second
+BENCH_LATE = 250  # milliseconds: a hub at which more than one answer of 100 takes longer does not keep up
+BENCH_SOAK = 1_000  # messages a second for long, while every half a second one agent reconnects, comes and leaves
+BENCH_EMPTY, BENCH_FULL = 1_000, 1_000_000  # messages in a store that is as good as empty, and in one that is not
+BENCH_RETURNING = 2_000  # agents that reconnect after a restart
 BENCH_STARTS = 10  # of a whole process that is measured
 BENCH_PATIENCE = 10  # seconds without any answer: the hub refuses, or hangs
+BENCH_SENT = '"type":"sent"'  # what marks the answer to a message
 BENCH_BUSY = 0.9  # of its time: a load that is busier is the limit itself
 _BENCH_EXAMPLE = "agenthub bench --only sends --rounds 3"
 _BENCH_HELP = "how much a hub does in a second here, beside a floor that is measured in the same run"
@@ -12753,38 +12761,43 @@ _BENCH_HELP = "how much a hub does in a second here, beside a floor that is meas
 
 class Sample(NamedTuple):
     """What was measured: how many a second, or what one costs (milliseconds, KiB); of how long each took the median
-    and the 99th of 100 (milliseconds); which part of the time the load, and then the hub, was at work."""
+    and the 99th of 100 (milliseconds); which part of the time the load, and then the hub, was at work; how much memory
+    the hub holds at the end (KiB)."""
 
     value: float
     p50: float = 0.0
     p99: float = 0.0
     busy: float = 0.0
     cpu: float = 0.0
+    memory: float = 0.0
+    note: str = ""
 
 
 class BenchTarget(NamedTuple):
-    """A hub under load, or a floor: its port, its process (0: another machine's, or unknown), and what a load does."""
+    """A hub under load, or a floor: where it is, its process (0: another machine's, or unknown), and what a load does:
+    for how long (seconds), with messages of how much text (bytes), and at what scale (1: as the rows say)."""
 
+    host: str
     port: int
     pid: int
     seconds: float
     size: int
+    scale: float
     key: str = ""
 
-    @property
-    def text(self) -> str:
-        """The text of each message."""
-        return "x" * self.size
+    def scaled(self, count: int) -> int:
+        """So many of what there are many of, at this scale."""
+        return math.ceil(count * self.scale)
 
     def frame(self, to: str, mark: str = "") -> bytes:
-        """A WebSocket frame that sends it."""
-        return masked_frame(1, dump({"to": to, "message": mark + self.text}).encode())
+        """A WebSocket frame that sends a message."""
+        return masked_frame(1, dump({"to": to, "message": mark + "x" * self.size}).encode())
 
     def request(self, method: str, path: str, body: str = "") -> bytes:
         """An HTTP request."""
         key = f"Authorization: Bearer {self.key}\r\n" if self.key else ""
         content = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n" if body else ""
-        return f"{method} {path} HTTP/1.1\r\nHost: {HOST}:{self.port}\r\n{key}{content}\r\n{body}".encode()
+        return f"{method} {path} HTTP/1.1\r\nHost: {self.host}:{self.port}\r\n{key}{content}\r\n{body}".encode()
 
     def handshake(self, path: str) -> bytes:
         """A request for a WebSocket (RFC 6455 4.1)."""
@@ -12803,10 +12816,10 @@ class LoadConnection:
     """A connection of a load, with a `path` a WebSocket. It counts `marker` in what comes back, and answers pings."""
 
     def __init__(self, target: BenchTarget, marker: bytes, path: str = "", requests: Iterable[bytes] = ()) -> None:
-        self.socket = socket.create_connection((HOST, target.port), BENCH_PATIENCE)
+        self.socket = socket.create_connection((target.host, target.port), BENCH_PATIENCE)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.marker, self._websocket, self._rest = marker, bool(path), b""
-        self._requests, self._sent_at = itertools.cycle(requests), collections.deque[float]()
+        self.marker, self._websocket, self._rest, self.last = marker, bool(path), b"", b""
+        self._requests, self.sent_at = itertools.cycle(requests), collections.deque[float]()
         if path:
             self.socket.sendall(target.handshake(path))
             while b"\r\n\r\n" not in self._rest:
@@ -12815,27 +12828,26 @@ class LoadConnection:
             if b" 101 " not in head:
                 raise HubError(f"no WebSocket: {head.splitlines()[0].decode()}")
 
-    def send(self, count: int = 1) -> None:
-        """Send so many of its requests, as one write."""
-        self._sent_at.extend([time.perf_counter()] * count)
+    def send(self, count: int = 1, at: float = 0.0) -> None:
+        """Send so many of its requests, as one write; they were due `at`, else now."""
+        self.sent_at.extend([at or time.perf_counter()] * count)
         self.socket.sendall(b"".join(itertools.islice(self._requests, count)))
 
     def receive(self) -> list[float]:
         """Wait for bytes; how many seconds each of the answers in them took (0: to no request of this connection)."""
         data = self._rest + self._read()
-        count = self._count_frames(data) if self._websocket else self._count_markers(data)
+        if self._websocket:
+            count = self._count_frames(data)
+        else:
+            count, self._rest = data.count(self.marker), data[len(data) - len(self.marker) + 1 :]
         now = time.perf_counter()
-        return [now - self._sent_at.popleft() if self._sent_at else 0.0 for _ in range(count)]
+        return [now - self.sent_at.popleft() if self.sent_at else 0.0 for _ in range(count)]
 
     def _read(self) -> bytes:
-        data = self.socket.recv(1 << 18)
-        if not data:
+        self.last = self.socket.recv(1 << 18)
+        if not self.last:
             raise HubError("a connection was closed during the measurement")
-        return data
-
-    def _count_markers(self, data: bytes) -> int:
-        self._rest = data[len(data) - len(self.marker) + 1 :]
-        return data.count(self.marker)
+        return self.last
 
     def _count_frames(self, data: bytes) -> int:
         """How many frames with the marker; the last ping is answered, which answers those before it."""
@@ -12855,147 +12867,273 @@ class LoadConnection:
         return count
 
 
-def ready(connections: Iterable[LoadConnection]) -> Iterator[LoadConnection]:
-    """Each connection from which something can be read, without end. Raises HubError where nothing comes for long."""
-    with selectors.DefaultSelector() as selector:
-        for connection in connections:
-            selector.register(connection.socket, selectors.EVENT_READ, connection)
-        while True:
-            events = selector.select(BENCH_PATIENCE)
-            if not events:
-                raise HubError("nothing came back: run the hub with --rate-limit 0 --loop-guard 0 --max-inbox 0")
-            yield from [key.data for key, _ in events]
+class Load:
+    """The connections of a load, and what time and processor time has passed since it was made, or since `begin`."""
+
+    def __init__(self, target: BenchTarget) -> None:
+        self.target, self.selector = target, selectors.DefaultSelector()
+        self.begin()
+
+    def begin(self) -> None:
+        """Measure from here."""
+        self._busy, self._cpu = time.process_time(), process_figures(self.target.pid)[1]
+        self.start = time.perf_counter()
+
+    @property
+    def passed(self) -> float:
+        """Seconds since then."""
+        return time.perf_counter() - self.start
+
+    def connect(self, marker: str, path: str = "", requests: Iterable[bytes] = ()) -> LoadConnection:
+        """Another connection, whose answers `answers` gives."""
+        connection = LoadConnection(self.target, marker.encode(), path, requests)
+        self.selector.register(connection.socket, selectors.EVENT_READ, connection)
+        return connection
+
+    def answers(self, seconds: float = BENCH_PATIENCE) -> Iterator[tuple[LoadConnection, list[float]]]:
+        """Wait for bytes: by connection that has got some, how long its answers took. Raises HubError if none come."""
+        events = self.selector.select(seconds)
+        if not events and seconds == BENCH_PATIENCE:
+            last = [key.data.last for key in self.selector.get_map().values()][-1][-200:].decode(errors="replace")
+            raise HubError(f"no answer came after {last}: does the hub run with --rate-limit 0 and --max-inbox 0?")
+        return ((key.data, key.data.receive()) for key, _ in events)
+
+    def sample(self, times: list[float], each: int = 1) -> Sample:
+        """What came of it, if these are how long each answer took (seconds), and each stands for so many."""
+        took, (memory, cpu) = self.passed, process_figures(self.target.pid)
+        times.sort()
+        p50, p99 = (times[int(len(times) * part)] * 1000 if times else 0.0 for part in (0.5, 0.99))
+        busy = (time.process_time() - self._busy) / took
+        return Sample(len(times) * each / took, p50, p99, busy, (cpu - self._cpu) / took, memory)
 
 
-def load_sends(target: BenchTarget, connections: list[LoadConnection], under_way: int) -> Sample:
-    """Keep so many requests under way on each connection."""
+def load_sends(load: Load, connections: list[LoadConnection], under_way: int, most: float = NEVER) -> Sample:
+    """Keep so many requests under way on each connection, until the time is over or `most` are answered."""
+    times: list[float] = []
+    load.begin()
     for connection in connections:
         connection.send(under_way)
-    times: list[float] = []
-    busy, start = time.process_time(), time.perf_counter()
-    for connection in ready(connections):
-        answered = connection.receive()
-        times += answered
-        if time.perf_counter() - start >= target.seconds:
-            break
-        if answered:
-            connection.send(len(answered))
-    return sample(times, time.perf_counter() - start, time.process_time() - busy)
-
-
-def sample(times: list[float], took: float, busy: float, each: int = 1) -> Sample:
-    """What came of a load that took so long (seconds), and in which each of these was so many."""
-    times.sort()
-    p50, p99 = (times[int(len(times) * part)] * 1000 if times else 0.0 for part in (0.5, 0.99))
-    return Sample(len(times) * each / took, p50, p99, busy / took)
+    while load.passed < load.target.seconds and len(times) < most:
+        for connection, took in load.answers():
+            times += took
+            if took:
+                connection.send(len(took))
+    return load.sample(times)
 
 
 def load_socket(target: BenchTarget, under_way: int, recipients: int = 1, senders: int = 1) -> Sample:
     """Sends over WebSockets, each with so many under way."""
-    frames = [target.frame(f"bench-{number}") for number in range(recipients)]
+    load, frames = Load(target), [target.frame(f"bench-{number}") for number in range(target.scaled(recipients))]
     paths = [f"/ws/bench-sender-{number}" for number in range(senders)]
-    return load_sends(target, [LoadConnection(target, b'"type":"sent"', path, frames) for path in paths], under_way)
+    return load_sends(load, [load.connect(BENCH_SENT, path, frames) for path in paths], under_way)
 
 
-def load_requests(target: BenchTarget, method: str, path: str, to: str = "", fill: int = 0) -> Sample:
-    """One HTTP request after the other on each of several connections, with a message where there is a recipient; to
-    an inbox that holds so many messages."""
-    if fill:
-        load_sends(
-            target._replace(seconds=0),
-            [LoadConnection(target, b'"type":"sent"', f"/ws/{to}", [target.frame(to)])],
-            fill,
-        )
-    body = dump({"from": "bench-sender-0", "to": to, "message": target.text}) if method == "POST" else ""
-    request = target.request(method, path, body)
-    connections = [LoadConnection(target, b"HTTP/1.1 200", "", [request]) for _ in range(BENCH_CLIENTS)]
-    return load_sends(target, connections, 1)
+def load_store(target: BenchTarget, count: int) -> Sample:
+    """Send at least so many messages, in turn to BENCH_CLIENTS agents; one of five words is in each."""
+    load = Load(target._replace(seconds=NEVER))
+    frames = [target.frame(f"bench-{n % BENCH_CLIENTS}", f"word{n % 5} number{n} ") for n in range(min(count, 10_000))]
+    return load_sends(load, [load.connect(BENCH_SENT, "/ws/bench-sender-0", frames)], 256, count)
+
+
+def load_requests(target: BenchTarget, method: str, path: str, to: str = "") -> Sample:
+    """One HTTP request after the other on each of several connections, with a message where there is a recipient."""
+    body = dump({"from": "bench-sender-0", "to": to, "message": "x" * target.size}) if to else ""
+    load, request = Load(target), target.request(method, path, body)
+    return load_sends(load, [load.connect("HTTP/1.1 200", "", [request]) for _ in range(BENCH_CLIENTS)], 1)
 
 
 def load_latency(target: BenchTarget, reader: str = "", sender: str = "/") -> Sample:
     """From a sender to an online reader, 100 a second; without a reader, to the sender and back."""
     sending = LoadConnection(target, b"BENCH", sender, [target.frame("bench-0", "BENCH")])
     reading = LoadConnection(target, b"BENCH", reader) if reader else sending
-    times: list[float] = []
-    start = time.perf_counter()
+    load, times = Load(target), list[float]()
     for turn in itertools.count():
-        time.sleep(max(0.0, start + turn / 100 - time.perf_counter()))  # the load: one each 10 ms
-        if time.perf_counter() - start > target.seconds:
+        time.sleep(max(0.0, turn / 100 - load.passed))  # the load: one each 10 ms
+        if load.passed > target.seconds:
             break
         sent_at = time.perf_counter()
         sending.send()
         while not reading.receive():
             pass
         times.append(time.perf_counter() - sent_at)
-    done = sample(times, time.perf_counter() - start, 0.0)
+        if reader:
+            sending.receive()  # the receipt, and perhaps a ping
+    done = load.sample(times)
     return done._replace(value=done.p50)
 
 
-def load_broadcast(target: BenchTarget, under_way: int, sender: str, readers: Sequence[str]) -> Sample:
+def load_broadcast(target: BenchTarget, sender: str, reader: str, under_way: int) -> Sample:
     """Messages to many readers, so many of them under way: deliveries a second."""
-    reading = [LoadConnection(target, b"BENCH", path) for path in readers]
-    sending = LoadConnection(target, b'"type":"sent"', sender, [target.frame("ALL", "BENCH")])
-    times: list[float] = []
-    received, sent_at = 0, collections.deque[float]()
-    busy, start = time.process_time(), time.perf_counter()
+    load, readers = Load(target), target.scaled(BENCH_READERS)
+    for number in range(readers):
+        load.connect("BENCH", reader.format(number))
+    sending = load.connect("receipts do not count", sender, [target.frame("ALL", "BENCH")])
+    times, received = list[float](), 0
+    load.begin()
     sending.send(under_way)
-    sent_at.extend([start] * under_way)
-    for connection in ready([*reading, sending]):
-        count = len(connection.receive())
-        received += count if connection is not sending else 0
-        now = time.perf_counter()
-        if received >= len(reading) * (len(times) + 1):
-            times.append(now - sent_at.popleft())
-            if now - start >= target.seconds:
-                break
-            sending.send()
-            sent_at.append(now)
-    return sample(times, time.perf_counter() - start, time.process_time() - busy, len(reading))
+    while load.passed < target.seconds or not times:
+        for _, took in load.answers():
+            received += len(took)
+            if received >= readers * (len(times) + 1):
+                times.append(time.perf_counter() - sending.sent_at.popleft())
+                sending.send()
+    return load.sample(times, readers)
 
 
 def load_connects(target: BenchTarget, hub: bool) -> Sample:
     """Connect again and again, from several sides: with a hub register, upgrade, and wait for the welcome."""
-    times: list[float] = []
+    load, times = Load(target), list[float]()
 
-    async def _come(number: int, start: float) -> None:
-        kept, names = await asyncio.open_connection(HOST, target.port) if hub else None, itertools.count()
-        while (began := time.perf_counter()) - start < target.seconds:
+    async def _come(number: int) -> None:
+        kept, names = await asyncio.open_connection(target.host, target.port) if hub else None, itertools.count()
+        while (began := load.passed) < target.seconds:
             name = f"bench-{os.getpid()}-{number}-{next(names)}"
             if kept:
                 kept[1].write(target.request("POST", "/api/v1/agents/register", dump({"agent_id": name})))
                 await kept[0].readuntil(b'"unread":')
-            reader, writer = await asyncio.open_connection(HOST, target.port)
+            reader, writer = await asyncio.open_connection(target.host, target.port)
             writer.write(target.handshake(f"/ws/{name}"))
             await reader.readuntil(b'"welcome"')
-            times.append(time.perf_counter() - began)
+            times.append(load.passed - began)
             writer.close()
 
     async def _come_all() -> Sample:
-        busy, start = time.process_time(), time.perf_counter()
-        await asyncio.gather(*[_come(number, start) for number in range(BENCH_CLIENTS)])
-        return sample(times, time.perf_counter() - start, time.process_time() - busy)
+        await asyncio.gather(*[_come(number) for number in range(BENCH_CLIENTS)])
+        return load.sample(times)
 
     return asyncio.run(_come_all())
 
 
-def load_database(target: BenchTarget, rows: int) -> Sample:
-    """SQLite alone: so many rows a commit, each of them durable."""
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="agenthub-bench-"))
-        with contextlib.closing(sqlite3.connect(os.path.join(folder, "raw.db"), isolation_level=None)) as database:
-            database.execute("PRAGMA journal_mode = WAL")
-            database.execute("PRAGMA synchronous = FULL")
-            database.execute("CREATE TABLE bench (text)")
-            times: list[float] = []
-            start = began = time.perf_counter()
-            while began - start < target.seconds:
-                database.execute("BEGIN")
-                database.executemany("INSERT INTO bench VALUES (?)", [(target.text,)] * rows)
-                database.execute("COMMIT")
-                now = time.perf_counter()
-                times.append(now - began)
-                began = now
-    return sample(times, began - start, 0.0, rows)
+def load_return(target: BenchTarget, server: Json) -> Sample:
+    """Start a server, and have many connect as soon as it listens: when the last one is in (milliseconds)."""
+    _most_connections()  # raises this process's own limit
+    times, started = list[float](), time.perf_counter()
+
+    async def _come(load: Load, number: int) -> asyncio.StreamWriter:
+        reader, writer = await asyncio.open_connection(load.target.host, load.target.port)
+        writer.write(load.target.handshake(f"/ws/bench-{number}"))
+        await reader.readuntil(b'"welcome"')
+        times.append(time.perf_counter() - started)
+        return writer
+
+    async def _come_all(load: Load) -> Sample:
+        kept = await asyncio.gather(*[_come(load, number) for number in range(target.scaled(BENCH_RETURNING))])
+        return load.sample(times)._replace(value=times[-1] * 1000, note=f"{len(kept):,} are in")
+
+    with own_hub(**server) as (url, pid):
+        return asyncio.run(_come_all(Load(target._replace(port=hub_address(url).port, pid=pid))))
+
+
+def load_idle(target: BenchTarget) -> Sample:
+    """Open many WebSockets: how much memory each of them costs the server."""
+    before, most = process_figures(target.pid)[0], int(min(target.scaled(BENCH_IDLE), _most_connections()))
+    kept = [LoadConnection(target, b"", f"/ws/bench-{number}") for number in range(most)]
+    return Sample((process_figures(target.pid)[0] - before) / len(kept))
+
+
+def load_pace(load: Load, connections: list[LoadConnection], rate: float, also: Callable[[], None]) -> Sample:
+    """So many messages a second in all, from one connection after the other, whether or not those before are answered;
+    each took from when it was due, those without an answer up to the end. `also` is called again and again."""
+    times, due = list[float](), 0
+    load.begin()
+    while (passed := load.passed) < load.target.seconds:
+        while due < passed * rate:
+            connections[due % len(connections)].send(1, load.start + due / rate)
+            due += 1
+        for _, took in load.answers(0.001):
+            times += took
+        also()
+    late = [load.start + passed - at for connection in connections for at in connection.sent_at]
+    return load.sample(times + late)._replace(value=len(times) / passed)
+
+
+def load_agents(target: BenchTarget, marker: str) -> Sample:
+    """Messages from many connections, each to the next agent, in ten steps up to one a second from each: the last step
+    that was kept up with."""
+    load, most = Load(target), int(min(target.scaled(BENCH_AGENTS), _most_connections()))
+    connections, held = list[LoadConnection](), Sample(0.0)
+    for number in range(most):
+        frame = target.frame(f"bench-{(number + 1) % most}", "BENCH")
+        connections.append(load.connect(marker, f"/ws/bench-{number}", [frame]))
+        if number % 100 == 0:
+            collections.deque(load.answers(0), 0)  # news of those that came
+    for rate in [most * tenths // 10 for tenths in range(1, 11)]:
+        step = load_pace(load, connections, rate, lambda: None)
+        say(f"{rate:,}/s from {most:,}: {step.value:,.0f}/s answered, p99 {step.p99:.1f} ms, hub's CPU {step.cpu:.0%}")
+        if step.p99 > BENCH_LATE or step.value < rate * 0.95:
+            break
+        held = step._replace(note=f"{rate:,} a second from {most:,}")
+    return held
+
+
+def load_soak(target: BenchTarget) -> Sample:
+    """Messages at a steady pace, while agents come and go: by how much the hub's memory grows in an hour (MiB), after
+    the first quarter of the time."""
+    load, agents, seen = Load(target), target.scaled(BENCH_SPREAD), list[tuple[float, ...]]()
+
+    def _connect(number: int) -> LoadConnection:
+        frame = target.frame(f"bench-{(number + 1) % agents}", "BENCH")
+        return load.connect(BENCH_SENT, f"/ws/bench-{number}", [frame])
+
+    def _come_and_go() -> None:
+        if load.passed < len(seen) / 2:
+            return
+        number = len(seen) % agents
+        load.selector.unregister(connections[number].socket)
+        connections[number] = _connect(number)
+        guest.agent_id, guest.session_id, guest.token = f"bench-guest-{len(seen)}", None, ""
+        guest.register()
+        LoadConnection(target, b"", f"/ws/{guest.agent_id}", [target.frame("bench-0")]).send()
+        guest.leave()
+        seen.append((load.passed, process_figures(target.pid)[0] / 1024, *process_files(target.pid)))
+        if len(seen) % 60 == 0:
+            say("after {:.0f} s: {:.1f} MiB, {} descriptors, {:.1f} MiB of write-ahead log".format(*seen[-1]))
+
+    connections = [_connect(number) for number in range(agents)]
+    with Client(f"http://{target.host}:{target.port}", key=target.key) as guest:
+        done = load_pace(load, connections, target.scaled(BENCH_SOAK), _come_and_go)
+    passed, memory, files, wal = zip(*seen[len(seen) // 4 :], strict=True)
+    note = f"{done.value:,.0f}/s; {min(files)} to {max(files)} descriptors; up to {max(wal):.1f} MiB of write-ahead log"
+    slope = statistics.linear_regression(passed, memory).slope if len(seen) > 1 else 0.0
+    return done._replace(value=slope * 3600, note=note)
+
+
+def load_database(target: BenchTarget, folder: str, rows: int) -> Sample:
+    """SQLite alone: so many rows a commit, each of them durable. A row is the least that a message is: it can be found
+    by its place and by its id (in the order of time, as those that a hub makes: random ones cost twice as much)."""
+    columns, values = "seq INTEGER PRIMARY KEY, id UNIQUE, sender, recipient, at, text", "NULL, ?, ?, ?, ?, ?"
+    times, text = list[float](), "x" * target.size
+    file = os.path.join(folder, f"raw-{os.getpid()}.db")
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as database:
+        for sql in ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL", f"CREATE TABLE messages ({columns})"):
+            database.execute(sql)
+        load = Load(target)
+        while (began := load.passed) < target.seconds:
+            first = len(times) * rows
+            group = [(f"bench-{first + n:08}", "bench-sender-0", "bench-0", first, text) for n in range(rows)]
+            database.execute("BEGIN")
+            database.executemany(f"INSERT INTO messages VALUES ({values})", group)
+            database.execute("COMMIT")
+            times.append(load.passed - began)
+        return load.sample(times, rows)
+
+
+def run_load() -> None:
+    """Put a load on a target, as a process of its own, which ends when stdin does; AGENTHUB_LOAD has its name, its
+    target and its arguments."""
+
+    def _end_with_parent() -> None:
+        os.read(0, 1)  # nothing ever comes
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    name, target, *args = json.loads(os.environ.pop("AGENTHUB_LOAD"))
+    try:
+        print(json.dumps(globals()[name](BenchTarget(*target), *args)))
+    except (HubError, OSError) as error:
+        say(f"{name}: {error}")
+        sys.exit(1)
 
 
 # The floors that are servers, as a program of their own, because their memory and their start are measured as well.
@@ -13024,10 +13162,10 @@ async def echo(connection):
 async def main():
     if kind == "websocket":
         from websockets.asyncio.server import serve
-        server = await serve(echo, "127.0.0.1", 0, compression=None)
+        server = await serve(echo, "127.0.0.1", 0, compression=None, backlog=4096)
     else:
         server = await asyncio.get_running_loop().create_server(Bare, "127.0.0.1", 0)
-    print(server.sockets[0].getsockname()[1], flush=True)
+    print(f"{kind} at http://127.0.0.1:{server.sockets[0].getsockname()[1]},", flush=True)
     await asyncio.Event().wait()
 
 head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {size}\r\n\r\n"
@@ -13037,49 +13175,71 @@ asyncio.run(main())
 
 
 class BenchRun(NamedTuple):
-    """How a row is measured: on the hub that was named (else one is made), for how long (seconds), with messages of how
-    much text (bytes). `cache` is where Python keeps this file compiled, `options` are more for `serve`."""
+    """How a row is measured: on the hub that was named (else one is made), and what a load does there. `cache` is a
+    folder for the stores, and where Python keeps this file compiled; `options` are more for `serve`."""
 
     url: str
-    seconds: float
-    size: int
     cache: str
     options: list[str]
+    floor: BenchTarget  # where there is nothing
+
+    def server(self, db: str = "") -> Json:
+        """The arguments of Popen that run a hub without limits on this store, else on a new one."""
+        db = db or os.path.join(tempfile.mkdtemp(dir=self.cache), "hub.db")
+        limits = ("rate-limit", "max-inbox", "max-agents", "max-connections", "max-per-address")
+        options = [word for limit in limits for word in (f"--{limit}", "0")]
+        return own_command(self.cache, "serve", "--db", db, "--host", HOST, "--port", "0", *options, *self.options)
 
     @contextlib.contextmanager
-    def hub(self, agents: Iterable[str] = ()) -> Iterator[BenchTarget]:
-        """A hub in a process of its own, or the one that was named, with these agents."""
-        with contextlib.ExitStack() as stack:
-            url, pid = self.url, 0
-            if not url:
-                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="agenthub-bench-"))
-                options = ["--db", os.path.join(folder, "hub.db"), "--host", HOST, "--port", "0", "--max-inbox", "0"]
-                options += ["--rate-limit", "0", "--max-connections", "0", "--max-per-address", "0"]
-                url, pid = stack.enter_context(own_hub(**own_command(self.cache, "serve", *options, *self.options)))
-            with Client(url) as client:
-                for client.agent_id in agents:
-                    client.session_id, client.token = None, ""
-                    client.register()
-            yield BenchTarget(int(url.rpartition(":")[2]), pid, self.seconds, self.size, client.key)
+    def hub(self, agents: int = 0, db: str = "") -> Iterator[BenchTarget]:
+        """A hub in a process of its own, or the one that was named; with so many agents, and those that send."""
+        server = contextlib.nullcontext((self.url, 0)) if self.url else own_hub(**self.server(db))
+        with server as (url, pid), Client(url) as client:
+            names = [f"bench-{number}" for number in range(agents)]
+            names += [f"bench-sender-{number}" for number in range(BENCH_CLIENTS if agents else 0)]
+            for client.agent_id in names:
+                client.session_id, client.token = "bench", ""  # the same for each round
+                client.register()
+            host, port = client.address.host, client.address.port
+            yield self.floor._replace(host=host, port=port, pid=pid, key=client.key)
 
     @contextlib.contextmanager
     def bare(self, kind: str, size: int = 0) -> Iterator[BenchTarget]:
         """A floor that is a server: `http`, `tcp` or `websocket`. What it answers or passes on has that size."""
-        command = [sys.executable, "-c", BARE_SERVER, kind, str(size)]
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        try:
-            port = server.stdout.readline() if server.stdout else ""
-            yield BenchTarget(int(port), server.pid, self.seconds, self.size)
-        finally:
-            server.kill()
-            server.communicate()
+        with own_hub(args=[sys.executable, "-c", BARE_SERVER, kind, str(size)]) as (url, pid):
+            yield self.floor._replace(port=hub_address(url).port, pid=pid)
 
     def measure(self, target: BenchTarget, load: Callable[..., Sample], *args: Any) -> Sample:
-        """Have a process of its own put a load on a hub or a floor."""
-        before = process_figures(target.pid)[1]
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            measured = pool.apply(load, (target, *args))
-        return measured._replace(cpu=(process_figures(target.pid)[1] - before) / self.seconds)
+        """Have a process of its own put a load on a hub or a floor. Raises HubError where that ends without a result,
+        and has said why."""
+        command = own_command(self.cache)
+        command["env"]["AGENTHUB_LOAD"] = json.dumps([load.__name__, target, *args])
+        command["args"] = [sys.executable, "-c", f"import {command['args'][2]} as program; program.run_load()"]
+        with subprocess.Popen(**command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            try:
+                result = process.stdout.read() if process.stdout else b""
+            except BaseException:  # interrupted
+                process.terminate()
+                process.wait()
+                raise
+        if process.returncode:
+            raise HubError(f"the process of {load.__name__} has ended with {process.returncode}, and no result")
+        return Sample(*json.loads(result))
+
+    def filled(self, count: int) -> str:
+        """The file of a store with so many messages, which is made once: a million take two minutes."""
+        count = max(min(count, BENCH_EMPTY), self.floor.scaled(count))
+        path = os.path.join(self.cache, f"{count}.db") if count else ""
+        if count and not os.path.exists(path):
+            say(f"storing {count:,} messages")
+            with self.hub(BENCH_CLIENTS, path) as target:
+                self.measure(target, load_store, count)
+            if not self.url:
+                store = Store(path)
+                while store.search.lags(count):  # a hub does so when it has nothing else to do
+                    store.index(count)
+                store.close()
+        return path
 
 
 def process_figures(pid: int) -> tuple[float, float]:
@@ -13094,19 +13254,27 @@ def process_figures(pid: int) -> tuple[float, float]:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1024, sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
 
+def process_files(pid: int) -> tuple[int, float]:
+    """How many descriptors a process has open, and how large its write-ahead log is (MiB); 0 as above."""
+    links, size = glob.glob(f"/proc/{pid}/fd/*"), 0
+    for link in links:
+        with contextlib.suppress(OSError):  # it was closed meanwhile
+            size += os.stat(link).st_size if os.readlink(link).endswith("-wal") else 0
+    return len(links), size / (1 << 20)
+
+
 class Bench(NamedTuple):
-    """A row of the bench: what is measured, in which unit, and how; `alone` where it needs a hub of its own."""
+    """A row of the bench: what is measured, in which unit, and how."""
 
     name: str
     what: str
     unit: str
     floor: Callable[[BenchRun], Sample]
     hub: Callable[[BenchRun], Sample]
-    alone: bool = False
 
 
 def _database(rows: int) -> Callable[[BenchRun], Sample]:
-    return lambda run: run.measure(BenchTarget(0, 0, run.seconds, run.size), load_database, rows)
+    return lambda run: run.measure(run.floor, load_database, run.cache, rows)
 
 
 def _bare(kind: str, size: int, load: Callable[..., Sample], *args: Any) -> Callable[[BenchRun], Sample]:
@@ -13117,137 +13285,134 @@ def _bare(kind: str, size: int, load: Callable[..., Sample], *args: Any) -> Call
     return _measure
 
 
-def _hub(agents: Sequence[str], load: Callable[..., Sample], *args: Any) -> Callable[[BenchRun], Sample]:
+def _hub(agents: int, load: Callable[..., Sample], *args: Any, stored: int = 0) -> Callable[[BenchRun], Sample]:
     def _measure(run: BenchRun) -> Sample:
-        with run.hub(agents) as target:
+        with run.hub(run.floor.scaled(agents), run.filled(stored)) as target:
             return run.measure(target, load, *args)
 
     return _measure
 
 
-def _idle_memory(run: BenchRun, target: BenchTarget, path: str) -> Sample:
-    """What each of many WebSockets that only stay open costs a server."""
-    before, most = process_figures(target.pid)[0], min(BENCH_IDLE, _most_connections())
-    held = run.measure(target, load_idle, path, int(most), target.pid)
-    return Sample((held.value - before) / most)
+def _return(run: BenchRun, hub: bool) -> Sample:
+    db, server = os.path.join(run.cache, "return.db"), {"args": [sys.executable, "-c", BARE_SERVER, "websocket", "0"]}
+    if hub:
+        with run.hub(run.floor.scaled(BENCH_RETURNING), db):
+            server = run.server(db)
+    return run.measure(run.floor, load_return, server)
 
 
-def load_idle(target: BenchTarget, path: str, count: int, pid: int) -> Sample:
-    """Open so many WebSockets, and read how much memory that process has then."""
-    _most_connections()  # raises this process's own limit
-    kept = [LoadConnection(target, b"", path.format(number)) for number in range(count)]
-    return Sample(process_figures(pid)[0] if kept else 0.0)
+def _start(kind: str = "", stored: int = 0, memory: bool = False) -> Callable[[BenchRun], Sample]:
+    """How long a server takes to its first answer (milliseconds), or what it holds then (KiB)."""
 
+    def _measure(run: BenchRun) -> Sample:
+        path = run.filled(stored)
+        start = time.perf_counter()
+        with run.bare(kind) if kind else run.hub(0, path) as target:
+            with socket.create_connection((target.host, target.port)) as connection:
+                connection.sendall(target.request("GET", "/health"))
+                connection.recv(1)
+            took, holds = (time.perf_counter() - start) * 1000, process_figures(target.pid)[0]
+        return Sample(holds if memory else took, memory=holds)
 
-def _hub_idle(run: BenchRun) -> Sample:
-    with run.hub([f"bench-{number}" for number in range(BENCH_IDLE)]) as target:
-        return _idle_memory(run, target, "/ws/bench-{}")
-
-
-def _bare_idle(run: BenchRun) -> Sample:
-    with run.bare("websocket") as target:
-        return _idle_memory(run, target, "/")
-
-
-def _start(server: contextlib.AbstractContextManager[BenchTarget]) -> Sample:
-    """How long a server takes to its first answer (milliseconds)."""
-    start = time.perf_counter()
-    with server as target, socket.create_connection((HOST, target.port)) as connection:
-        connection.sendall(target.request("GET", "/health"))
-        connection.recv(1)
-        return Sample((time.perf_counter() - start) * 1000)
-
-
-def _memory(server: contextlib.AbstractContextManager[BenchTarget]) -> Sample:
-    """What a server holds when it has answered (KiB)."""
-    with server as target, socket.create_connection((HOST, target.port)) as connection:
-        connection.sendall(target.request("GET", "/health"))
-        connection.recv(1)
-        return Sample(process_figures(target.pid)[0])
+    return _measure
 
 
 def _cold(run: BenchRun, send: bool, module: bool = True) -> Sample:
     """How long a whole process takes (milliseconds): one that sends a message, or one that imports what any needs."""
-    with run.hub(["bench-0"]) as target:
-        words = ["send", "bench-0", "hi", "--as", "bench-0", "--url", f"http://{HOST}:{target.port}"]
+    with run.hub(1) as target:
+        words = ["send", "bench-0", "hi", "--as", "bench-0", "--url", f"http://{target.host}:{target.port}"]
         command = own_command(run.cache, *words, module=module)
+        command["env"]["AGENTHUB_KEY"] = target.key
         if not send:
             command["args"] = [sys.executable, "-c", "import socket, json"]
-        times = []
+        times = list[float]()
         for _ in range(BENCH_STARTS + 1):
             start = time.perf_counter()
-            subprocess.run(**command, stdout=subprocess.DEVNULL, check=True)
-            times.append(time.perf_counter() - start)
-    cold = sample(times[1:], 1, 0)  # the first one compiles
-    return cold._replace(value=cold.p50)
+            if subprocess.run(**command, stdout=subprocess.DEVNULL).returncode:
+                raise HubError("a send has failed")
+            times.append((time.perf_counter() - start) * 1000)
+    return Sample(statistics.median(times[1:]), statistics.median(times[1:]), max(times[1:]))  # the first compiles
 
 
-_READING = [f"bench-{number}" for number in range(BENCH_READERS)]
-_SENDING = [f"bench-sender-{number}" for number in range(BENCH_CLIENTS)]
-_FEW, _SPREAD, _MANY = ["bench-0", *_SENDING], [*_READING[:BENCH_SPREAD], *_SENDING], [*_READING, *_SENDING]
-_READERS, _SENDER = [f"/ws/{name}" for name in _READING], "/ws/bench-sender-0"
-_INBOX = "/api/v1/messages?agent_id=bench-0&limit=50"
-_SINGLY, _GROUPED = _database(1), _database(BENCH_GROUP)
+def _stored(what: str, *load: Any) -> Bench:
+    """A row that compares a full store with one that is as good as empty."""
+    return Bench("store", what, "/s", _hub(0, *load, stored=BENCH_EMPTY), _hub(0, *load, stored=BENCH_FULL))
+
+
+_SENDER, _INBOX = "/ws/bench-sender-0", ("GET", "/api/v1/messages?agent_id=bench-0&limit=50")
+_SEARCH = ("GET", "/api/v1/messages/search?agent_id=bench-0&q=word3&limit=10")
+_ALL, _POST = (load_broadcast, _SENDER, "/ws/bench-{}"), ("POST", "/api/v1/messages", "bench-0")
+_SINGLY, _GROUPED, _WEB = _database(1), _database(BENCH_GROUP), functools.partial(_bare, "websocket", 0)
 _REPLIES, _PAGE = _bare("http", 250, load_requests, "GET", "/"), _bare("http", 13_000, load_requests, "GET", "/")
-_ECHO, _OPEN = _bare("websocket", 0, load_latency), _bare("websocket", 0, load_connects, False)
-_FAN_OUT = _bare("tcp", 300, load_broadcast, 1, "", [""] * BENCH_READERS)
-_PUSH, _POST = (load_latency, "/ws/bench-0", _SENDER), (load_requests, "POST", "/api/v1/messages", "bench-0")
-
+_FAN_OUT = _bare("tcp", 300, load_broadcast, "", "", 1)
 BENCHES = (
-    Bench("send", "sends, one WebSocket", "/s", _SINGLY, _hub(_FEW, load_socket, 1)),
-    Bench("sends", f"  {BENCH_GROUP} under way", "/s", _GROUPED, _hub(_FEW, load_socket, BENCH_GROUP)),
-    Bench(
-        "spread", f"  to {BENCH_SPREAD} agents", "/s", _GROUPED, _hub(_SPREAD, load_socket, BENCH_GROUP, BENCH_SPREAD)
-    ),
-    Bench("senders", f"  {BENCH_CLIENTS} senders", "/s", _SINGLY, _hub(_FEW, load_socket, 1, 1, BENCH_CLIENTS)),
-    Bench("latency", "sender to reader", "ms", _ECHO, _hub(_FEW, *_PUSH)),
-    Bench("broadcast", "broadcast to 1,000", "/s", _FAN_OUT, _hub(_MANY, load_broadcast, 1, _SENDER, _READERS), True),
-    Bench("broadcasts", "  8 under way", "/s", _FAN_OUT, _hub(_MANY, load_broadcast, 8, _SENDER, _READERS), True),
-    Bench("post", f"POST, {BENCH_CLIENTS} connections", "/s", _REPLIES, _hub(_FEW, *_POST)),
-    Bench("health", "GET /health", "/s", _REPLIES, _hub([], load_requests, "GET", "/health")),
-    Bench("inbox", "GET of 50 messages", "/s", _PAGE, _hub(_FEW, load_requests, "GET", _INBOX, "bench-0", 50)),
-    Bench("connects", "register and connect", "/s", _OPEN, _hub([], load_connects, True)),
-    Bench("idle", "memory of a WebSocket", "KiB", _bare_idle, _hub_idle, True),
-    Bench(
-        "start", "serve to first answer", "ms", lambda run: _start(run.bare("websocket")), lambda run: _start(run.hub())
-    ),
-    Bench(
-        "memory", "memory at start", "KiB", lambda run: _memory(run.bare("websocket")), lambda run: _memory(run.hub())
-    ),
+    Bench("send", "sends, one WebSocket", "/s", _SINGLY, _hub(1, load_socket, 1)),
+    Bench("sends", "  64 under way", "/s", _GROUPED, _hub(1, load_socket, BENCH_GROUP)),
+    Bench("spread", "  to 100 agents", "/s", _GROUPED, _hub(BENCH_SPREAD, load_socket, BENCH_GROUP, BENCH_SPREAD)),
+    Bench("senders", "  16 senders", "/s", _SINGLY, _hub(1, load_socket, 1, 1, BENCH_CLIENTS)),
+    Bench("latency", "sender to reader", "ms", _WEB(load_latency), _hub(1, load_latency, "/ws/bench-0", _SENDER)),
+    Bench("broadcast", "broadcast to 1,000", "/s", _FAN_OUT, _hub(BENCH_READERS, *_ALL, 1)),
+    Bench("broadcasts", "  8 under way", "/s", _FAN_OUT, _hub(BENCH_READERS, *_ALL, 8)),
+    Bench("post", "POST, 16 connections", "/s", _REPLIES, _hub(1, load_requests, *_POST)),
+    Bench("health", "GET /health", "/s", _REPLIES, _hub(0, load_requests, "GET", "/health")),
+    Bench("inbox", "GET of 50 messages", "/s", _PAGE, _hub(0, load_requests, *_INBOX, stored=BENCH_EMPTY)),
+    Bench("connects", "register and connect", "/s", _WEB(load_connects, False), _hub(0, load_connects, True)),
+    Bench("idle", "memory of a WebSocket", "KiB", _WEB(load_idle), _hub(BENCH_IDLE, load_idle)),
+    Bench("start", "serve to first answer", "ms", _start("websocket"), _start()),
+    Bench("memory", "memory at start", "KiB", _start("websocket", memory=True), _start(memory=True)),
     Bench("cold", "cold send, module", "ms", lambda run: _cold(run, False), lambda run: _cold(run, True)),
     Bench("script", "cold send, script", "ms", lambda run: _cold(run, False), lambda run: _cold(run, True, False)),
 )
+SCALE = (  # rows that take minutes: each has to be named
+    Bench("agents", "10,000 agents", "/s", _WEB(load_agents, "BENCH"), _hub(BENCH_AGENTS, load_agents, BENCH_SENT)),
+    Bench("soak", "growth at 1,000/s", "MiB/h", lambda run: Sample(1.0), _hub(BENCH_SPREAD, load_soak)),
+    Bench("store", "start, 1,000,000 stored", "ms", _start(stored=BENCH_EMPTY), _start(stored=BENCH_FULL)),
+    _stored("  GET of 50 messages", load_requests, *_INBOX),
+    _stored("  search", load_requests, *_SEARCH),
+    _stored("  sends, 64 under way", load_socket, BENCH_GROUP),
+    Bench("reconnect", "2,000 are back", "ms", lambda run: _return(run, False), lambda run: _return(run, True)),
+)
+_ROWS = dict.fromkeys(row.name for row in BENCHES + SCALE)
+ALONE = ("broadcast", "broadcasts", "idle", "start", "memory", *[row.name for row in SCALE])  # on a hub of their own
 
 
 @command_line("bench", _BENCH_HELP, JSON_OPTION, example=_BENCH_EXAMPLE, client=False)
-@argument("--only", "only this row; may be repeated", action="append", **one_of(*[row.name for row in BENCHES]))
+@argument("--only", "only this row; may be repeated", action="append", **one_of(*_ROWS))
 @argument("--seconds", "how long each load goes on, default 2 seconds", type=duration, default=2)
 @argument("--size", "of the text in each message, default 100", type=size, default=100)
 @argument("--rounds", "how often; shown are medians, default 1", type=whole_number, default=1)
+@argument("--scale", "a part of the many agents and messages, default 1", type=amount, default=1)
 @argument("--url", "a hub that runs already, as far as its rows go", default="")
 def _bench_command(args: argparse.Namespace) -> None:
-    rows = [row for row in BENCHES if (not args.only or row.name in args.only) and not (args.url and row.alone)]
-    head = f"{'':<24}{'hub':>12}     {'p50 ms':>8}{'p99 ms':>8}{'CPU':>6}{'floor':>13}{'ratio':>8}   of all rounds"
-    show(args, {"columns": head.split()}, head)
-    with tempfile.TemporaryDirectory(prefix="agenthub-bench-") as cache:
-        run = BenchRun(args.url, args.seconds, args.size, cache, args.command)
-        subprocess.run(**own_command(cache, "--version"), stdout=subprocess.DEVNULL, check=True)  # it is compiled once
-        for row in rows:
-            say(f"measuring {row.name}")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what was started ends, too
+    rows = [row for row in BENCHES + SCALE if row.name in args.only] if args.only else BENCHES
+    head = f"{'':<26}{'hub':>12}      {'p50 ms':>9}{'p99 ms':>9}{'CPU':>6}{'MiB':>7}{'floor':>13}{'ratio':>9}  rounds"
+    if not args.json:
+        show(args, {}, head)
+    address = hub_address(args.url or DEFAULT_URL)
+    if address.path or address.tls:
+        raise Misuse("--url must be http://HOST:PORT: a load speaks neither TLS nor to a Unix socket")
+    with tempfile.TemporaryDirectory(prefix="agenthub-bench-", ignore_cleanup_errors=True) as cache:
+        run = BenchRun(args.url, cache, args.command, BenchTarget(HOST, 0, 0, args.seconds, args.size, args.scale))
+        with run.hub():
+            pass  # from now on Python has it compiled
+        for row in [row for row in rows if not (args.url and row.name in ALONE)]:
+            say(f"measuring {row.name}: {row.what.strip()}")
             _show_rounds(args, row, [(row.floor(run), row.hub(run)) for _ in range(args.rounds)])
 
 
 def _show_rounds(args: argparse.Namespace, row: Bench, rounds: list[tuple[Sample, Sample]]) -> None:
     """Print a row: the round whose ratio is the median one, and the ratios of all."""
-    rounds.sort(key=lambda pair: pair[1].value / pair[0].value)
-    ratios = [round(hub.value / floor.value, 3) for floor, hub in rounds]
+    rounds.sort(key=lambda pair: pair[1].value / (pair[0].value or NEVER))
+    ratios = [round(hub.value / (floor.value or NEVER), 3) for floor, hub in rounds]  # without /proc memory is 0
     (floor, hub), ratio = rounds[len(rounds) // 2], ratios[len(rounds) // 2]
     limits = [name for name, one in (("hub", hub), ("floor", floor)) if one.busy > BENCH_BUSY]
-    value = {"row": row.name, "unit": row.unit, "ratio": ratio, "ratios": ratios, "load_was_limit": limits}
-    value |= {"hub": hub._asdict(), "floor": floor._asdict()}
-    text = f"{row.what:<24}{hub.value:>12,.1f} {row.unit:<4}{hub.p50:>8.2f}{hub.p99:>8.2f}{hub.cpu:>6.0%}"
-    text += f"{floor.value:>13,.1f}{ratio:>8.3f}   {ratios[0]:.3f} to {ratios[-1]:.3f}"
-    show(args, value, text + (f"; the load itself was the limit ({', '.join(limits)})" if limits else ""))
+    value = {"row": row.name, "what": row.what.strip(), "unit": row.unit, "ratio": ratio, "ratios": ratios}
+    value |= {"load_was_limit": limits, "hub": hub._asdict(), "floor": floor._asdict()}
+    text = f"{row.what:<26}{hub.value:>12,.1f} {row.unit:<5}{hub.p50:>9.2f}{hub.p99:>9.2f}{hub.cpu:>6.0%}"
+    text += f"{hub.memory / 1024:>7.1f}{floor.value:>13,.1f}{ratio:>9.3f}  {ratios[0]:.3f} to {ratios[-1]:.3f}"
+    notes = [f"the load itself was the limit ({', '.join(limits)})"] if limits else []
+    show(args, value, "; ".join([text, *filter(None, (hub.note, *notes))]))
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------

@@ -9074,6 +9074,33 @@ def test_connections_of_both_kinds_are_counted_by_address(live: object) -> None:
     until(room)
 
 
+def test_a_closed_websocket_is_freed_without_looking_for_cycles() -> None:
+    """The hub looks for cycles so seldom that thousands of closed connections would stay."""
+    pytest.importorskip("websockets")
+
+    async def play() -> None:
+        server = ah.Server(ah.Store(":memory:"), ah.Settings(ah.Limits(), websockets=True))
+        host, port = (await server.listener.listen(host="127.0.0.1", port=0))[0]
+        await server.listener.library
+        server.hub.register(server.clock(), "a", "", "s", None, None, None, b"", False)
+        reader, writer = await asyncio.open_connection(host, port)
+        writer.write(ah.BenchTarget(host, port, 0, 1, 1, 1).handshake("/ws/a"))
+        await reader.readuntil(b'"welcome"')
+        (stream,) = map(weakref.ref, server.readers["a"])
+        writer.close()
+        while server.listener.connections:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0)
+        assert stream() is None
+        await server.stop()
+
+    gc.disable()
+    try:
+        asyncio.run(play())
+    finally:
+        gc.enable()
+
+
 # --- Committer --------------------------------------------------------------------------------------------------------
 
 
@@ -12055,27 +12082,85 @@ def test_the_demo_shows_what_really_happened_and_leaves_nothing(
 @pytest.mark.slow  # it starts processes through others
 def test_the_bench_hands_options_behind_two_dashes_to_its_hub(tmp_path: Path) -> None:
     assert ah.read_command(["bench", "--only", "health", "--", "--loop", "uvloop"]).command == ["--loop", "uvloop"]
-    run = ah.BenchRun("", 1, 100, str(tmp_path), ["--loop", "no such loop"])
+    run = ah.BenchRun("", str(tmp_path), ["--loop", "no such loop"], ah.BenchTarget("127.0.0.1", 0, 0, 1, 1, 1))
     with pytest.raises(ah.HubError, match="did not start"), run.hub():
         pass
 
 
-def test_the_bench_measures_rows_beside_their_floors(shared_hub: LiveHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def bench_rows(hub: LiveHub, *words: str, **env: str) -> tuple[list[ah.Json], str]:
+    """The rows that a bench prints, as JSON, and what it says on stderr."""
+    done = hub.cli("bench", "--json", *words, quick={"BENCH_STARTS": 2}, **env)
+    return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+
+def only(*names: str) -> list[str]:
+    return [word for name in names for word in ("--only", name)]
+
+
+def test_the_bench_measures_rows_beside_their_floors(shared_hub: LiveHub, tmp_path: Path) -> None:
     pytest.importorskip("websockets")
-    monkeypatch.setattr(tempfile, "tempdir", str(shared_hub.folder))
-    before = set(shared_hub.folder.iterdir())
-    only = ["sends", "latency", "inbox", "connects", "memory", "cold"]
-    words = ["bench", "--json", "--seconds", "0.2", *[word for name in only for word in ("--only", name)]]
-    done = shared_hub.cli(*words, quick={"BENCH_STARTS": 2})
-    _, *rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [row["row"] for row in rows] == only, done.stderr
+    names = ["sends", "latency", "broadcast", "inbox", "connects", "memory", "cold"]
+    words = ["--seconds", "0.2", "--scale", "0.02", *only(*names)]
+    rows, errors = bench_rows(shared_hub, *words, TMPDIR=str(tmp_path))
+    assert [row["row"] for row in rows] == names, errors
     assert all(row["hub"]["value"] > 0 < row["floor"]["value"] for row in rows)
     assert all(row["ratio"] == round(row["hub"]["value"] / row["floor"]["value"], 3) for row in rows)
-    assert set(shared_hub.folder.iterdir()) <= before | {shared_hub.folder / "state"}
-    there = shared_hub.cli("bench", "--url", shared_hub.url, "--only", "health", "--seconds", "0.1", "--rounds", "2")
-    assert re.search(r"GET /health +[\d,.]+ /s", there.stdout), there
+    assert not list(tmp_path.iterdir())
     refused = shared_hub.here("bench", "--only", "nothing")
     assert refused.returncode == 2 and "sends" in refused.stderr
+
+
+def test_the_bench_measures_scale_beside_what_is_small(shared_hub: LiveHub) -> None:
+    pytest.importorskip("websockets")
+    names = ["agents", "soak", "store", "reconnect"]
+    rows, errors = bench_rows(shared_hub, "--seconds", "0.2", "--scale", "0.002", *only(*names))
+    assert [row["row"] for row in rows] == ["agents", "soak", *["store"] * 4, "reconnect"], errors
+    agents, soak, start, *loads, reconnect = rows
+    assert agents["hub"]["value"] > 1 and " 20/s from 20: " in errors
+    assert re.search(r"\d+ descriptors; up to \d", soak["hub"]["note"])
+    assert start["hub"]["value"] > 0 and all(row["hub"]["value"] > 0 for row in loads)
+    assert reconnect["hub"]["note"] == "4 are in"
+
+
+def test_the_bench_takes_a_running_hub_with_a_key_again_and_again(live: object) -> None:
+    pytest.importorskip("websockets")
+    hub = live("--key", "of-this-hub-only", "--rate-limit", "0", "--max-inbox", "0")
+    words = ["--url", hub.url, "--seconds", "0.1", "--rounds", "2", *only("send", "post", "memory")]
+    rows, errors = bench_rows(hub, *words, AGENTHUB_KEY="of-this-hub-only")
+    assert [(row["row"], len(row["ratios"])) for row in rows] == [("send", 2), ("post", 2)], errors
+
+
+def has_load(pid: int) -> bool:
+    """Whether a load is at work, as a child of that process: then it has a second thread."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    loads = [child for child in children if b"run_load" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return any(len(list(Path(f"/proc/{child}/task").iterdir())) > 1 for child in loads)
+
+
+@pytest.mark.parametrize("row", ["sends", "connects"])
+def test_a_bench_that_is_interrupted_ends_all_that_it_started(row: str, tmp_path: Path) -> None:
+    pytest.importorskip("websockets")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        command = [sys.executable, str(FILE), "bench", "--seconds", "60", "--only", row]
+        env = {**os.environ, "TMPDIR": str(tmp_path)}
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        bench = subprocess.Popen(command, text=True, env=env, cwd=tmp_path, start_new_session=True, **pipes)
+        assert "measuring" in bench.stderr.readline()
+        until(functools.partial(has_load, bench.pid))
+        bench.send_signal(number)
+        assert bench.wait(20) == (130 if number == signal.SIGINT else 143), bench.stderr.read()
+        with pytest.raises(ProcessLookupError):
+            while True:
+                os.killpg(bench.pid, 0)
+                time.sleep(0.01)
+        assert not list(tmp_path.iterdir()) and not bench.stderr.read()
+
+
+def test_a_load_that_ends_without_a_result_is_reported(shared_hub: LiveHub, capfd: pytest.CaptureFixture[str]) -> None:
+    run = ah.BenchRun("", str(shared_hub.folder), [], ah.BenchTarget("127.0.0.1", shared_hub.port, 0, 1, 1, 1))
+    with pytest.raises(ah.HubError, match="load_latency has ended with 1, and no result"):
+        run.measure(run.floor, ah.load_latency, "", "/ws/nobody/at/all")
+    assert "load_latency: no WebSocket: HTTP/1.1 404" in capfd.readouterr().err
 
 
 def test_a_demo_that_is_interrupted_takes_its_hub_along(tmp_path: Path) -> None:
