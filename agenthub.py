@@ -55,6 +55,7 @@ from collections.abc import Callable, Collection, Coroutine, Generator, Iterable
 from json.scanner import make_scanner
 from operator import attrgetter
 from shlex import quote as shell_quote
+from types import GeneratorType
 from typing import TYPE_CHECKING, Annotated, Any, AnyStr, Generic, ParamSpec, TypeVar, cast, overload
 from zlib import crc32
 
@@ -4664,11 +4665,13 @@ OVER, NEWS, OLDER = 0, 1, 2  # why a parked operation goes on: time is over, som
 
 
 class Command(NamedTuple):
-    """A command to the hub as a value: the name of its rule and the rule's arguments, without the time."""
+    """A command to the hub as a value: the name of its rule and the rule's arguments, without the time. An operation of
+    one command may return that in place of steps, with what makes its `answer`: a generator takes 7 % of a send."""
 
     rule: str
     args: tuple[Any, ...]
     named: Json
+    answer: Callable[[Any], Response] = Response
 
 
 class Until(NamedTuple):
@@ -4712,16 +4715,9 @@ def do(rule: Callable[Concatenate[Hub, int, P], R], *args: P.args, **named: P.kw
     return result
 
 
-class Apply(Generic[V, R]):
-    """The steps of an operation that applies one rule of one argument, and makes the answer out of its result."""
-
-    __slots__ = ("answer", "rule", "what")
-
-    def __init__(self, rule: Callable[[Hub, int, V], R], what: V, answer: Callable[[R], Response]) -> None:
-        self.rule, self.what, self.answer = rule, what, answer
-
-    def __iter__(self) -> Steps[Response]:
-        return self.answer((yield Command(self.rule.__name__, (self.what,), {})))
+def apply(hub: Hub, command: Command, at: int) -> Any:
+    """Apply a command now. Returns its result. Raises HubError."""
+    return getattr(hub, command.rule)(at, *command.args, **command.named)
 
 
 def run_steps(hub: Hub, steps: Steps[Any], at: int, value: Any = None, parked: Parked | None = None) -> Any:
@@ -4736,7 +4732,7 @@ def run_steps(hub: Hub, steps: Steps[Any], at: int, value: Any = None, parked: P
                 parked.step = step
                 return parked
             try:
-                value, failed = getattr(hub, step.rule)(at, *step.args, **step.named), None
+                value, failed = apply(hub, step, at), None
             except HubError as error:
                 failed = error
     except StopIteration as end:
@@ -4774,7 +4770,7 @@ class Parked:
 def take_back(hub: Hub, command: Command, at: int) -> None:
     """Apply a command that undoes another, if there is still something to undo."""
     with contextlib.suppress(HubError):  # its agent may have left, or a task have ended
-        hub.apply(command.rule, at, *command.args, **command.named)
+        apply(hub, command, at)
 
 
 def failed_at(where: str, what: str = "request") -> HubError:
@@ -5030,16 +5026,12 @@ class InboxQuery(NamedTuple):
             undo = make_command(Hub.unclaim, name, seqs, until)
         if seqs and (self.claim or wait):
             yield from do(Hub.push, name, seqs, "poll")
-        extra += self._claimed_text(hub, seqs, at)
+        if self.claim:  # how many unread messages other readers have claimed, and until when at most
+            ends = [until for seq, until in hub.mail(name).claims.items() if until > at and seq not in seqs]
+            extra += f',"claimed":{len(ends)},"claimed_until":"{timestamp(max(ends))}"' if ends else ""
         rest = f'"next":{following},"unread":{hub.unread(name)}{previous}{extra}'
         text = f'{{"messages":[{",".join(texts)}],{rest}}}'
         return Response(text.encode(), settled=not self.claim, changes=bool(self.claim), undo=undo)
-
-    def _claimed_text(self, hub: Hub, seqs: tuple[int, ...], at: int) -> str:
-        """How many unread messages other readers have claimed, and until when at most (JSON text)."""
-        claims = hub.mail(self.name).claims if self.claim else {}
-        ends = [until for seq, until in claims.items() if until > at and seq not in seqs]
-        return f',"claimed":{len(ends)},"claimed_until":"{timestamp(max(ends))}"' if ends else ""
 
 
 # --- Operations -------------------------------------------------------------------------------------------------------
@@ -5089,7 +5081,6 @@ class Operation(ClientAttribute[P, R]):
         self.summary = (handler.__doc__ or self.name).partition("\n")[0].rstrip(".")
         self.actor = "" if row.get("access", "agent") != "agent" else "agent_id"
         self.writes = method != "GET"  # a heartbeat and a copy go on while the disk is full
-        self.in_steps = handler.__annotations__["return"].startswith("Steps")
         self.in_path = re.findall(r"\{(\w+)\}", path)
         for column, value in row.items():
             if not hasattr(self, column):
@@ -5135,12 +5126,12 @@ class Operation(ClientAttribute[P, R]):
         chosen = any(field.name == "id" for field in self.fields)
         return (*self.headers, *((("idempotency-key", "id"),) if chosen else ()))
 
-    def run(self, call: Call, values: Json) -> Answer:
-        """The answer to checked fields. Raises HubError."""
-        answer: Any = self.handler(call, **values)
-        if type(answer) is Apply:  # without the detour by a generator
-            return cast("Answer", answer.answer(answer.rule(call.api.hub, call.at, answer.what)))
-        return cast("Answer", run_steps(call.api.hub, answer, call.at) if self.in_steps else answer)
+    def run(self, call: Call, values: Json) -> Any:
+        """The `Answer` to checked fields. Raises HubError."""
+        answer = self.handler(call, **values)
+        if type(answer) is Command:
+            return answer.answer(apply(call.api.hub, answer, call.at))
+        return run_steps(call.api.hub, answer, call.at) if type(answer) is GeneratorType else answer
 
     def without_aliases(self, values: Json) -> Json:
         """The fields of a request, each under its own name: one that came under an alias is added."""
@@ -5162,7 +5153,7 @@ def operation(method: str, path: str, *, items: str, **row: Any) -> Callable[[Ac
 def operation(method: str, path: str, **row: Any) -> Callable[[Action[P]], Operation[P, Json]]: ...
 def operation(method: str, path: str, **row: Any) -> Any:
     """The row of an operation, over the function that answers it: a function of the call and its fields that returns an
-    answer, `Steps` that lead to one, or where they are a single command, `Apply`. See `Operation` for the columns."""
+    answer, `Steps` that lead to one, or a single `Command` with what makes it. See `Operation` for the columns."""
     return lambda handler: Operation(handler, method, path, row)
 
 
@@ -5176,7 +5167,6 @@ Cursor = Annotated[Seq | None, "the cursor: only messages with a higher seq"]
 Before = Annotated[Seq | None, "only messages with a lower seq"]
 CursorEpoch = Annotated[str | None, printable(64), "the epoch of the welcome the cursor comes from"]
 PageSize = PageLimit | None
-AtMost = Annotated[MaxBytes | None, "of messages in one answer, or the first of them if that is larger"]
 UpTo = Annotated[Seq | None, "everything up to this seq was received"]
 Received = Annotated[MessageIds | None, "these were received"]
 GivenBack = Annotated[Flag | None, "with ids: these were not received; claims on them end"]
@@ -5337,7 +5327,7 @@ class Operations:
     @operation("POST", "/api/v1/messages", actor="from")
     def send(
         call: Call, to: Recipients, message: Payload, type: OwnType = None, **more: Unpack[Sending]
-    ) -> Response | Apply[Draft, Receipt]:
+    ) -> Response | Command:
         """Send a message. What was pushed is known, and in the answer, only when that leaves."""
         inner = message.get("type") if isinstance(message, dict) else None
         kind = type or (inner if inner is not None and not TYPE.refusal(inner) else "")
@@ -5345,12 +5335,12 @@ class Operations:
             return cast(Response, Operations.heartbeat.handler(call))
         group = isinstance(to, str) and to.upper() == EVERYONE
         draft = draft_of(call, to, message, kind or ("broadcast" if group else "message"), more)
-        return Apply(Hub.send, draft, lambda receipt: Response(lambda: receipt_text(call, receipt)))
+        return Command("send", (draft,), {}, lambda receipt: Response(lambda: receipt_text(call, receipt)))
 
     @operation("POST", "/to/{recipient}", actor="from", default_actor=GUEST, raw=True, headers=(("x-from", "from"),))
     def send_to(
         call: Call, recipient: Recipient, type: MessageType | None = None, **more: Unpack[Sending]
-    ) -> Response | Apply[Draft, Receipt]:
+    ) -> Response | Command:
         """Send the body: JSON if it says so, else text."""
         if not call.body.strip() and type in (None, "message", "broadcast", "request", "response"):
             raise InvalidRequest("the body is empty: send what you want to say in it, e.g. `curl -d 'hello'`")
@@ -5361,7 +5351,7 @@ class Operations:
                 message = call.body.decode()
             except UnicodeDecodeError:
                 raise InvalidRequest("the body must be text in UTF-8, or JSON with that Content-Type") from None
-        return cast("Response | Apply[Draft, Receipt]", Operations.send.handler(call, recipient, message, type, **more))
+        return cast("Response | Command", Operations.send.handler(call, recipient, message, type, **more))
 
     @operation("GET", "/api/v1/messages", items="messages", awaits="messages")
     def read_inbox(
@@ -5375,7 +5365,9 @@ class Operations:
         thread: Annotated[MessageId | None, "only of this thread"] = None,
         claim: Annotated[ClaimSeconds | None, "seconds for which other claiming readers do not get these"] = None,
         before: Annotated[Seq | None, "without after and unread: the newest ones below this seq"] = None,
-        max_bytes: AtMost = None,
+        max_bytes: Annotated[
+            MaxBytes | None, "of messages in one answer, or the first of them if that is larger"
+        ] = None,
         sent: Annotated[Flag | None, "also what this agent sent"] = None,
         other: Annotated[AgentId | None, "only what this agent and that one sent each other", Wire("with")] = None,
         channel: Annotated[Channel | None, "what was said in a channel this agent is a member of"] = None,
@@ -6246,7 +6238,10 @@ def call_operation(call: McpCall, row: Row, **values: Any) -> Steps[Json]:
     request = Call(call.api, NO_HEAD, b"", call.agent_id, call.at, call.address, None, False, "mcp")
     begin(call.api, row, request)
     answer: Any = row.handler(request, **checked)
-    answer = answer if isinstance(answer, Response) else (yield from answer)
+    if type(answer) is Command:
+        answer = answer.answer((yield answer))
+    elif isinstance(answer, GeneratorType):
+        answer = yield from answer
     if answer.undo:
         call.undo = [*call.undo, answer.undo]
     yield DURABLE
@@ -6697,14 +6692,6 @@ TOOLS: dict[str, Tool] = {
 }
 
 
-def _inbox_resource(call: McpCall, agent_id: str) -> Steps[Json]:
-    """What is unread there. Reading it acknowledges nothing and claims nothing."""
-    call.agent_id = agent_id
-    page = yield from call_operation(call, Operations.read_inbox, unread=True, max_bytes=TOOL_BYTES)
-    rows = [_message_shown(call, envelope) for envelope in page["messages"]]
-    return {**({"notice": PEER_WORDS} if rows else {}), "messages": rows, "unread": page["unread"]}
-
-
 # By URI or template of one: a name and a description.
 RESOURCES = {"hub://agents": ("agents", "Who is on the hub")}
 RESOURCES["hub://inbox/{agent_id}"] = ("inbox", "What an agent has not read yet")
@@ -6973,8 +6960,13 @@ def _inbox_named(call: McpCall, uri: Any) -> str:
 
 
 def _read_resource(call: McpCall) -> Steps[Json]:
-    owner = _inbox_named(call, call.params.get("uri"))
-    result = yield from (_inbox_resource(call, owner) if owner else _agents_tool(call, Operations.agents, {}))
+    if owner := _inbox_named(call, call.params.get("uri")):  # to read it acknowledges nothing and claims nothing
+        call.agent_id = owner
+        page = yield from call_operation(call, Operations.read_inbox, unread=True, max_bytes=TOOL_BYTES)
+        rows = [_message_shown(call, envelope) for envelope in page["messages"]]
+        result = {**({"notice": PEER_WORDS} if rows else {}), "messages": rows, "unread": page["unread"]}
+    else:
+        result = yield from _agents_tool(call, Operations.agents, {})
     return {"contents": [{"uri": call.params["uri"], "mimeType": "application/json", "text": dump(result)}]}
 
 
@@ -7636,7 +7628,7 @@ def dispatch(api: Api, head: Head, body: bytes, peer: Peer, at: int) -> Reply:
             return Reply(Response(status=204, headers=(("Allow", allow),)), access.cors(head, allow))
         call, values = admit(api, row, head, body, in_path, peer, at)
         begin(api, row, call)
-        answer = row.run(call, values)
+        answer: Answer = row.run(call, values)
     except HubError as error:
         # a web page that a user here happens to look at could use up the rate of all
         is_paid = call is not None or isinstance(error, (Unauthorized, RateLimited, BadHost, BadOrigin))
@@ -7758,11 +7750,10 @@ def answer_of_frame(api: Api, agent_id: str, data: bytes, address: str, at: int)
 def _run_frame(row: Row, call: Call, frame: Json, ref: Json) -> Frame:
     """A frame asks for what an operation does, in the operation's words."""
     me, values = call.agent_id, row.without_aliases(frame) if row.aliases else frame
-    names = ["from"] if row.actor == "from" else ["from", "agent_id"]
-    for name in names:
+    for name in ("from",) if row.actor == "from" else ("from", "agent_id"):
         if values.get(name, me) != me:
             raise Forbidden(f"this connection is that of `{me}`: leave `{name}` out, or open another one")
-    answer = cast("Response | Parked", row.run(call, row.fields.read(values)))  # as of all that are frames
+    answer: Response | Parked = row.run(call, row.fields.read(values))  # as of all that are frames
     if isinstance(answer, Parked):
         return Frame("", ref, parked=answer, kind=row.frame)
     if row is OPERATIONS["acknowledge"]:
