@@ -1090,8 +1090,8 @@ class Fields(tuple[Field, ...]):
                         checked[parameter] = check(value)
                     except ValueError as error:
                         raise InvalidRequest(f"`{name}` must be {error}, not {refused_value(value)}") from None
-        here = self._required <= checked.keys() and (needed not in checks or checks[needed][0] in checked)
-        if len(values) > len(checked) or not here:
+        complete = self._required <= checked.keys() and (needed not in checks or checks[needed][0] in checked)
+        if len(values) > len(checked) or not complete:
             self._see_what_is_missing(values, checked, needed, implied)
         return checked
 
@@ -4887,7 +4887,7 @@ class Api:
     def __init__(self, hub: Hub, log: Store, settings: Settings, mint: Callable[[], str]) -> None:
         self.hub, self.log, self.settings, self.mint = hub, log, settings, mint
         self.committed, self.started_at, self.trouble = hub.seq, 0, ""
-        # by the names in COUNTERS, and by status; to count in a Counter takes four times as long
+        # by the names in COUNTERS, and by status; to count in a Counter takes three times as long
         self.metrics: collections.defaultdict[str, int] = collections.defaultdict(int)
         self.answers: collections.defaultdict[int, int] = collections.defaultdict(int)
         self.request_seconds, self.commit_seconds = Histogram(), Histogram()
@@ -5802,12 +5802,21 @@ class Operations:
     @operation("GET", "/mcp", also="/mcp/{agent_id}", default_actor="", charged=False, raw=True)
     def mcp_stream(call: Call) -> Subscription:
         """Notifications to a session of the handshake revisions."""
-        return call.api.mcp.stream(call)
+        if is_modern(call.head):
+            raise MethodNotAllowed("this revision has no such stream: POST subscriptions/listen", allow="POST")
+        if "text/event-stream" not in call.head.headers.get("accept", ""):
+            raise NotAcceptable("this is a stream for MCP clients: accept text/event-stream, or see /guide")
+        session = call.api.mcp.session(call)
+        return Subscription(session.agent_id, session.uris, session.streams)
 
     @operation("DELETE", "/mcp", also="/mcp/{agent_id}", default_actor="", charged=False, raw=True, writes=False)
     def mcp_end(call: Call) -> Response:
         """The session ends."""
-        return call.api.mcp.end(call)
+        if is_modern(call.head):
+            raise MethodNotAllowed("this revision has no sessions: there is nothing to end", allow="POST")
+        call.api.mcp.session(call)
+        call.api.mcp.end_session(call.head.headers["mcp-session-id"])
+        return Response(status=204, settled=True)
 
 
 OPERATIONS = {name: row for name, row in vars(Operations).items() if isinstance(row, Operation)}
@@ -6532,14 +6541,13 @@ def _agents_tool(call: McpCall, row: Row, values: Json) -> Steps[Json]:
     """Who is here: what they do, their tasks and locks, how much they have not read. `operator` is the person."""
     wanted, rows = values.pop("status", ""), []
     every = (yield from call_operation(call, row, **values))["agents"]
-    chosen = [agent for agent in every if agent["status"] == (wanted or "active")]
-    rest = 0 if wanted else len(every) - len(chosen)
+    for one in every:
+        if one["status"] == (wanted or "active"):
+            name = one["name"] if one["name"] != one["agent_id"] else ""
+            tasks = [_short(call, id) for id in one.get("tasks", ())]
+            rows.append(_pick("agents", one | {"name": name, "tasks": tasks}))
+    rest = 0 if wanted else len(every) - len(rows)
     note = f"{rest} offline: status offline lists them" if rest else ""
-    for one in chosen:
-        tasks = [_short(call, id) for id in one.get("tasks", ())]
-        rows.append(
-            _pick("agents", one | {"tasks": tasks, "name": one["name"] if one["name"] != one["agent_id"] else ""})
-        )
     return {"you": call.agent_id, **_listed("agents", rows, "there is no such agent"), **present(note=note)}
 
 
@@ -6827,11 +6835,9 @@ def kind_of(message: Any) -> str:
 _SERVER = {"name": "agenthub", "title": "agenthub", "version": VERSION}
 _HELLO = {"capabilities": {"tools": {}, "resources": {"subscribe": True}}, "instructions": INSTRUCTIONS}
 # For how long a client may keep an answer, and for whom: who may act as any agent sees `as` in the tools.
-_CACHED = {
-    method: {"ttlMs": 3_600_000, "cacheScope": "public"} for method in ("server/discover", "resources/templates/list")
-}
-_CACHED |= {method: {"ttlMs": 0, "cacheScope": "private"} for method in ("resources/list", "resources/read")}
+_CACHED = {method: {"ttlMs": 0, "cacheScope": "private"} for method in ("resources/list", "resources/read")}
 _CACHED["tools/list"] = {"ttlMs": 3_600_000, "cacheScope": "private"}
+_CACHED["server/discover"] = _CACHED["resources/templates/list"] = {"ttlMs": 3_600_000, "cacheScope": "public"}
 
 
 def response_of(era: Era, message: Json, result: Json) -> Json:
@@ -6937,13 +6943,14 @@ def _run_tool(name: str, values: Json, call: McpCall) -> Steps[Json]:
 
 def _list_resources(call: McpCall) -> Json:
     """resources/list and resources/templates/list."""
-    templates = call.method == "resources/templates/list"
-    key, rows, resources = "uriTemplate" if templates else "uri", [], dict(RESOURCES)
-    if call.agent_id and not templates:
+    templates, resources = call.method == "resources/templates/list", dict(RESOURCES)
+    if call.agent_id:
         resources[f"hub://inbox/{call.agent_id}"] = RESOURCES["hub://inbox/{agent_id}"]
-    for uri, (name, description) in resources.items():
-        if ("{" in uri) == templates:
-            rows.append({key: uri, "name": name, "description": description, "mimeType": "application/json"})
+    rows = [
+        {"uriTemplate" if templates else "uri": uri, "name": name, "description": words, "mimeType": "application/json"}
+        for uri, (name, words) in resources.items()
+        if ("{" in uri) == templates
+    ]
     return {"resourceTemplates" if templates else "resources": rows}
 
 
@@ -7108,7 +7115,7 @@ class McpEndpoint:
         try:
             message = parse_json(call.body, self.api.settings.limits.max_depth)
             kind, id = kind_of(message), message.get("id")
-            session = None if modern or message.get("method") == "initialize" else self._session(call)
+            session = None if modern or message.get("method") == "initialize" else self.session(call)
             if kind == "request":
                 if modern:
                     check_envelope(message, call.head.headers)
@@ -7122,24 +7129,7 @@ class McpEndpoint:
             failure = error if isinstance(error, RpcError) else RpcError(PARSE_ERROR, error.message)
             return Response(failure.wire(id), _RPC_STATUS.get(failure.code, 400), settled=True)
 
-    def stream(self, call: Call) -> Subscription:
-        """GET /mcp: notifications to a session of the handshake revisions."""
-        if is_modern(call.head):
-            raise MethodNotAllowed("this revision has no such stream: POST subscriptions/listen", allow="POST")
-        if "text/event-stream" not in call.head.headers.get("accept", ""):
-            raise NotAcceptable("this is a stream for MCP clients: accept text/event-stream, or see /guide")
-        session = self._session(call)
-        return Subscription(session.agent_id, session.uris, session.streams)
-
-    def end(self, call: Call) -> Response:
-        """DELETE /mcp: the session ends."""
-        if is_modern(call.head):
-            raise MethodNotAllowed("this revision has no sessions: there is nothing to end", allow="POST")
-        self._session(call)
-        self._end_session(call.head.headers["mcp-session-id"])
-        return Response(status=204, settled=True)
-
-    def _session(self, call: Call) -> McpSession:
+    def session(self, call: Call) -> McpSession:
         """The session a request names; it is the one last used now. Raises InvalidRequest or NotFound."""
         id = call.head.headers.get("mcp-session-id")
         if not id:
@@ -7153,12 +7143,13 @@ class McpEndpoint:
     def open_session(self, agent_id: str) -> str:
         """Begin a session of that agent, or of one that is not known yet. Returns its id."""
         if len(self.sessions) >= MAX_SESSIONS:
-            self._end_session(next(iter(self.sessions)))
+            self.end_session(next(iter(self.sessions)))
         id = self.api.mint()
         self.sessions[id] = McpSession(agent_id)
         return id
 
-    def _end_session(self, id: str) -> None:
+    def end_session(self, id: str) -> None:
+        """End a session, and with it what is under way in it."""
         session = self.sessions.pop(id)
         for end in (*[call.end for call in session.running.values()], *session.streams):
             end()
