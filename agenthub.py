@@ -6245,7 +6245,7 @@ def call_operation(call: McpCall, row: Row, **values: Any) -> Steps[Json]:
     """Run an operation in the caller's name; gives its JSON object once that is durable. Raises HubError."""
     checked = row.fields.read(values)
     request = Call(call.api, NO_HEAD, b"", call.agent_id, call.at, call.address, None, False, "mcp")
-    begin(call.api, row, request)
+    begin(row, request)
     answer: Any = row.handler(request, **checked)
     if type(answer) is Command:
         answer = answer.answer((yield answer))
@@ -6607,7 +6607,7 @@ def _ask_tool(call: McpCall, row: Row, values: Json) -> Steps[Json]:
     yield Progress(0, f"{sent['state']}; waiting for the answer")
     result: Json = {"id": sent["id"], "answer": None}
     thread, after, ends_at = receipt.get("thread", receipt["message_id"]), receipt["seq"], call.at + wait * 1000
-    while not result["answer"]:  # other mail is left alone
+    while True:  # other mail is left alone
         left = max(0, ends_at - call.at) / 1000
         query = {"after": after, "thread": thread, "wait": left, "claim": TOOL_CLAIM}
         try:
@@ -6621,11 +6621,11 @@ def _ask_tool(call: McpCall, row: Row, values: Json) -> Steps[Json]:
                 result["answer"] = shown
             else:
                 result.setdefault("messages", []).append(shown)
-        if not result["answer"] and not (left and page["messages"]):  # its time is over
+        if result["answer"]:
+            return result
+        if not (left and page["messages"]):  # its time is over
             late = f"no answer within {wait:g} s"
             break
-    else:
-        return result
     return result | sent | {"warning": f"{late}: it will come to your inbox, see read_messages"}
 
 
@@ -7618,7 +7618,7 @@ def dispatch(api: Api, head: Head, body: bytes, peer: Peer, at: int) -> Reply:
                 raise MethodNotAllowed(f"{refused_value(head.method)} does nothing here: use {allow}", allow=allow)
             return Reply(Response(status=204, headers=(("Allow", allow),)), access.cors(head, allow))
         call, values = admit(api, row, head, body, in_path, peer, at)
-        begin(api, row, call)
+        begin(row, call)
         answer: Answer = row.run(call, values)
     except HubError as error:
         # a web page that a user here happens to look at could use up the rate of all
@@ -7669,10 +7669,11 @@ def admit(
     return Call(api, head, body, actor, at, peer.address, payer, with_key, "http", peer.scheme), values
 
 
-def begin(api: Api, row: Row, call: Call) -> None:
+def begin(row: Row, call: Call) -> None:
     """Charge a call that was admitted, see that its agent, where it needs one, is known and that the disk takes what it
     writes, and note the sign of life. Raises HubError."""
-    hub, payer, name = api.hub, call.payer, call.agent_id
+    api, payer, name = call.api, call.payer, call.agent_id
+    hub = api.hub
     if payer:
         hub.pace.charge(payer, call.at)
     if (row.actor and row.default_actor is None) or call.via == "websocket":  # whose agent may have left
@@ -7729,7 +7730,7 @@ def answer_of_frame(api: Api, agent_id: str, data: bytes, address: str, at: int)
         row = FRAMES.get(kind) or FRAMES[""]
         paid = row.charged
         call = Call(api, NO_HEAD, b"", agent_id, at, address, payer if paid else None, False, "websocket")
-        begin(api, row, call)
+        begin(row, call)
         return _run_frame(row, call, frame, ref)
     except HubError as error:
         who = {"address": address, "agent_id": agent_id, "route": "frame"}
