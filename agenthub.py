@@ -1092,10 +1092,11 @@ class Fields(tuple[Field, ...]):
                         raise InvalidRequest(f"`{name}` must be {error}, not {refused_value(value)}") from None
         complete = self._required <= checked.keys() and (needed not in checks or checks[needed][0] in checked)
         if len(values) > len(checked) or not complete:
-            self._see_what_is_missing(values, checked, needed, implied)
+            self._check_names(values, checked, needed, implied)
         return checked
 
-    def _see_what_is_missing(self, values: Json, checked: Json, needed: str, implied: str) -> None:
+    def _check_names(self, values: Json, checked: Json, needed: str, implied: str) -> None:
+        """Raise InvalidRequest where a field is missing, or a name that is unknown here must mean one."""
         few = [(name, value) for name, value in itertools.islice(values.items(), 50) if len(name) < 32]
         unknown = [name for name, value in few if name not in self._checks and value is not None]
         for field in self:
@@ -5413,10 +5414,9 @@ class Operations:
             raise InvalidRequest("`release` goes with `ids`: a list of what you give back")
         hub, name, seqs = call.api.hub, call.agent_id, {}
         if ids:  # in one look at the log; an id that the hub made holds its seq
-            seqs = call.api.log.seqs_of([id for id in ids if not hub.fresh(id)])
-            for id in ids:
-                fresh = hub.fresh(id)
-                seqs.setdefault(id, fresh.message.seq if fresh else hub.seq_of(id) or hub.short_seq(id))
+            fresh = {id: receipt.message.seq for id in ids if (receipt := hub.fresh(id))}
+            seqs = fresh | call.api.log.seqs_of([id for id in ids if id not in fresh])
+            seqs |= {id: hub.seq_of(id) or hub.short_seq(id) for id in ids if id not in seqs}
         known = tuple(sorted(filter(None, seqs.values())))
         if release:
             return Response({"success": True, "released": (yield from do(Hub.unclaim, name, known))})
@@ -6428,7 +6428,7 @@ def _short(call: McpCall, id: str) -> str:
     return f"m{seq}" if seq else id
 
 
-def _text_shown(key: str, value: Any, again: str, offset: int = 0) -> Json:
+def _text_shown(key: str, value: Any, again: str, offset: int) -> Json:
     """A text of an agent, or what is in it from an offset on, cut to TOOL_TEXT characters; `again` with another offset
     gives the rest."""
     text, end = value if isinstance(value, str) else dump(value), offset + TOOL_TEXT
