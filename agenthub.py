@@ -5826,7 +5826,8 @@ def draft_of(call: Call, to: str | Sequence[str], message: Any, kind: str, more:
     """A message as its sender wrote it. Raises HubError for fields that do not go together."""
     api, at, payload = call.api, call.at, call.api.payload(message)
     where = to if isinstance(to, str) else tuple(to)
-    if not more and kind not in Hub.TASK_MESSAGES:
+    about_task, proposal = kind in Hub.TASK_MESSAGES, kind == "task_proposal"
+    if not more and not about_task:
         return Draft(Message(0, "", kind, call.agent_id, "", payload, 0, via=call.via), where)
     options: Json = {name: value for name, value in more.items() if value is not None}
     id, reply_to = options.pop("id", ""), api.full_id(options.get("reply_to", ""))
@@ -5834,21 +5835,18 @@ def draft_of(call: Call, to: str | Sequence[str], message: Any, kind: str, more:
     digest = sha256(dump([where, kind, payload, chosen]))[:16] if id else b""  # what a retry repeats
     ttl, delay = options.get("ttl", 0), options.get("delay", 0)
     inner = message if isinstance(message, dict) else {}
-    if kind not in Hub.TASK_MESSAGES and "lease" in options and options.get("deliver") != "one":
+    if not about_task and "lease" in options and options.get("deliver") != "one":
         raise InvalidRequest("`lease` is for a task, or goes with `deliver` one: add that, or leave it out")
     if 0 < ttl <= delay:
         raise InvalidRequest("`ttl` must be longer than `delay`, or the message runs out before it is delivered")
-    if kind in Hub.TASK_MESSAGES and kind != "task_proposal":
+    if about_task and not proposal:
         with contextlib.suppress(ValueError):
             reply_to = reply_to or MESSAGE_ID.check(inner.get("task_id"))
         reply_to = api.task_id(reply_to)
     expires_at = at + max(1, int(ttl * 1000)) if ttl else 0
     due_at = at + max(1, int(delay * 1000)) if delay else 0
-    plan = Plan()
-    if kind in Hub.TASK_MESSAGES:
-        plan = plan_of(options, inner if kind == "task_proposal" else {}, at, expires_at)
-        plan = plan._replace(depends_on=tuple(dict.fromkeys(map(api.full_id, plan.depends_on))))
-        expires_at = expires_at or (plan.deadline_at if kind == "task_proposal" else 0)
+    plan = plan_of(call, options, inner if proposal else {}, expires_at) if about_task else Plan()
+    expires_at = expires_at or (plan.deadline_at if proposal else 0)
     lease = int(options.get("lease", JOB_LEASE) * 1000) if options.get("deliver") == "one" else 0
     extra = dump({name: options[name] for name in Operations.send.shown if name in options})[1:-1]
     parent, known = api.find(reply_to) if reply_to else None, api.find_chosen(id)
@@ -5864,15 +5862,16 @@ def draft_of(call: Call, to: str | Sequence[str], message: Any, kind: str, more:
     return Draft(draft._replace(lease=lease, extra=extra), where, known, plan, bool(options.get("registered")))
 
 
-def plan_of(options: Json, inner: Json, at: int, expires_at: int) -> Plan:
+def plan_of(call: Call, options: Json, inner: Json, expires_at: int) -> Plan:
     """What is set for a task: in the request, or in a field of that name and kind of the message that proposes it."""
     plan = dict(options)
     for field in Operations.send.fields:
         if field.name in inner and field.name in Planning.__annotations__ and field.name not in plan:
             with contextlib.suppress(ValueError):
                 plan[field.name] = field.kind.check(inner[field.name])
-    deadline_at = at + int(plan["deadline"] * 1000) if "deadline" in plan else expires_at
-    lease, depends_on = int(plan.get("lease", 0) * 1000), tuple(plan.get("depends_on", ()))
+    deadline_at = call.at + int(plan["deadline"] * 1000) if "deadline" in plan else expires_at
+    depends_on = tuple(dict.fromkeys(map(call.api.full_id, plan.get("depends_on", ()))))
+    lease = int(plan.get("lease", 0) * 1000)
     return Plan(lease, deadline_at, plan.get("priority", 0), depends_on, plan.get("attempts", TASK_ATTEMPTS))
 
 
@@ -6971,7 +6970,7 @@ def _read_resource(call: McpCall) -> Steps[Json]:
         call.agent_id = owner
         page = yield from call_operation(call, Operations.read_inbox, unread=True, max_bytes=TOOL_BYTES)
         rows = [_message_shown(call, envelope) for envelope in page["messages"]]
-        result = {**({"notice": PEER_WORDS} if rows else {}), "messages": rows, "unread": page["unread"]}
+        result = present(notice=rows and PEER_WORDS) | {"messages": rows, "unread": page["unread"]}
     else:
         result = yield from _agents_tool(call, Operations.agents, {})
     return {"contents": [{"uri": call.params["uri"], "mimeType": "application/json", "text": dump(result)}]}
