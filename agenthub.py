@@ -1090,7 +1090,7 @@ class Fields(tuple[Field, ...]):
                         checked[parameter] = check(value)
                     except ValueError as error:
                         raise InvalidRequest(f"`{name}` must be {error}, not {refused_value(value)}") from None
-        complete = self._required <= checked.keys() and (needed not in checks or checks[needed][0] in checked)
+        complete = checked.keys() >= self._required and (needed not in checks or checks[needed][0] in checked)
         if len(values) > len(checked) or not complete:
             self._check_names(values, checked, needed, implied)
         return checked
@@ -5826,14 +5826,14 @@ def draft_of(call: Call, to: str | Sequence[str], message: Any, kind: str, more:
     """A message as its sender wrote it. Raises HubError for fields that do not go together."""
     api, at, payload = call.api, call.at, call.api.payload(message)
     where = to if isinstance(to, str) else tuple(to)
-    about_task, proposal = kind in Hub.TASK_MESSAGES, kind == "task_proposal"
+    about_task = kind in Hub.TASK_MESSAGES
     if not more and not about_task:
         return Draft(Message(0, "", kind, call.agent_id, "", payload, 0, via=call.via), where)
     options: Json = {name: value for name, value in more.items() if value is not None}
     id, reply_to = options.pop("id", ""), api.full_id(options.get("reply_to", ""))
     chosen = sorted(item for item in options.items() if item[1])  # `delay` 0 is as good as none
     digest = sha256(dump([where, kind, payload, chosen]))[:16] if id else b""  # what a retry repeats
-    ttl, delay = options.get("ttl", 0), options.get("delay", 0)
+    ttl, delay, proposal = options.get("ttl", 0), options.get("delay", 0), kind == "task_proposal"
     inner = message if isinstance(message, dict) else {}
     if not about_task and "lease" in options and options.get("deliver") != "one":
         raise InvalidRequest("`lease` is for a task, or goes with `deliver` one: add that, or leave it out")
@@ -7675,12 +7675,13 @@ def begin(row: Row, call: Call) -> None:
     hub = api.hub
     if payer:
         hub.pace.charge(payer, call.at)
-    if (row.actor and row.default_actor is None) or call.via == "websocket":  # whose agent may have left
+    expected = (row.actor and row.default_actor is None) or call.via == "websocket"  # whose agent may have left
+    if expected:
         hub.expect(name)
     if api.trouble and row.writes:
         api.probe()
     unnamed = payer and payer[0] == "address"  # it acts by default, as the operator who looks
-    if name and not unnamed and hub.known(name):
+    if name and not unnamed and (expected or hub.known(name)):
         hub.touch(call.at, name)
 
 
@@ -7747,11 +7748,13 @@ def _run_frame(row: Row, call: Call, frame: Json, ref: Json) -> Frame:
     answer: Response | Parked = row.run(call, row.fields.read(values))  # as of all that are frames
     if isinstance(answer, Parked):
         return Frame("", ref, parked=answer, kind=row.frame)
+    if row.frame:
+        return answer_frame(answer, ref, row.frame)
+    if row is OPERATIONS["send"] and not answer.settled:  # else it is a heartbeat that names a recipient
+        return answer_frame(answer, ref, "sent")
     if row is OPERATIONS["acknowledge"]:
         return Frame("", ref)
-    if row is OPERATIONS["heartbeat"] or (answer.settled and row is OPERATIONS["send"]):  # one that names a recipient
-        return Frame({"type": "heartbeat", **ref, "timestamp": timestamp(call.at)}, ref, settled=True)
-    return answer_frame(answer, ref, row.frame or "sent")
+    return Frame({"type": "heartbeat", **ref, "timestamp": timestamp(call.at)}, ref, settled=True)
 
 
 # === 5. Server ========================================================================================================
