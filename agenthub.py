@@ -8670,14 +8670,15 @@ class HubSocket:
     _read_at = 0  # hub time of the frames that are being looked at
     _partial_at = 0.0  # since when a message has been arriving, if one is not whole
     _taking = _held = False
-    _over = False  # a close frame was sent or received: what comes after it is not looked at
+    _ended = False  # the peer sends no more
+    _over = False  # a close frame was sent or received, or is to be: what comes after it is not looked at
+    _message: bytearray | None = None  # the part that has arrived of one that comes in several frames (RFC 6455 5.4)
     _cut: asyncio.TimerHandle | None = None  # ends a connection that its peer does not close
 
     def __init__(self, connection: HttpConnection, upgrade: Upgrade, library: SocketLibrary) -> None:
         self.hub_server, self.transport, self.peer = connection.server, connection.transport, connection.peer
         self.upgrade, self._library, self.paused = upgrade, library, connection.paused
         self._heard_at = self._pinged_at = self.hub_server.loop.time()
-        self._parts: list[bytes] = []
         self._waiting = b""
         self._answers: list[Frame] = []  # to what was read in this turn
         self._left = 0  # bytes of a frame that the library reads, which have not arrived yet
@@ -8696,51 +8697,65 @@ class HubSocket:
 
     def data_received(self, data: bytes) -> None:
         """Bytes of frames, cut anywhere."""
-        self._waiting = self._waiting + data if self._waiting else data
-        self.take()
+        self._waiting += data
+        if self._taking:  # in its turn, which comes
+            self._hold()
+        else:
+            self.take()
 
-    def take(self, whole: bool = False) -> None:
-        """Read the frames that have arrived, in turn with others."""
-        self._taking = False
+    def eof_received(self) -> bool:
+        """The peer sends no more. What it has sent is looked at and answered, and then the connection closed."""
+        self._ended = True
+        if not self._taking:
+            self.take()
+        return self.transport.can_write_eof()  # TLS can't half close
+
+    def take(self) -> None:
+        """Read the frames that have arrived, in turn with others. A close frame leaves behind the answers to what came
+        before it."""
         server, data, self._waiting = self.hub_server, self._waiting, b""
         self._heard_at, self._read_at = server.loop.time(), server.clock()
-        at, more = self._take_frames(data, sys.float_info.max if whole else 0.0)
+        at, self._taking = self._take_frames(data)
         self._waiting = data[at:]
         if answers := self._answers:
             self._answers = []
             server.when_durable(functools.partial(self._reply, answers))
-        late = not more and (self._waiting or self._left or self._parts)  # the rest of a frame or message is missing
-        self._partial_at = (self._partial_at or self._heard_at) if late else 0.0
+        if "protocol" in vars(self):
+            server.when_durable(self._send, settled=not self._over)
+        rest = not self._taking and (self._waiting or self._left or self._message is not None)  # of a frame or message
+        self._partial_at = (self._partial_at or self._heard_at) if rest else 0.0
         server.committer.hold_if_gathering(self.transport)
         self._hold()
-        if more and not (self._taking or self.transport.is_closing()):
-            self._taking = True
+        if self._taking:
             server.loop.call_soon(self.take)
+        elif self._ended:
+            server.when_durable(self._close)
 
-    def _take_frames(self, data: bytes, until: float = 0.0) -> tuple[int, bool]:
-        """Read frames, at least one, until it is that time (of the loop), by default for the share of a connection.
-        Returns where it stopped, and whether it can go on from there without more bytes. An ordinary frame that is
-        whole, a text or a pong, is read here, because the library takes four times as long. It gets all others from
-        their first byte to their last, so that it always stands between two frames here."""
-        at, time = 0, self.hub_server.loop.time
+    def _close(self, error: HubError | None) -> None:
+        self.stream.flush()
+        self.transport.close()
+
+    def _take_frames(self, data: bytes) -> tuple[int, bool]:
+        """Read frames, at least one, for the share of a connection. Returns where it stopped, and whether it can go on
+        from there without more bytes. An ordinary frame that is whole, a text or a pong, is read here, because the
+        library takes four times as long. It gets all others from their first byte to their last, so that it always
+        stands between two frames here."""
+        at, until, time = 0, 0.0, self.hub_server.loop.time
         while at < len(data) and not self.transport.is_closing():
             if not self._left:
                 start, size = head_of_frame(data, at)
                 if not start:
                     return at, False
                 kind, end = data[at], start + size
-                if (
-                    data[at + 1] & 128
-                    and size <= self._library.ordinary.get(kind, -1)
-                    and not (self._parts or self._over)
-                ):
-                    if end > len(data):
-                        return at, False
-                    at = end
-                    payload = self._library.unmask(data[start:end], data[start - 4 : start])
-                    self._take_ordinary(kind, payload)
-                else:
+                others = self._over or self._message is not None or not data[at + 1] & 128  # which says "masked"
+                if others or size > self._library.ordinary.get(kind, -1):
                     self._left = end - at
+                elif end > len(data):
+                    return at, False
+                else:
+                    at = end
+                    take = self._on_text if kind == 128 | TEXT else self.stream.pong
+                    take(self._library.unmask(data[start:end], data[start - 4 : start]))
             if self._left:
                 piece = data[at : at + min(self._left, SLICE)]
                 at += len(piece)
@@ -8752,47 +8767,36 @@ class HubSocket:
                     return at, True
         return at, False
 
-    def _take_ordinary(self, kind: int, payload: bytes) -> None:
-        if kind == 128 | TEXT:
-            self._on_text(payload)
-        else:
-            self.stream.pong(payload)
-
     def _take_other(self, piece: bytes) -> None:
-        """Let websockets read some bytes, answer them, and say what they were."""
+        """Let websockets read some bytes, and look at what they were."""
         self.protocol.receive_data(piece)
-        self._send()
         for event in self.protocol.events_received():
             frame = cast("SocketFrame", event)  # as all are after the handshake
             if frame.opcode == PONG:
                 self.stream.pong(bytes(frame.data))
-            elif frame.opcode == CLOSE:
-                self._over = True
             elif frame.opcode == BINARY:
                 self._fail(1003, "send JSON as text frames")
-            elif frame.opcode in (TEXT, CONT):  # a message may come in several frames (RFC 6455 5.4)
-                self._parts.append(bytes(frame.data))
+            elif frame.opcode in (TEXT, CONT):
+                self._message = self._message or bytearray()
+                self._message += frame.data
                 if frame.fin:
-                    data, self._parts = b"".join(self._parts), []
+                    data, self._message = bytes(self._message), None
                     self._on_text(data)
+        self._over = self.protocol.close_expected()
 
     def _hold(self) -> None:
         """Read no more from a peer that has sent enough for now, or does not take its answers or its pongs."""
         crowded = self.paused and self.transport.get_write_buffer_size() > self.hub_server.limits.max_unsent
-        held, self._held = self._held, crowded or len(self._waiting) > READ_AHEAD
+        held, self._held = self._held, crowded or (self._taking and len(self._waiting) > READ_AHEAD)
         if self._held:
             self.transport.pause_reading()
         elif held:
             self.transport.resume_reading()
 
-    def eof_received(self) -> None:
-        """The peer sends no more: what it has sent is looked at, in one go, and the connection closed."""
-        self.take(whole=True)
-
     def _on_text(self, data: bytes) -> None:
         server = self.hub_server
         if self._over or self.stream.closed:
-            return  # `closing` would not do: it is already true of everything in the buffer
+            return
         try:
             data.decode()  # the library leaves this check to its reader
         except UnicodeDecodeError:
@@ -8841,9 +8845,8 @@ class HubSocket:
     def _fail(self, code: int, reason: str) -> None:
         self._over = True
         self.protocol.fail(code, reason)
-        self._send()
 
-    def _send(self) -> None:
+    def _send(self, error: HubError | None = None) -> None:
         """Write what websockets has to say. After a close frame, the peer has STOP_SECONDS to close the connection."""
         self.stream.flush()  # what came before it, beginning with the answer to the handshake
         for data in self.protocol.data_to_send():

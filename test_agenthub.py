@@ -539,6 +539,20 @@ class LiveHub:
             f"ws://127.0.0.1:{self.port}/ws/{agent_id}{query}", max_size=None, compression=None, close_timeout=0.2
         )
 
+    @contextlib.contextmanager
+    def raw_socket(self, agent_id: str) -> Iterator[socket.socket]:
+        """A WebSocket of an agent, of which the welcome was read: bytes go out as they are."""
+        self.client(agent_id)
+        with socket.create_connection(("127.0.0.1", self.port), timeout=20) as line:
+            line.sendall(
+                f"GET /ws/{agent_id} HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
+            )
+            data = b""
+            while b'"welcome"' not in data:
+                data += line.recv(65536) or pytest.fail("closed")
+            yield line
+
     def talk(self, data: bytes, close: bool = True) -> bytes:
         """Send raw bytes and return all that comes back until the hub closes."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=20) as line:
@@ -7479,7 +7493,10 @@ def test_every_frame_that_is_refused_counts_for_its_agent() -> None:
 def fake_transport(write: object = None, paused: bool = False) -> object:
     """A transport that only keeps what is written; `paused`: its peer took none of the answers that came before."""
     protocol = types.SimpleNamespace(paused=paused)
-    return types.SimpleNamespace(write=write, is_closing=lambda: False, get_protocol=lambda: protocol)
+    address = lambda name: ("127.0.0.1", 1) if name == "peername" else None
+    transport = types.SimpleNamespace(write=write, is_closing=lambda: False, get_protocol=lambda: protocol)
+    transport.get_extra_info, transport.set_protocol = address, lambda protocol: None
+    return transport
 
 
 def waiting(hub: object, count: int) -> None:
@@ -8850,16 +8867,88 @@ def test_frames_sent_before_the_handshake_was_answered_are_not_lost(shared_hub: 
     assert shared_hub.client("eager").messages(limit=1)[0]["message"] == 102_999
 
 
+def client_frame(data: bytes, first: int = 0x81) -> bytes:
+    """A frame from a client, whole or in part, masked with zeros."""
+    size = len(data)
+    head = bytes([first, 0x80 | size]) if size < 126 else bytes([first, 0xFE]) + size.to_bytes(2, "big")
+    return head + b"\0\0\0\0" + data
+
+
+def until_closed(line: socket.socket) -> bytes:
+    return b"".join(iter(lambda: line.recv(65536), b""))
+
+
 def test_a_frame_behind_the_peers_close_frame_is_not_stored(shared_hub: LiveHub) -> None:
     pytest.importorskip("websockets")
     client = shared_hub.client("parting")
-    frame = lambda data, opcode: bytes([0x80 | opcode, 0x80 | len(data)]) + b"\0\0\0\0" + data
-    send = lambda n: frame(b'{"to":"parting","message":%d}' % n, 1)
+    send = lambda n: client_frame(b'{"to":"parting","message":%d}' % n)
     with shared_hub.socket("parting", "?ack=explicit") as line:
         next_frame(line, "welcome")
-        line.socket.sendall(send(1) + frame(b"\x03\xe8", 8) + send(2))
+        line.socket.sendall(send(1) + client_frame(b"\x03\xe8", 0x88) + send(2))
         until(lambda: not client.agent("parting")["connected"])
     assert [m["message"] for m in client.messages()] == [1]
+
+
+@pytest.mark.parametrize("ending", [client_frame(b"\x03\xe8", 0x88), client_frame(b"", 0x82), b"\xc1\x80\0\0\0\0", b""])
+def test_what_came_before_the_end_of_a_socket_is_answered(shared_hub: LiveHub, ending: bytes) -> None:
+    pytest.importorskip("websockets")
+    sends = client_frame(b'{"to":"hasty","message":1}') * 2
+    with shared_hub.raw_socket("hasty") as line:
+        line.sendall(sends + ending)
+        if not ending:
+            line.shutdown(socket.SHUT_WR)
+        answers = until_closed(line)
+    assert answers.count(b'"type":"sent"') == 2 and (not ending or b"\x88" in answers.rpartition(b'"sent"')[2])
+
+
+@pytest.mark.parametrize("bad", [b"\xc1\x80\0\0\0\0", b"\x81\x02{}", b"\x80\x80\0\0\0\0", b"\x82\x80\0\0\0\0"])
+def test_a_frame_behind_a_violation_of_the_protocol_is_not_stored(shared_hub: LiveHub, bad: bytes) -> None:
+    pytest.importorskip("websockets")
+    before = shared_hub.client("violator").agent("violator")["unread"]
+    with shared_hub.raw_socket("violator") as line:
+        line.sendall(bad + client_frame(b'{"to":"violator","message":1}'))
+        assert b"\x88" in until_closed(line)
+    assert shared_hub.client().agent("violator")["unread"] == before
+
+
+def test_a_frame_of_the_size_that_is_read_ahead_may_come_in_pieces(shared_hub: LiveHub) -> None:
+    pytest.importorskip("websockets")
+    with shared_hub.raw_socket("edge") as line:
+        for size in range(ah.READ_AHEAD - 16, ah.READ_AHEAD):
+            data = client_frame(b'{"type":"heartbeat","ref":%d'.ljust(size - 4) % size + b"}")
+            line.sendall(data[:-1])
+            shared_hub.client().health()  # by then it has read that
+            line.sendall(data[-1:])
+            answers = b""
+            while b'"ref":%d' % size not in answers:
+                answers += line.recv(65536) or pytest.fail("closed")
+
+
+def test_bytes_that_come_while_frames_wait_win_no_second_turn() -> None:
+    protocol = pytest.importorskip("websockets.protocol")
+    from websockets.frames import apply_mask
+
+    async def play() -> None:
+        server, wrote = ah.Server(ah.Store(":memory:"), ah.Settings(ah.Limits())), []
+        server.hub.register(server.clock(), "a", "s", "s", None, None, None, b"t" * 32, True)
+        connection = ah.HttpConnection(server)
+        connection.connection_made(fake_transport(wrote.append))
+        library = ah.SocketLibrary(lambda: protocol.Protocol(protocol.Side.SERVER), apply_mask, str, {0x81: 125})
+        line = ah.HubSocket(connection, ah.Upgrade("a", 0, True, True, "", "", ""), library)
+        await asyncio.sleep(0)
+        server.share = float  # each turn is over at once
+        for _ in range(3):
+            line.data_received(client_frame(b'{"type":"heartbeat"}') * 8)
+        for turns in range(1, 6):
+            answers = b"".join(wrote).count(b'"heartbeat"')
+            assert answers <= turns, "one frame in each turn"
+            await asyncio.sleep(0)
+        assert answers > 2
+        line.connection_lost(None)
+        connection.connection_lost(None)
+        await server.stop()
+
+    asyncio.run(play())
 
 
 def test_a_peer_that_does_not_close_after_us_is_cut_off(shared_hub: LiveHub) -> None:
