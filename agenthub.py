@@ -273,7 +273,7 @@ INDEX_TEXT = 32 * 1024  # characters of one message that a search looks at
 MERGE_PAGES = 16  # of the search index put together after each turn that changed it: 1 ms
 SEARCH_SCAN = 1_000  # messages one search looks at before it answers with a cursor to go on from
 CLOCK_DAY = 86_400  # seconds the system clock may have been set back before the hub believes it
-LIBRARY_SECONDS = 0.05  # after the start websockets is imported, so that the first requests need not share the core
+LIBRARY_SECONDS = 0.05  # after the start websockets is imported, so that the first requests need not wait for it
 SETTLE_SECONDS = 0.01  # what was pushed is written down with the next commit, or after this long
 TURN_SECONDS = 0.02  # of a turn of the loop for all connections with more than one request; each has one in any case
 SHARE_SECONDS = 0.002  # and for any one of them
@@ -2003,6 +2003,12 @@ def holds(seqs: Sequence[int], seq: int) -> bool:
     return at < len(seqs) and seqs[at] == seq
 
 
+def runs_of(seqs: Sequence[int], place: Callable[[int], int]) -> list[tuple[int, ...]]:
+    """Seqs, which ascend, cut into runs of those whose places follow one another."""
+    runs = itertools.groupby(enumerate(seqs), lambda pair: place(pair[1]) - pair[0])
+    return [tuple([seq for _, seq in run]) for _, run in runs]
+
+
 class Inbox:
     """What one recipient has not acknowledged, as bare numbers: 8 bytes a message, whatever the message weighs.
     `pushed` are those that were written to a live reader, and are redelivered when written again; `claims` says until
@@ -2034,12 +2040,7 @@ class Inbox:
             self.pushed.extend(seqs)
             return [tuple(seqs)]
         new = [s for s in seqs if holds(self.unread, s) and not (s <= last and holds(self.pushed, s))]
-        if len(new) > 1:  # a run ends where the next has more before it that was never pushed
-            ranks = [bisect_left(self.unread, s) - bisect_left(self.pushed, s) - n for n, s in enumerate(new)]
-            pairs = itertools.groupby(zip(ranks, new, strict=True), lambda pair: pair[0])
-            runs = [tuple([seq for _, seq in run]) for _, run in pairs]
-        else:
-            runs = [tuple(new)] if new else []
+        runs = runs_of(new, lambda seq: bisect_left(self.unread, seq) - bisect_left(self.pushed, seq))
         if new and new[0] > last:
             self.pushed.extend(new)
         elif new:
@@ -2059,15 +2060,8 @@ class Inbox:
         start = bisect_left(self.unread, seqs[0])
         if self.unread[start : start + len(seqs)] == array("q", seqs):
             return [self.take(seqs[0] - 1, seqs[-1])]
-        runs: dict[int, int] = {}  # the last of each, by its first
-        first, following = 0, -1
-        for seq in seqs:
-            at = bisect_left(self.unread, seq)
-            if at < len(self.unread) and self.unread[at] == seq:
-                if at != following:
-                    first = seq
-                runs[first], following = seq, at + 1
-        return [self.take(first - 1, last) for first, last in runs.items()]
+        runs = runs_of([seq for seq in seqs if holds(self.unread, seq)], lambda seq: bisect_left(self.unread, seq))
+        return [self.take(run[0] - 1, run[-1]) for run in runs]
 
     def merge(self, seqs: array[int]) -> list[int]:
         """Take in messages of another inbox, as if they had just come. Returns those that were here already."""
@@ -2818,11 +2812,7 @@ class Hub:
             self._pings[seq] = (id, sender, count - 1)
         return id, sender
 
-    def push(self, at: int, agent_id: str, seqs: tuple[int, ...], via: str) -> None:
-        """Messages, whose seqs ascend, were written to a live reader."""
-        self.push_all(at, (agent_id,), seqs, via)
-
-    def push_all(self, at: int, agent_ids: Sequence[str], seqs: tuple[int, ...], via: str) -> None:
+    def push(self, at: int, agent_ids: Sequence[str], seqs: tuple[int, ...], via: str) -> None:
         """Messages, whose seqs ascend, were written to live readers of each of these inboxes."""
         written, boxes, deferred = array("q", seqs), self.inboxes, self.deferred
         for name in agent_ids:
@@ -3366,8 +3356,7 @@ class Hub:
             seconds = max(1, math.ceil((ends - at) / 1000))
             why = f' for "{lock.note}"' if lock.note else ""
             words = f"{shown_path(mine)} is locked by {lock.agent_id} ({lock.mode}, {shown_path(theirs)}){why}"
-            words += f" until {timestamp(ends)}"
-            words += f", in {seconds} s"
+            words += f" until {timestamp(ends)}, in {seconds} s"
             details = {"holder": lock.agent_id, "pattern": theirs, "path": mine, "expires_at": timestamp(ends)}
             details |= {"mode": lock.mode, "retry_after": seconds}
         fix = "`lock` it with a wait, lock other paths, or write to its holder"
@@ -5026,7 +5015,7 @@ class InboxQuery(NamedTuple):
             yield from do(Hub.claim, name, seqs, until)
             undo = make_command(Hub.unclaim, name, seqs, until)
         if seqs and (self.claim or wait):
-            yield from do(Hub.push, name, seqs, "poll")
+            yield from do(Hub.push, (name,), seqs, "poll")
         if self.claim:  # how many unread messages other readers have claimed, and until when at most
             ends = [until for seq, until in hub.mail(name).claims.items() if until > at and seq not in seqs]
             extra += f',"claimed":{len(ends)},"claimed_until":"{timestamp(max(ends))}"' if ends else ""
@@ -8388,7 +8377,7 @@ class HttpConnection:
         self._pump()
         if self.reader.started and not before:  # empty lines before a request start none
             self.since = self.server.loop.time()
-        if len(self.reader.buffer) > READ_AHEAD and (self._stuck() or self._pumping):
+        if len(self.reader.buffer) > READ_AHEAD and self._stuck():
             self.transport.pause_reading()
         self.server.committer.hold_if_gathering(self.transport)
 
@@ -8409,7 +8398,7 @@ class HttpConnection:
     def eof_received(self) -> bool:
         """The peer sends no more. What it has asked is still answered, but for what waits for news."""
         self.ended = True
-        busy = self._stuck() or self._pumping
+        busy = self._stuck()
         self.last = self.last or not busy
         waits = self.work and self.work.topic
         return bool((self.slots or busy) and not waits) and self.transport.can_write_eof()  # TLS can't half close
@@ -8422,10 +8411,10 @@ class HttpConnection:
             self.work.close()
 
     def _stuck(self) -> bool:
-        return self.work is not None or self.paused or len(self.slots) >= MAX_PIPELINE
+        return self.work is not None or self.paused or self._pumping or len(self.slots) >= MAX_PIPELINE
 
     def _go_on(self) -> None:
-        if not (self._stuck() or self.last or self._pumping) and (self.reader.buffer or self.ended):
+        if not (self._stuck() or self.last) and (self.reader.buffer or self.ended):
             self._pumping = True
             self.server.loop.call_soon(self._pump_on)
 
@@ -8438,7 +8427,7 @@ class HttpConnection:
     def _pump(self) -> None:
         """Answer what has arrived whole, as long as nothing is in the way, and in turn with the others."""
         until, more = 0.0, True
-        while more and not (self.last or self._stuck() or self._pumping):
+        while more and not (self.last or self._stuck()):
             try:
                 request = self.reader.next()
             except HubError as error:
@@ -8558,29 +8547,18 @@ class HttpConnection:
             FileSender(self, request, download)  # which is the work from now on
 
     def _answer_upgrade(self, request: OpenRequest, upgrade: Upgrade) -> None:
-        """Give the connection to websockets, which a hub that has just started may not have imported yet."""
-        if self._alone("open a WebSocket"):
-            library = self.server.listener.library
-            assert library is not None  # settings.websockets is only set where it is imported
-            self.work = Reader(self.server, upgrade.agent_id, self.transport)  # no request is read any more
-            if library.done():
-                self._hand_over(upgrade, library)
-            else:
-                library.add_done_callback(functools.partial(self._hand_over, upgrade))
-
-    def _hand_over(self, upgrade: Upgrade, library: asyncio.Task[SocketLibrary]) -> None:
         """Hand the connection on, with the frames that have arrived already."""
-        if self.transport.is_closing():
+        if not self._alone("open a WebSocket"):
             return
-        if problem := library.exception():
-            self.work = None
+        try:
+            line = HubSocket(self, upgrade, self.server.listener.library)
+        except ImportError as problem:
             self._refuse(NeedsWebsockets(f"this hub can't import websockets ({problem}): install it again"))
             return
+        self.work = line.stream  # no request is read any more
         arrived = bytes(self.reader.buffer)
         self.reader.buffer.clear()
-        self.transport.resume_reading()
-        self.server.listener.count_out(self)
-        HubSocket(self, upgrade, library.result()).data_received(arrived)
+        line.data_received(arrived)
 
     HOW: Mapping[type[Any], Callable[[HttpConnection, OpenRequest, Any], None]] = {
         Response: _answer_response,
@@ -8683,6 +8661,7 @@ class HubSocket:
         self._answers: list[Frame] = []  # to what was read in this turn
         self._left = 0  # bytes of a frame that the library reads, which have not arrived yet
         self._runners: dict[StepRunner, None] = {}  # frames whose answer is not there yet
+        self.hub_server.listener.count_out(connection)
         self.hub_server.listener.count_in(self)
         self.transport.set_protocol(cast("asyncio.Protocol", self))
         fields = f"Sec-WebSocket-Accept: {library.accept_key(upgrade.key)}\r\n"
@@ -9066,7 +9045,7 @@ class Committer:
             self.hub.load(self.store.load(), self._server.clock())
             for change in undone:
                 if type(change) is Pushed:
-                    self.hub.push_all(change.at, change.inboxes, change.seqs, change.via)
+                    self.hub.push(change.at, change.inboxes, change.seqs, change.via)
                 elif type(change) is Put and change.how == "lapsed" and change.value.agent_id in self.hub.agents:
                     self.hub.lapse(change.value.agent_id)
         except Exception:
@@ -9149,7 +9128,6 @@ class Listener:
         self.connections: dict[HttpConnection | HubSocket, None] = {}
         self.addresses: collections.Counter[str] = collections.Counter()  # of the other ends
         self._listeners: list[asyncio.Server] = []
-        self.library: asyncio.Task[SocketLibrary] | None = None  # the task that imports websockets
 
     def count_in(self, connection: HttpConnection | HubSocket) -> HubError | None:
         """Count a connection. Returns the refusal if there is no room. Behind a proxy's address are many people."""
@@ -9172,29 +9150,28 @@ class Listener:
                 del self.addresses[address]
 
     async def listen(self, tls: ssl.SSLContext | None = None, **where: Any) -> list[Any]:
-        """Listen at `host` and `port`, or on a bound `sock`. The first time, websockets is imported while requests are
-        answered already, because that is half of the time a start takes. Returns the addresses. Raises OSError."""
+        """Listen at `host` and `port`, or on a bound `sock`. websockets is imported when the first requests
+        were answered, because that is half of the time a start takes. Returns the addresses. Raises OSError."""
         patience = min(self.limits.head_timeout, Limits.head_timeout.default)  # a handshake is never without limit
         options: Json = {"ssl": tls, "ssl_handshake_timeout": patience} if tls else {}
         options |= {"backlog": ACCEPTS}
         connection: Any = functools.partial(HttpConnection, self._server)
         listener = await self.loop.create_server(connection, **where, **options)
         if self._server.api.settings.websockets and not self._listeners:
-            self.library = self.loop.create_task(self._import_websockets())
-        self._add(listener)
-        return [sock.getsockname() for sock in listener.sockets]
-
-    def _add(self, listener: asyncio.Server) -> None:
-        """Let more wait than asyncio accepts in one turn: it has one number for both."""
+            self.loop.call_later(LIBRARY_SECONDS, self._import_early)
         self._listeners.append(listener)
-        for sock in listener.sockets:
+        for sock in listener.sockets:  # let more wait than asyncio accepts in one turn: it has one number for both
             with sock.dup() as same:
                 same.listen(BACKLOG)
+        return [sock.getsockname() for sock in listener.sockets]
 
-    async def _import_websockets(self) -> SocketLibrary:
-        """Import what there is of websockets without I/O, on a thread."""
-        await asyncio.sleep(LIBRARY_SECONDS)
-        await self.loop.run_in_executor(None, __import__, "websockets.protocol")
+    def _import_early(self) -> None:
+        with contextlib.suppress(ImportError):  # the first handshake's answer says why
+            _ = self.library
+
+    @functools.cached_property
+    def library(self) -> SocketLibrary:
+        """What there is of websockets without I/O, which takes a while to import. Raises ImportError."""
         from websockets.frames import apply_mask  # type: ignore[attr-defined]  # the quicker of its two
         from websockets.protocol import Protocol, Side
         from websockets.utils import accept_key
@@ -9379,7 +9356,7 @@ class Server:
 
     def pushed(self, agent_ids: Sequence[str], seqs: tuple[int, ...], via: str) -> None:
         """Remember what was written to live readers: receipts say it, and what is sent again."""
-        self.hub.push_all(self.clock(), agent_ids, seqs, via)
+        self.hub.push(self.clock(), agent_ids, seqs, via)
         if self.hub.deferred and not self._settling:
             self._settling = True
             self.loop.call_later(SETTLE_SECONDS, self._settle)
@@ -9505,8 +9482,6 @@ class Server:
         """End within STOP_SECONDS: commit and answer what was begun, close the connections, tidy the log."""
         self.closing = True
         deadline = self.loop.time() + STOP_SECONDS
-        if self.listener.library:
-            await asyncio.wait([self.listener.library], timeout=STOP_SECONDS / 2)
         self.listener.close()
         for runner in [runner for name in self.readers for runner in self._runners(name)]:
             runner.wake(ShuttingDown(STOPPING), lock=True)  # so that it asks again, and does not hear that nothing came

@@ -1797,7 +1797,7 @@ def test_what_was_pushed_and_not_acknowledged_is_known_after_a_restart(tmp_path:
     for _ in range(3):
         world.send("a", "a")
     world.commit()
-    world.apply("push", "a", (1, 2), "websocket")
+    world.apply("push", ("a",), (1, 2), "websocket")
     world.apply("ack", "a", seqs=(1,), via="websocket")
     assert [ah.holds(world.hub.mail("a").pushed, seq) for seq in (1, 2, 3)] == [False, True, False]
     world.commit()
@@ -1828,9 +1828,9 @@ def test_an_ack_of_a_range_keeps_earlier_acks_in_it(pair: World) -> None:
 def test_a_push_alone_is_written_with_the_next_commit(pair: World) -> None:
     pair.send("beta-2", "alpha-1")
     pair.commit()
-    pair.apply("push", "alpha-1", (1,), "stream")
+    pair.apply("push", ("alpha-1",), (1,), "stream")
     assert pair.hub.take_changes() == [] and pair.hub.pushes(1) == {"alpha-1": (pair.clock(), "stream")}
-    pair.apply("push", "alpha-1", (1,), "stream")
+    pair.apply("push", ("alpha-1",), (1,), "stream")
     pair.send("beta-2", "alpha-1")
     assert [type(event) for event in pair.hub.take_changes()] == [ah.Sent, ah.Pushed]
 
@@ -2030,7 +2030,7 @@ def test_a_worker_gets_few_waiting_jobs_ahead_and_more_as_it_acknowledges(crew: 
 def test_an_unacknowledged_job_is_handed_on_and_a_late_ack_does_nothing(crew: World) -> None:
     receipt = job(crew, lease=5000)
     seq = receipt.message.seq
-    crew.apply("push", "w1", (seq,), "websocket")
+    crew.apply("push", ("w1",), (seq,), "websocket")
     crew.clock.advance(4.9)
     crew.apply("elapse")
     assert holders(crew) == ["w1"] and crew.hub.next_at == crew.hub.jobs[seq].until
@@ -3030,7 +3030,7 @@ class Player:
 
     def push(self) -> None:
         some = self.some(self.name)
-        self.world.apply("push", self.name, some, "websocket")
+        self.world.apply("push", (self.name,), some, "websocket")
         self.model.pushed |= {(self.name, seq) for seq in some}
 
     def claim(self) -> None:
@@ -3286,7 +3286,7 @@ class Fields:
 
     def agent_id(self, rule: str) -> str:
         hub = self.world.hub
-        readers = {"disconnect": hub.connections, "claim": hub.agents, "push": hub.agents, "push_all": hub.agents}
+        readers = {"disconnect": hub.connections, "claim": hub.agents, "push": hub.agents}
         names = readers.get(rule, ["a", "b", "c", "Nobody", "operator"])
         self.agent = self.chance.choice(sorted(names) or [""])
         return self.agent
@@ -3477,7 +3477,7 @@ class Ledger(Player):
             for name in self.chance.sample(receipts[0].inboxes, self.chance.randrange(len(receipts[0].inboxes) + 1)):
                 seqs = tuple(r.message.seq for r in receipts if r.message.seq in self.model.unread[name])
                 if rule == "push":
-                    self.world.apply("push", name, seqs, via)
+                    self.world.apply("push", (name,), seqs, via)
                     self.model.pushed |= {(name, seq) for seq in seqs}
                 elif seqs:
                     self.world.apply("ack", name, seqs=seqs, via=via)
@@ -3488,7 +3488,7 @@ class Ledger(Player):
         """As a reader would: nothing whose time is over."""
         self.world.commit()
         messages, _ = self.world.store.messages(self.some(self.name), self.clock())
-        self.world.apply("push", self.name, tuple(m.seq for m in messages), "websocket")
+        self.world.apply("push", (self.name,), tuple(m.seq for m in messages), "websocket")
         self.model.pushed |= {(self.name, m.seq) for m in messages}
 
     def see_sent(self, sent: ah.Sent) -> None:
@@ -3552,12 +3552,12 @@ def test_what_moves_to_an_agents_inbox_is_new_there(crew: World, monkeypatch: py
     crew.commit()
     crew.apply("claim", "w1", (first, second), crew.clock() + 5000)
     for name in ("w1", "w2", "w3"):
-        crew.apply("push", name, (first,), "websocket")
+        crew.apply("push", (name,), (first,), "websocket")
     third = crew.send("boss", "w1").message.seq
     crew.commit()
     assert crew.store.deliveries(first)["w1"]["pushed"]
     crew.clock.advance(1)
-    crew.apply("push", "w1", (second, third), "stream")  # which is noted before the others come in
+    crew.apply("push", ("w1",), (second, third), "stream")  # which is noted before the others come in
     crew.register("w1", None, "Bee")
     crew.commit()
     for seq in (first, second):
@@ -3648,7 +3648,7 @@ def test_a_message_to_all_is_one_row_and_so_is_its_push(crew: World) -> None:
     crew.commit()
     assert crew.store._writer.total_changes - world == 1
     for name in names:
-        crew.apply("push", name, (seq,), "websocket")
+        crew.apply("push", (name,), (seq,), "websocket")
     crew.commit()
     assert crew.store._writer.total_changes - world == 2
     for name in names[:20]:
@@ -4630,7 +4630,7 @@ def test_a_trace_says_when_and_how_each_recipient_got_it(pair: World) -> None:
         {"agent_id": "nobody-1", "state": "unknown", "stored": stored},
     ]
     pair.clock.advance(1)
-    pair.hub.apply("push", pair.clock(), "alpha-1", (1,), "websocket")
+    pair.hub.apply("push", pair.clock(), ("alpha-1",), (1,), "websocket")
     pushed = pair.call("GET", target)[1]["trace"][0]
     assert (pushed["state"], pushed["pushed"], pushed["pushed_via"]) == ("pushed", at(), "websocket")
     pair.clock.advance(1)
@@ -5133,7 +5133,7 @@ def test_a_delayed_message_is_not_there_before_it_is_due(pair: World) -> None:
 def test_a_retry_says_pushed_even_after_the_acknowledgement(pair: World) -> None:
     body = {"from": "beta-2", "to": "alpha-1", "message": 1, "id": "mine"}
     pair.call("POST", "/api/v1/messages", body)
-    pair.hub.apply("push", pair.clock(), "alpha-1", (1,), "stream")
+    pair.hub.apply("push", pair.clock(), ("alpha-1",), (1,), "stream")
     assert pair.call("POST", "/api/v1/messages", body)[1]["pushed"] == 1
     pair.call("POST", "/api/v1/messages/ack", {"agent_id": "alpha-1", "up_to": 1})
     assert pair.call("POST", "/api/v1/messages", body)[1]["recipients"][0]["state"] == "pushed"
@@ -8911,7 +8911,7 @@ def test_a_frame_behind_a_violation_of_the_protocol_is_not_stored(shared_hub: Li
     assert shared_hub.client().agent("violator")["unread"] == before
 
 
-def test_a_frame_of_the_size_that_is_read_ahead_may_come_in_pieces(shared_hub: LiveHub) -> None:
+def test_a_frame_as_large_as_is_read_ahead_may_come_in_pieces(shared_hub: LiveHub) -> None:
     pytest.importorskip("websockets")
     with shared_hub.raw_socket("edge") as line:
         for size in range(ah.READ_AHEAD - 16, ah.READ_AHEAD):
