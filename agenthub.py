@@ -8552,7 +8552,7 @@ class HttpConnection:
             return
         try:
             line = HubSocket(self, upgrade, self.server.listener.library)
-        except ImportError as problem:
+        except Exception as problem:
             self._refuse(NeedsWebsockets(f"this hub can't import websockets ({problem}): install it again"))
             return
         self.work = line.stream  # no request is read any more
@@ -8684,10 +8684,12 @@ class HubSocket:
 
     def eof_received(self) -> bool:
         """The peer sends no more. What it has sent is looked at and answered, and then the connection closed."""
-        self._ended = True
+        self._ended, half = True, self.transport.can_write_eof()
         if not self._taking:
             self.take()
-        return self.transport.can_write_eof()  # TLS can't half close
+        while self._taking and not half:  # TLS can't half close: all of it now, and no answers
+            self.take()
+        return half
 
     def take(self) -> None:
         """Read the frames that have arrived, in turn with others. A close frame leaves behind the answers to what came
@@ -9166,7 +9168,7 @@ class Listener:
         return [sock.getsockname() for sock in listener.sockets]
 
     def _import_early(self) -> None:
-        with contextlib.suppress(ImportError):  # the first handshake's answer says why
+        with contextlib.suppress(Exception):  # the first handshake's answer says why
             _ = self.library
 
     @functools.cached_property

@@ -8750,7 +8750,7 @@ def test_a_websockets_that_cannot_be_imported_is_named_in_the_handshakes_answer(
     (broken / "asyncio").mkdir(parents=True)
     for name in ("__init__.py", "asyncio/server.py"):
         (broken / name).touch()
-    (broken / "protocol.py").write_text("raise ImportError('half installed')")
+    (broken / "frames.py").write_text("raise ImportError('half installed')")
     hub = live(program=f"import sys; sys.path.insert(0, {str(tmp_path / 'broken')!r})\n" + PROGRAM.format(QUICK))
     hub.client("hopeful")
     request = b"GET /ws/hopeful HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
