@@ -2334,6 +2334,10 @@ class Hub:
             self.changes.append(Gone(value, how, address))
         return value
 
+    def _drop_all(self, table: Table[Any], keys: Iterable[Any], how: str = "") -> None:
+        for key in list(keys):
+            self._drop(table, key, how)
+
     def _due_by(self, *times: float) -> None:
         """See that `elapse` comes by the first of these times; 0 is none."""
         self.next_at = min([self.next_at, *filter(None, times)])
@@ -2507,12 +2511,11 @@ class Hub:
         self._everyone = ()
         self._drop(self.tables[Seen], agent_id)
         self._put(Departed(agent_id))
-        for id in [request.id for request in self.requests_of(agent_id) if request.asker == agent_id]:
-            self._drop(self.requests, id)
+        mine = [request.id for request in self.requests_of(agent_id) if request.asker == agent_id]
+        self._drop_all(self.requests, mine)
         if agent_id in self.active:
             self._went_offline(agent, at)
-        for key in sorted(self.members.find("agent", agent_id)):
-            self._drop(self.members, key)
+        self._drop_all(self.members, sorted(self.members.find("agent", agent_id)))
         self._free_locks(agent_id)
         for seq in list(self.jobs.find("holder", agent_id)):
             self._hand_on(self.jobs[seq], self._worker(self.jobs[seq], at), at)
@@ -3426,8 +3429,7 @@ class Hub:
 
     def _free_locks(self, agent_id: str) -> None:
         """An agent's session is over: the next one knows nothing of what it had locked, or waited for."""
-        for lock in self.locks.of(agent_id):
-            self._drop(self.locks, lock.lock_id, "left")
+        self._drop_all(self.locks, [lock.lock_id for lock in self.locks.of(agent_id)], "left")
         for id in [id for id, want in self.locks.waiting.items() if want.agent_id == agent_id]:
             self.locks.leave(id)
 
@@ -3476,8 +3478,8 @@ class Hub:
     def elapse(self, at: int) -> None:
         """Time has passed: jobs are handed on, tasks opened, locks freed, notes removed, agents back."""
         self.next_at = NEVER
-        for lock in [lock for lock in self.locks.values() if self.lock_ends(lock, at) <= at]:
-            self._drop(self.locks, lock.lock_id, "expired")
+        over = [lock.lock_id for lock in self.locks.values() if self.lock_ends(lock, at) <= at]
+        self._drop_all(self.locks, over, "expired")
         for id in [id for id, want in self.locks.waiting.items() if want.wait_until <= at]:
             self.locks.leave(id)
         self._due_by(*[self.lock_ends(lock, at) for lock in self.locks.values()])
@@ -3518,16 +3520,15 @@ class Hub:
 
     def _forget_old(self, before: float, at: int) -> None:
         """Forget what ended longer ago than messages are kept; cancel tasks that nobody has taken in that time."""
-        for task in [self.tasks[id] for id in self.tasks.find("state", "ended")]:
-            if task.since < before:
-                self._drop(self.tasks, task.id)
+        ended = self.tasks.find("state", "ended")
+        self._drop_all(self.tasks, [id for id in ended if self.tasks[id].since < before])
         waiting = [task for task in self.tasks.values() if task.state in ("open", "blocked") and task.since < before]
         for task in sorted(waiting, key=lambda task: task.seq):
             if not self.tasks[task.id].ended:  # else it was cancelled with one that it waited for
                 words = "nobody has taken it for as long as messages are kept"
                 self._end(task.after("", at, "cancel", words), at, words)
-        for note in [note for note in self.notes.values() if note.gone and note.at < before]:
-            self._drop(self.notes, note.key, "forgotten")
+        gone = [note.key for note in self.notes.values() if note.gone and note.at < before]
+        self._drop_all(self.notes, gone, "forgotten")
 
 
 # === 3. Log ===========================================================================================================
@@ -7870,6 +7871,7 @@ class Reader:
     def close(self) -> None:
         """The connection is gone: take no part any more."""
         self.closed = True
+        self.server.remove_reader(self)
 
 
 class InboxReader(Reader):
@@ -7964,11 +7966,6 @@ class InboxReader(Reader):
         self.paused, self.owed = False, 0
         if not self.live:
             self.fall_behind()
-
-    def close(self) -> None:
-        """Take no part any more."""
-        self.closed = True
-        self.server.remove_reader(self)
 
 
 class SocketReader(InboxReader):
@@ -8117,11 +8114,6 @@ class Watcher(Reader):
             missed, self._missed = self._missed, 0
             self._say({"event": "missed", "count": missed})
 
-    def close(self) -> None:
-        """Take no part any more."""
-        self.closed = True
-        self.server.watchers.pop(self, None)
-
 
 class Subscriber(Reader):
     """A stream of which MCP resources have changed: each at most once a turn, and once the peer takes again."""
@@ -8151,8 +8143,7 @@ class Subscriber(Reader):
 
     def close(self) -> None:
         """Take no part any more."""
-        self.closed = True
-        self.server.subscribers.pop(self, None)
+        super().close()
         self._subscription.ends.discard(self.end)
 
 
@@ -8279,7 +8270,7 @@ class FileSender(Reader):
         self._connection, self._request, self._download = connection, request, download
         self._file: IO[bytes] | None = None
         connection.work = self
-        self.server.copying.add(self)
+        self.server.copying[self] = None
         self.server.copier.run(self._make, self._ready)
 
     def _make(self) -> IO[bytes] | None:
@@ -8321,7 +8312,7 @@ class FileSender(Reader):
 
     def close(self) -> None:
         """No more of it."""
-        self.server.copying.discard(self)
+        super().close()
         if self._file:
             self._file.close()
             self._file = None
@@ -9220,7 +9211,7 @@ class Server:
         self.dirty: dict[Reader, None] = {}
         memory = store.path == ":memory:"  # its one connection is the loop's
         self.searcher, self.copier = WorkThread(self.loop, memory), WorkThread(self.loop, memory)
-        self.copying: set[FileSender] = set()
+        self.copying: dict[FileSender, None] = {}
         self.closing = self.flushing = self._passing = self._settling = self._moving_up = self._deep = False
         self._presence: dict[str, Presence] = {}
         self._pushes: dict[tuple[tuple[int, ...], str], list[str]] = {}
@@ -9376,9 +9367,12 @@ class Server:
         self.readers.setdefault(reader.agent_id, {})[reader] = None
         self.schedule()
 
-    def remove_reader(self, reader: InboxReader | StepRunner) -> None:
-        """Count a reader out, once."""
-        readers = self.readers.get(reader.agent_id, {})
+    def remove_reader(self, reader: Reader) -> None:
+        """Count a reader of any kind out, once."""
+        others: tuple[dict[Any, None], ...] = (self.watchers, self.subscribers, self.copying)
+        for kind in others:
+            kind.pop(reader, None)
+        readers: dict[Any, None] = self.readers.get(reader.agent_id, {})
         if reader in readers:
             del readers[reader]
             if not readers:
