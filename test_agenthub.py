@@ -8824,19 +8824,12 @@ def test_a_websocket_opened_the_moment_the_hub_starts_is_served(live: object) ->
 def test_a_connection_with_many_frames_leaves_others_their_turn(live: object) -> None:
     pytest.importorskip("websockets")
     hub = live("--max-inbox", "0", "--rate-limit", "0")
-    hub.client("flood")
-    start = (
-        b"GET /ws/flood HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-    )
     send = b'{"to":"flood","message":1}'
     for frame, whole in (
         (b"\x89\x80\0\0\0\0", False), (b"\x81\x82\0\0\0\0{}", False),
         (bytes((0x81, 0x80 | len(send))) + b"\0\0\0\0" + send, True),
     ):  # fmt: skip
-        with socket.create_connection(("127.0.0.1", hub.port), timeout=20) as line:
-            line.sendall(start)
-            assert line.recv(1000)
+        with hub.raw_socket("flood") as line:
             line.sendall(frame * 5_000)
             assert hub.client().health()["status"] == "ok"
             if whole:
@@ -9101,30 +9094,23 @@ def test_a_peer_that_floods_is_not_cut_as_slow(live: object) -> None:
 def test_a_peer_that_pings_and_never_reads_its_pongs_costs_little(live: object) -> None:
     pytest.importorskip("websockets")
     hub = live()
-    hub.client("pinger")
     memory = lambda: int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{hub.process.pid}/status").read_text())[1])
-    with hub.socket("pinger") as line:
-        next_frame(line, "welcome")
-        with socket.create_connection(("127.0.0.1", hub.port), timeout=20) as raw:
-            raw.sendall(
-                b"GET /ws/pinger HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-                b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-            )
-            before, ping, sent = memory(), b"\x89\xfd\0\0\0\0" + b"p" * 125, 0
-            raw.settimeout(0.3)
-            with contextlib.suppress(OSError):
-                while sent < 60 << 20:
-                    sent += raw.send(ping * 500)
-            assert sent < 60 << 20, "it is not read from without end"
-            assert memory() - before < 16 << 10
-            assert hub.client().health()["status"] == "ok"
-            raw.settimeout(20)
-            tail, rest = b"", ping[sent % len(ping) :] if sent % len(ping) else b""
-            sender = threading.Thread(target=raw.sendall, args=(rest + b"\x81\x94\0\0\0\0" + b'{"type":"heartbeat"}',))
-            sender.start()
-            while b'"heartbeat"' not in tail:
-                tail = tail[-20:] + (raw.recv(1 << 20) or pytest.fail("closed"))
-            sender.join()
+    with hub.raw_socket("first"), hub.raw_socket("pinger") as raw:
+        before, ping, sent = memory(), b"\x89\xfd\0\0\0\0" + b"p" * 125, 0
+        raw.settimeout(0.3)
+        with contextlib.suppress(OSError):
+            while sent < 60 << 20:
+                sent += raw.send(ping * 500)
+        assert sent < 60 << 20, "it is not read from without end"
+        assert memory() - before < 16 << 10
+        assert hub.client().health()["status"] == "ok"
+        raw.settimeout(20)
+        tail, rest = b"", ping[sent % len(ping) :] if sent % len(ping) else b""
+        sender = threading.Thread(target=raw.sendall, args=(rest + b"\x81\x94\0\0\0\0" + b'{"type":"heartbeat"}',))
+        sender.start()
+        while b'"heartbeat"' not in tail:
+            tail = tail[-20:] + (raw.recv(1 << 20) or pytest.fail("closed"))
+        sender.join()
 
 
 def test_connections_of_both_kinds_are_counted_by_address(live: object) -> None:
