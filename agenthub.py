@@ -8512,7 +8512,7 @@ class HttpConnection:
             return
         self._begin_stream(request, stream.format)
         if request.request.head.method == "HEAD":
-            self.last = True
+            self._comment = b""  # there is no stream, and the connection goes on
         elif isinstance(stream, Watch):
             self.work = Watcher(self.server, stream, self.transport)
         elif isinstance(stream, Subscription):

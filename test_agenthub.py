@@ -9006,6 +9006,16 @@ def test_a_stream_of_json_begins_with_json(shared_hub: LiveHub) -> None:
         assert json.loads(body.partition(b"\n")[0])
 
 
+def test_a_connection_goes_on_behind_the_head_of_a_stream(shared_hub: LiveHub) -> None:
+    shared_hub.client("head-only")
+    request = b"%s %s HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    heads = b"".join(
+        request % (b"HEAD", target) for target in (b"/api/v1/stream?agent_id=head-only", b"/api/v1/events?format=json")
+    )
+    answers = shared_hub.talk(heads + request % (b"GET", b"/health"))
+    assert answers.count(b"HTTP/1.1 200 OK") == 3 and b'"status":"ok"' in answers
+
+
 def test_a_browser_sends_its_token_as_a_subprotocol(live: object) -> None:
     pytest.importorskip("websockets")
     from websockets.exceptions import InvalidStatus
