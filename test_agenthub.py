@@ -9166,7 +9166,6 @@ def test_a_closed_websocket_is_freed_without_looking_for_cycles() -> None:
     async def play() -> None:
         server = ah.Server(ah.Store(":memory:"), ah.Settings(ah.Limits(), websockets=True))
         host, port = (await server.listener.listen(host="127.0.0.1", port=0))[0]
-        await server.listener.library
         server.hub.register(server.clock(), "a", "", "s", None, None, None, b"", False)
         reader, writer = await asyncio.open_connection(host, port)
         writer.write(ah.BenchTarget(host, port, 0, 1, 1, 1).handshake("/ws/a"))
