@@ -1851,7 +1851,7 @@ class Table(dict[Any, V]):
 # Whose rate a request counts for: an `agent`, an `address`, the callers with the `key` from an address, or a `guess`.
 Payer = tuple[str, str]
 # Whether a message for these inboxes has a reason, being mere talk or not.
-Spares = Callable[[Message, tuple[str, ...], bool], bool]
+Spares = Callable[[Message, tuple[str, ...], tuple[Any, ...]], bool]
 
 
 def is_short(message: Message) -> bool:
@@ -1867,7 +1867,7 @@ def newer_half(table: dict[Any, V], most: int) -> dict[Any, V]:
 class Loop(NamedTuple):
     """What is a loop if it happens more than `most` times in `window` seconds. Messages are counted under `key` (the
     kind of loop, and whom or what it is between), from the time `since` on; one that does not count itself is refused
-    all the same. What is only `talk` is no loop between two agents that are at work on a task together."""
+    all the same. What is only `talk` of two agents is no loop where these are at work on a task together."""
 
     key: tuple[str | int, ...]
     most: float
@@ -1901,8 +1901,9 @@ class Pace:
         self._rates = {"agent": rates, "address": rates, "key": rates, "guess": (GUESS_RATE, GUESS_BURST)}
         self._buckets: dict[Payer, tuple[float, int]] = {}
         self._paces: dict[tuple[str | int, ...], tuple[int, ...]] = {}  # when that was counted, oldest first
-        # by pair of agents: who sent the last one, when, and whether they have answered each other
-        self._spoke: dict[tuple[str, str], tuple[str, int, bool]] = {}
+        # by pair of agents (in a group with its name), and by group: who sent the last one, when, and whether the two
+        # have answered each other
+        self._spoke: dict[tuple[str, ...], tuple[str, int, bool]] = {}
         self._worked: dict[str, int] = {}  # by agent: when it did more than talk
 
     def left(self, who: Payer, at: int) -> float:
@@ -1931,7 +1932,7 @@ class Pace:
 
     def guard(self, message: Message, to: str, inboxes: tuple[str, ...], at: int, spares: Spares) -> None:
         """Count a message. Raises LoopSuspected, and counts nothing, where there were too many like it, unless it
-        `spares` the message, which may be mere talk, because that has a reason."""
+        `spares` the message, which may be mere talk of a pair, because that has a reason."""
         if self.limits.loop_guard == NEVER:
             return
         if len(self._paces) > MAX_PACES or len(self._spoke) > MAX_PACES:
@@ -1943,9 +1944,8 @@ class Pace:
         if message.thread:
             keys = [("thread", message.thread, *sorted((sender, name))) for name in inboxes]
             loops += [Loop(key, self.limits.loop_guard, LOOP_WINDOW) for key in keys]
-        works, pair, talk = task or message.lease > 0 or sender == OPERATOR, None, False
-        if len(inboxes) == 1 and not works:
-            pair = (sender, inboxes[0]) if sender < inboxes[0] else (inboxes[0], sender)
+        works, talk = task or message.lease > 0 or sender == OPERATOR, False
+        if pair := () if works else self._pair(sender, to, inboxes):
             last, last_at, talk = self._spoke.get(pair, (sender, 0, False))
             talk = (talk or last != sender) and last_at > at - TURN_WINDOW * 1000
             loops += self._turns(pair, message, last != sender) if talk else ()
@@ -1954,14 +1954,25 @@ class Pace:
         self._paces.setdefault(same, (at,))
         if pair:
             self._spoke[pair] = (sender, at, talk)
+            if pair[2:]:
+                self._spoke[pair[2:]] = (sender, at, False)
             if talk and not is_short(message):
                 self._paces.pop(("short", *pair), None)
         elif works:
             self.work(at, sender, *(inboxes if sender == OPERATOR or len(inboxes) == 1 else ()))
 
-    def _turns(self, pair: tuple[str, str], message: Message, counts: bool) -> list[Loop]:
+    def _pair(self, sender: str, to: str, inboxes: tuple[str, ...]) -> tuple[str, ...]:
+        """The two that talk, sorted: sender and reader; in a group of more the sender, who spoke there last, and it."""
+        if len(inboxes) == 1:
+            return (sender, inboxes[0]) if sender < inboxes[0] else (inboxes[0], sender)
+        if not inboxes or to[0] == "[":  # a list is no group
+            return ()
+        last = self._spoke.get((to,), (sender,))[0]
+        return (sender, last, to) if sender < last else (last, sender, to)
+
+    def _turns(self, pair: tuple[str, ...], message: Message, counts: bool) -> list[Loop]:
         """A message by which one of two agents answers the other: models never repeat themselves literally."""
-        since, limits = max(self._worked.get(name, 0) for name in pair), self.limits
+        since, limits = max(self._worked.get(name, 0) for name in pair[:2]), self.limits
         loops = [Loop(("turns", *pair), limits.loop_turns, TURN_WINDOW, since, counts, talk=True)]
         if is_short(message):
             loops.append(Loop(("short", *pair), limits.loop_replies, TURN_WINDOW, since, counts, talk=True))
@@ -1975,7 +1986,7 @@ class Pace:
         for loop in loops:
             if times := paces.get(loop.key):
                 paces[loop.key] = times = times[bisect_right(times, max(at - loop.window * 1000, loop.since)) :]
-                if len(times) >= loop.most and not spares(message, inboxes, loop.talk):
+                if len(times) >= loop.most and not spares(message, inboxes, loop.key[1:3] if loop.talk else ()):
                     raise loop.refusal(message, to, times, at)
         for loop in loops:
             if loop.counts:
@@ -2704,10 +2715,9 @@ class Hub:
         fix = "wait until some are read, or ask the operator to raise --max-inbox"
         return InboxFull(f"{words}: {fix}", recipients=list(full))
 
-    def _has_reason(self, message: Message, inboxes: tuple[str, ...], talk: bool) -> bool:
-        """Whether a message may go where there were many like it: it answers an open request; or, being `talk`, it is
-        between an agent that holds a task and the one that proposed that."""
-        pair = (message.sender, *inboxes) if talk else ()
+    def _has_reason(self, message: Message, inboxes: tuple[str, ...], pair: tuple[Any, ...]) -> bool:
+        """Whether a message may go where there were many like it: it answers an open request; or, being the talk of a
+        pair, one of these holds a task that the other proposed."""
         held = [self.tasks[id] for name in pair for id in self.tasks.find("holder", name)]
         together = any(task.proposer in pair and task.proposer != task.holder for task in held)
         return together or self._answered(message, inboxes) is not None

@@ -1224,6 +1224,20 @@ def test_a_task_a_lock_or_a_person_ends_a_chain_of_talk(pair: World) -> None:
     assert take_turns(pair, THANKS[60:]) < 18
 
 
+@pytest.mark.parametrize("group", ["ALL", "#c", "@detection"])
+def test_two_that_thank_each_other_before_others_are_stopped(pair: World, group: str) -> None:
+    pair.register("gamma-3", None, None, "detection")
+    for name in ("alpha-1", "beta-2", "gamma-3"):
+        pair.apply("join", name, "#c")
+    for number, text in enumerate(THANKS[:18]):
+        pair.send(("alpha-1", "beta-2")[number % 2], group, ah.dump(text))
+    error = refused(ah.LoopSuspected, pair, lambda: pair.send("alpha-1", group, '"a last word"'))
+    assert "alpha-1 and beta-2 have answered each other" in error.message
+    for number in range(40):  # a third that speaks up, and news that nobody answers
+        pair.send("gamma-3", group, f'"news {number}"')
+    pair.send("alpha-1", group, '"good"')
+
+
 def test_the_bounds_of_the_loop_guard_are_options() -> None:
     for limits, count in (({"loop_replies": 0}, 31), ({"loop_replies": 5}, 6), ({"loop_turns": 5}, 6)):
         world = World(**limits)
