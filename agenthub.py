@@ -3259,6 +3259,8 @@ class Hub:
                 self._end(task, at, f"{reason}, after {task.failed} tries", state)
                 return
         more = {"attempt": task.failed and task.failed + 1, "released_by": task.holder, "reason": step.words}
+        if task.to == dump(task.released_by):
+            reason += f"; it was proposed to nobody else, so {task.proposer} has to assign or cancel it"
         self._open(task._replace(reason=reason), at, "release" if how == "lost" else how, **more)
 
     def _lose(self, task: Task, at: int, reason: str) -> None:
@@ -5037,6 +5039,8 @@ class InboxQuery(NamedTuple):
             undo = make_command(Hub.unclaim, name, seqs, until)
         if seqs and (self.claim or wait):
             yield from do(Hub.push, name, seqs, "poll")
+        stale = {one.id: task_over(hub, one.reply_to or one.id) for one in messages if one.type == "task_proposal"}
+        extra += f',"stale":{dump(present(**stale))}' if any(stale.values()) else ""
         if self.claim:  # how many unread messages other readers have claimed, and until when at most
             ends = [until for seq, until in hub.mail(name).claims.items() if until > at and seq not in seqs]
             extra += f',"claimed":{len(ends)},"claimed_until":"{timestamp(max(ends))}"' if ends else ""
@@ -5449,7 +5453,9 @@ class Operations:
         """A message's envelope and, as `trace`, what became of it with each recipient and when."""
         receipt = call.api.find(message_id)
         if receipt is None:
-            raise NotFound(f"no message `{message_id}` is kept here (any more): check the id in the receipt")
+            raise NotFound(
+                f"no message `{message_id}` is kept here (any more): take an id that send, recv or history shows"
+            )
         if call.agent_id not in (OPERATOR, receipt.message.sender, *receipt.inboxes):
             raise Forbidden(f"only its sender and its recipients may see or answer it: `{call.agent_id}` is neither")
         message = receipt.message
@@ -5863,6 +5869,8 @@ def draft_of(call: Call, to: str | Sequence[str], message: Any, kind: str, more:
     if reply_to and not parent and not known and reply_to not in api.hub.tasks:
         fix = "check the id in the message that you answer, or leave `reply_to` out"
         raise NotFound(f"`reply_to` names {reply_to}, and no such message is kept here (any more): {fix}")
+    if parent and kind in ("response", "error"):
+        check_answerer(call, parent)
     thread = (parent.message.thread or parent.message.id) if parent else reply_to
     draft = Message(0, id, kind, call.agent_id, "", payload, 0, reply_to, thread, expires_at, digest, call.via, due_at)
     for task_id in plan.depends_on:
@@ -5870,6 +5878,16 @@ def draft_of(call: Call, to: str | Sequence[str], message: Any, kind: str, more:
         if not known and task_id not in api.hub.tasks and api.find(task_id):
             raise InvalidRequest(f"`depends_on` names {task_id}, which is no task (any more): leave it out")
     return Draft(draft._replace(lease=lease, extra=extra), where, known, plan, bool(options.get("registered")))
+
+
+def check_answerer(call: Call, parent: Receipt) -> None:
+    """Raise Forbidden unless a message is the caller's to answer: it has sent or got it, or is in the group it was for.
+    An answer by others could be taken for that of whom the message was for."""
+    me, groups = call.agent_id, named_in(parent.message.to)
+    mine = me in (OPERATOR, parent.message.sender, *parent.inboxes, *parent.full)
+    if not mine and not any(call.api.hub.belongs(me, to) for to in groups):
+        words = f"`{me}` is neither its sender nor one of its recipients, and can't answer it"
+        raise Forbidden(f"{words}: leave `reply_to` out, and send a message of your own")
 
 
 def plan_of(call: Call, options: Json, inner: Json, expires_at: int) -> Plan:
@@ -5995,6 +6013,16 @@ def tasks_json(call: Call, tasks: list[Task], whole: bool = False) -> list[Json]
         row |= present(history=[step._asdict() | {"at": timestamp(step.at)} for step in steps])
         rows.append(row)
     return rows
+
+
+def task_over(hub: Hub, task_id: str) -> str:
+    """Why nobody can accept a task any more; empty where that is not so."""
+    task = hub.tasks.get(task_id)
+    if task is None:
+        return "over and forgotten"
+    if task.state in ("open", "blocked"):
+        return ""
+    return f"{task.state} by {task.holder}" if task.state in ("accepted", "completed") else task.reason or task.state
 
 
 def in_project(call: Call, paths: Sequence[str]) -> tuple[str, ...]:
@@ -6387,7 +6415,7 @@ _SHOWN = {
     "waiting": "agent_id=id paths",
     "notes": "key version agent_id=by size",
     "channels": "channel members",
-    "messages": "from to type reply_to task title attempt released_by reason redelivered waiting_for",
+    "messages": "from to type reply_to task title attempt released_by reason stale redelivered waiting_for",
     "receipt": "warning did_you_mean due_at duplicate",
 }
 # What became of a message, by the state of its delivery.
@@ -6454,6 +6482,8 @@ def _message_shown(call: McpCall, envelope: Json, offset: int = 0) -> Json:
     seldom["type"] = "" if envelope["type"] in ("message", "broadcast") else envelope["type"]
     if envelope["type"].startswith("task_"):
         task = about or _short(call, envelope["id"])
+        over = task_over(call.hub, envelope.get("reply_to") or envelope["id"])
+        seldom["stale"] = over if envelope["type"] == "task_proposal" else ""
         seldom |= {"title": envelope.get("task"), "reply_to": "", "task": task if task != id else ""}
     sent_at = seconds_at(envelope["timestamp"])
     if envelope["from"] == call.agent_id != envelope["to"]:
@@ -6509,6 +6539,8 @@ def _register_tool(call: McpCall, row: Row, values: Json) -> Steps[Json]:
     doing, wanted = values.pop("doing", None), values.get("agent_id") or call.agent_id
     if call.agent_id and wanted != call.agent_id and not call.may_name_itself:
         raise Forbidden(f"you are `{call.agent_id}` here, and this connection stays so: leave `id` out")
+    if not wanted and "name" not in values and (name := call.client_name()):
+        values["name"] = name
     if not wanted and "name" not in values:
         raise InvalidRequest("say who you are: give `id`, one of your choice, or `name`, to make it from")
     if values or not call.hub.known(wanted):
@@ -6597,6 +6629,8 @@ def _next_for(call: McpCall, envelope: Json) -> str:
     task = call.hub.tasks.get(envelope.get("reply_to") or envelope["id"])
     if envelope["type"] == "task_proposal" and task and task.state == "open":
         return f"task accept, id {task.short}, if you will do it"
+    if task and task.state == "open" and task.proposer == me and task.to == dump(task.released_by):
+        return f"task assign, id {task.short}, to another, or cancel it: it was proposed to nobody else"
     if envelope["type"] == "task_assign" and task and task.state == "accepted" and task.holder == me:
         return f"you hold task {task.short}: complete it, or release it"
     return ""
@@ -6668,7 +6702,8 @@ def _lock_tool(call: McpCall, row: Row, values: Json) -> Steps[Json]:
     every = {"all": True} if row is Operations.release_lock and not values else {}
     answer = yield from call_operation(call, row, **values, **every)
     if row is Operations.take_lock:
-        return {"state": "yours", **_pick("locks", answer | {"agent_id": ""})}
+        then = "lock release with the same paths, as soon as you are done"
+        return {"state": "yours", **_pick("locks", answer | {"agent_id": ""}), "next": then}
     if row is Operations.release_lock:
         freed = [path for lock in answer["released"] for path in lock["paths"]]
         return {"released": _first(freed)} | present(note="" if freed else "you held none of that")
@@ -6773,8 +6808,15 @@ class McpCall(Parked):
         self.quotes = False  # whether its answer has words of others
         self.headers: Headers = ()
         self.fresh: list[str] = []  # ids of the messages that this call shows, if it comes to its end
+        self.client_info = meta_of(self.params).get(META + "clientInfo")
         self.progress_token = meta_of(self.params).get("progressToken")  # of a client that wants to know how far it is
         self.end: Callable[[], None] = lambda: None
+
+    def client_name(self) -> str:
+        """What the client calls itself, in the handshake or in this request, as an agent's name; empty: nothing."""
+        info = self.session.client_info if self.session else self.client_info
+        name = info.get("name") if isinstance(info, dict) else None
+        return "".join(filter(str.isprintable, name)).strip()[:50] if isinstance(name, str) else ""
 
     def _run(self) -> Steps[Response]:
         """The steps of the whole answer."""
@@ -7021,7 +7063,8 @@ def _initialize(call: McpCall) -> Json:
     if not isinstance(wanted, str):
         raise RpcError(INVALID_PARAMS, "`protocolVersion` is missing: name the revision you speak")
     if call.api:
-        call.headers = (("Mcp-Session-Id", call.api.mcp.open_session(call.agent_id)),)
+        session_id = call.api.mcp.open_session(call.agent_id, call.params.get("clientInfo"))
+        call.headers = (("Mcp-Session-Id", session_id),)
     version = wanted if wanted in HANDSHAKE_VERSIONS else HANDSHAKE_VERSIONS[0]
     return {"protocolVersion": version, "serverInfo": _SERVER, **_HELLO}
 
@@ -7094,8 +7137,8 @@ class Subscription(NamedTuple):
 class McpSession:
     """A session of MCP's handshake revisions. `running` are its calls by id; `streams` end those that tell it news."""
 
-    def __init__(self, agent_id: str) -> None:
-        self.agent_id = agent_id
+    def __init__(self, agent_id: str, client_info: Any = None) -> None:
+        self.agent_id, self.client_info = agent_id, client_info
         self.uris: set[str] = set()
         self.shown: ShownTo = {}
         self.running: dict[object, McpCall] = {}
@@ -7149,12 +7192,12 @@ class McpEndpoint:
         self.sessions[id] = self.sessions.pop(id)
         return session
 
-    def open_session(self, agent_id: str) -> str:
+    def open_session(self, agent_id: str, client_info: Any = None) -> str:
         """Begin a session of that agent, or of one that is not known yet. Returns its id."""
         if len(self.sessions) >= MAX_SESSIONS:
             self.end_session(next(iter(self.sessions)))
         id = self.api.mint()
-        self.sessions[id] = McpSession(agent_id)
+        self.sessions[id] = McpSession(agent_id, client_info)
         return id
 
     def end_session(self, id: str) -> None:
@@ -10890,11 +10933,7 @@ def show(args: argparse.Namespace, value: Json, text: str | Callable[[Json], str
             text = "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
     if sys.stdout is None:
         raise OSError("stdout is closed: nothing can be printed")
-    try:
-        print(text if args.json else harmless(text), flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise KeyboardInterrupt from None
+    print(text if args.json else harmless(text), flush=True)
 
 
 def show_all(args: argparse.Namespace, items: list[Json], text: Callable[[Json], str], nothing: str = "") -> None:
@@ -10994,14 +11033,23 @@ def value_text(value: Any) -> str:
 
 
 _SAID = {  # by the type of a message: what its sender does with it, {} being the task it is about
-    **{"message": "", "broadcast": "", "request": "asks", "response": "answers", "ping": "pings"},
-    **{"ack": "has seen it", "task_proposal": "proposes {}"},
-    **{"task_accept": "took {}", "task_complete": "completed {}", "task_release": "gave {} back"},
-    **{"task_cancel": "cancelled {}", "task_fail": "failed at {}", "task_progress": "is at work on {}"},
-    **{"task_assign": "assigns {}", "lock_wanted": "wants what you have locked"},
+    "message": "",
+    "broadcast": "",
+    "request": "asks",
+    "response": "answers",
+    "ping": "pings",
+    "ack": "has seen it",
+    "lock_wanted": "wants what you have locked",
+    "task_proposal": "proposes {}",
+    "task_accept": "took {}",
+    "task_complete": "completed {}",
+    "task_release": "gave {} back",
+    "task_cancel": "cancelled {}",
+    "task_fail": "failed at {}",
+    "task_progress": "is at work on {}",
+    "task_assign": "assigns {}",
 }
-
-
+_HUB_SAID = {"task_release": "has lost {}", "task_fail": "has lost {}", "task_cancel": "can't go on: {} is over"}
 _OF_THE_HUB = {"task_id", "lock_id", "path", "code", "message", "reason"}  # what objects of its own hold
 
 
@@ -11026,8 +11074,8 @@ def message_line(envelope: Json, me: str | None = None, most: int = SHOWN_CHARAC
     task = "a task" if named == id else f"task {named}"
     task += " again" if type == "task_proposal" and "reply_to" in envelope else ""
     own = envelope["message"] if isinstance(envelope["message"], dict) else {}
-    lost = type in ("task_release", "task_fail") and own.keys() == {"task_id", "reason"}  # as the hub says it
-    does = ("has lost {}" if lost else _SAID.get(type, f"({type})")).format(task)
+    said = _HUB_SAID if own.keys() == {"task_id", "reason"} else _SAID  # which the hub writes, for an agent
+    does = said.get(type, f"({type})").format(task)
     words += _task_note(envelope)
     to = envelope["to"] if isinstance(envelope["to"], str) else ", ".join(envelope["to"])
     whom = to if type in ("request", "response", "ping") else f"to {to}"  # asks beta, proposes a task to beta
@@ -11037,6 +11085,12 @@ def message_line(envelope: Json, me: str | None = None, most: int = SHOWN_CHARAC
         words += f" --as {shell_quote(me)})" if me else ")"
     line = f"{id} {who}{',' if does else ''} {age_of(envelope['timestamp'])}"
     return f"{line}: {indented(words)}" if words else line
+
+
+def messages_of(page: Json) -> list[Json]:
+    """The messages of a page; a proposal of a task that nobody can accept any more says why, as `stale`."""
+    stale = page.get("stale", {})
+    return [one | {"stale": stale[one["id"]]} if one["id"] in stale else one for one in page["messages"]]
 
 
 def few(names: Sequence[str]) -> str:
@@ -11050,7 +11104,7 @@ _RECEIVED = {"pushed": "pushed to", "unknown": "waits for", "inbox_full": "has n
 def _task_note(envelope: Json) -> str:
     """What an envelope says of its task, beside the message: its title, who gave it back and why, and how it is."""
     back, why = envelope.get("released_by"), f": {envelope['reason']}" if "reason" in envelope else ""
-    notes = [envelope.get("task"), f"given back by {back}{why}" if back else ""]
+    notes = [envelope.get("task"), f"given back by {back}{why}" if back else "", envelope.get("stale")]
     if "attempt" in envelope:
         failed, state = envelope["type"] == "task_fail", envelope.get("state")
         notes.append(f"{'that was ' if failed else ''}try {envelope['attempt']}")
@@ -11094,14 +11148,15 @@ def _channel_text(channel: Json) -> str:
 
 def task_line(task: Json) -> str:
     """A task in one line, with the words of its newest step."""
-    text = f"{short_id(task['task_id'], task['seq'])} {task['state']}"
+    by_itself = task["state"] == "cancelled" and not task["reason"].startswith("cancelled ")  # as at its deadline
+    text = f"{short_id(task['task_id'], task['seq'])} {'over' if by_itself else task['state']}"
     text += f" by {task['holder']}" if "holder" in task and task["state"] in ("accepted", "completed") else ""
     text += f" until {task['lease_until'][11:19]} unless heard of" if "lease_until" in task else ""
     text += f", waits for {', '.join(task['waits_for'])}" if "waits_for" in task else ""
     ended = task["state"] in ("completed", "cancelled", "failed")
     text += f", due {to_second(task['deadline_at'])}" if "deadline_at" in task and not ended else ""
     text += f" ({task['reason'].removeprefix('cancelled ')})" if "reason" in task else ""
-    step = task["history"][-1] if "history" in task else {"words": ""}
+    step = task["history"][-1] if "history" in task and not by_itself else {"words": ""}
     text += f', {step["agent_id"]} {step["what"]}: "{title_of(step["words"])}"' if step["words"] else ""
     to = task["to"] if isinstance(task["to"], str) else ", ".join(task["to"])
     return f"{text}; {task['proposer']} to {to}: {indented(title_of(task['message'])) if 'message' in task else '...'}"
@@ -11170,6 +11225,7 @@ def no_hub_guide(url: str) -> Json:
 _AFTER_MESSAGE = {  # by the type of the message; `about` is the message or task it answers, or else itself
     "task_proposal": ("task accept {about}", "task show {about}"),
     **dict.fromkeys([type for type in _SAID if type.startswith("task_")][1:], ("task show {about}",)),
+    "task_release": ("task show {about}", "task assign {about} AGENT"),
     "task_assign": ("task show {about}", 'task complete {about} "…"'),
     **dict.fromkeys(("error", "ack"), ("trace {reply_to}",)),
     "response": ("history --thread {thread}",),
@@ -11213,7 +11269,10 @@ NEXT: dict[str, tuple[str, ...] | Callable[[Json], tuple[str, ...]]] = {
     **dict.fromkeys(("note set", "note list"), ("note get {key}",)),
     "register": ('status --set "…"', "agents", "recv --wait 60"),
     "ask": ("history --thread {thread}", 'send {from} "…"'),
-    "recv": lambda envelope: (*_AFTER_MESSAGE.get(envelope["type"], _REPLY), "recv --wait 60"),
+    "recv": lambda envelope: (
+        *(("task show {about}",) if "stale" in envelope else _AFTER_MESSAGE.get(envelope["type"], _REPLY)),
+        "recv --wait 60",
+    ),
     "listen": lambda envelope: _AFTER_MESSAGE.get(envelope["type"], _REPLY),
     "agents": lambda row: () if row["me"] == row["agent_id"] else ('send {agent_id} "…"', 'ask {agent_id} "…"'),
     "trace": ("history --thread {thread}", "recv --wait 60"),
@@ -11575,7 +11634,7 @@ def _recv_command(args: argparse.Namespace) -> None:
     identity = Identity(args)
     with instead_of_waiter(identity.client):
         page, claims = identity.act(functools.partial(_read_page, args))
-        envelopes, client = page["messages"], identity.client
+        envelopes, client = messages_of(page), identity.client
         ids = [envelope["id"] for envelope in envelopes]
         try:
             for envelope in envelopes:
@@ -11719,30 +11778,27 @@ def _watch_command(args: argparse.Namespace) -> None:
 
 # What happened, as a sentence; an event that is not here, or lacks one of these fields, is shown by its fields.
 HAPPENED = {
-    **{"register": "{agent_id} came in", "refresh": "{agent_id} registered again", "active": "{agent_id} is active"},
-    **{
-        "offline": "{agent_id} is offline",
-        "join": "{agent_id} joined {channel}",
-        "status": "{agent_id} is at: {doing}",
-    },
-    **{
-        "task_proposal": "{proposer} proposes {task}",
-        "task_open": "{task} is open",
-        "task_accept": "{holder} took {task}",
-    },
-    **{
-        "task_complete": "{holder} completed {task}",
-        "task_cancel": "{task} was cancelled",
-        "task_wait": "{task} waits",
-    },
-    **{"task_release": "{task} is open again: {reason}", "task_fail": "{task} is {state}: {reason}"},
-    **{"task_progress": "{holder} goes on with {task}", "task_assign": "{holder} was assigned {task}"},
+    "register": "{agent_id} came in",
+    "refresh": "{agent_id} registered again",
+    "active": "{agent_id} is active",
+    "offline": "{agent_id} is offline",
+    "status": "{agent_id} is at: {doing}",
+    "join": "{agent_id} joined {channel}",
+    "leave": "{agent_id} left {channel}",
+    "task_proposal": "{proposer} proposes {task}",
+    "task_open": "{task} is open",
+    "task_accept": "{holder} took {task}",
+    "task_complete": "{holder} completed {task}",
+    "task_cancel": "{task} is over: {reason}",
+    "task_wait": "{task} waits",
+    "task_release": "{task} is open again: {reason}",
+    "task_fail": "{task} is {state}: {reason}",
+    "task_progress": "{holder} goes on with {task}",
+    "task_assign": "{holder} was assigned {task}",
     "lock": "{agent_id} locked {paths}",
-    **{
-        "unlock": "{agent_id} has no lock on {paths} any more",
-        "note": "{agent_id} wrote note {key}, version {version}",
-    },
-    **{"leave": "{agent_id} left {channel}", "missed": "{count} events were missed"},
+    "unlock": "{agent_id} has no lock on {paths} any more",
+    "note": "{agent_id} wrote note {key}, version {version}",
+    "missed": "{count} events were missed",
     "counts": "{active} of {agents} agents active, {unread} messages unread, {open_tasks} tasks open, {locks} locks",
 }
 
@@ -13412,6 +13468,7 @@ def _show_rounds(args: argparse.Namespace, row: Bench, rounds: list[tuple[Sample
 
 # --- Main -------------------------------------------------------------------------------------------------------------
 
+NOT_READ = 141  # the exit status where nobody reads the output: 128 + SIGPIPE, as of other programs
 _TIMEOUT_HELP = f"for the first byte of an answer; else AGENTHUB_TIMEOUT, else {ANSWER_SECONDS} s"
 CLIENT_ARGUMENTS = (
     argument("--as", "who you are; else AGENTHUB_AGENT", dest="identity", metavar="ID"),
@@ -13571,7 +13628,8 @@ def for_argparse(options: Json) -> Json:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command and return its exit status: 0 done, 1 refused, 2 usage, 3 no hub, 4 timed out, 130 interrupted."""
+    """Run a command and return its exit status: 0 done, 1 refused, 2 usage, 3 no hub, 4 timed out, 130 interrupted, 141
+    where nobody reads what it prints."""
     words, args = sys.argv[1:] if argv is None else argv, None
     try:
         args = read_command(words)
@@ -13586,6 +13644,9 @@ def main(argv: list[str] | None = None) -> int:
         print_error(words, error)
         is_hook = words[:1] == ["hook"] and isinstance(error, Misuse)  # a session with a wrong one goes on all the same
         return 0 if is_hook else error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the last flush fails as well
+        return NOT_READ
     except (StoreError, OSError, UnicodeError) as error:
         parts = [getattr(error, name, None) for name in ("filename", "strerror")]  # without Python's number
         print_error(words, Failed(": ".join(map(str, filter(None, parts))) if parts[1] else str(error)))
@@ -13616,7 +13677,7 @@ def run_process() -> None:
         try:
             stream.flush()
         except BrokenPipeError:  # who reads it has seen enough
-            status = status or 130
+            status = status or NOT_READ
         except OSError as error:
             status = status or 1
             os.write(2, f"agenthub: the output is not whole: {error.strerror}\n".encode())
@@ -13778,7 +13839,7 @@ def mail_shown(agent_id: str, page: Json, before: str) -> tuple[str, list[str]]:
     """What a session is shown of a page of unread messages, after the text `before`, and the ids of those in it."""
     text, count = f"{before}\nagenthub: new messages".lstrip("\n"), 0
     more = f"More are waiting: {program()} recv, or the tool read_messages."
-    for envelope in page["messages"]:
+    for envelope in messages_of(page):
         line = harmless(message_line(envelope, agent_id, SHOWN_TEXT))
         if len(line) > 2 * SHOWN_TEXT:  # it has many lines
             line = f"{line[: 2 * SHOWN_TEXT]} … (cut; all: {program()} trace m{envelope['seq']} --json)"

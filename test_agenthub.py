@@ -1238,6 +1238,26 @@ def test_two_that_thank_each_other_before_others_are_stopped(pair: World, group:
     pair.send("alpha-1", group, '"good"')
 
 
+def test_only_whom_a_message_was_for_may_answer_it(pair: World) -> None:
+    pair.register("gamma-3"), pair.register("delta-4")
+    pair.apply("join", "beta-2", "#c")
+    asked = pair.call(
+        "POST", "/api/v1/messages", {"from": "alpha-1", "to": "beta-2", "message": "?", "type": "request"}
+    )[1]
+    to_group = pair.call(
+        "POST", "/api/v1/messages", {"from": "alpha-1", "to": "#c", "message": "?", "type": "request"}
+    )[1]
+    answer = {"from": "gamma-3", "to": "alpha-1", "message": "!", "type": "response", "reply_to": asked["message_id"]}
+    for more in ({}, {"type": "error"}, {"reply_to": f"m{asked['seq']}"}):
+        status, body = pair.call("POST", "/api/v1/messages", answer | more)
+        assert status == 403 and "neither its sender nor one of its recipients" in body["error"]["message"]
+    assert pair.call("POST", "/api/v1/messages", answer | {"type": "message"})[0] == 200, "it may refer to it"
+    pair.apply("join", "delta-4", "#c")
+    late = {"from": "delta-4", "reply_to": to_group["message_id"]}
+    for more in ({"from": "beta-2"}, {"from": "operator"}, late):
+        assert pair.call("POST", "/api/v1/messages", answer | more)[0] == 200
+
+
 def test_the_bounds_of_the_loop_guard_are_options() -> None:
     for limits, count in (({"loop_replies": 0}, 31), ({"loop_replies": 5}, 6), ({"loop_turns": 5}, 6)):
         world = World(**limits)
@@ -2536,6 +2556,50 @@ def test_a_task_that_nobody_takes_is_cancelled_in_the_end(crew: World) -> None:
     crew.apply("sweep")
     assert board(crew) == {held: "accepted w1", free: "cancelled", waits: "cancelled"}
     assert crew.hub.tasks[free].reason.startswith("nobody has taken it")
+
+
+def test_a_task_given_back_by_its_only_agent_names_who_decides(crew: World) -> None:
+    task = propose(crew, "w1")
+    act(crew, "accept", "w1", task), act(crew, "release", "w1", task, payload='"no time"')
+    why = "released by w1; it was proposed to nobody else, so boss has to assign or cancel it"
+    crew.commit()
+    assert crew.hub.tasks[task].reason == why and crew.tool("task", "w2", action="next")["task"] is None
+    page = crew.tool("read_messages", "boss")
+    assert page["next"].startswith("task assign, id m") and "proposed to nobody else" in page["next"]
+    assert "task assign {about} AGENT" in ah.NEXT["recv"]({"type": "task_release"})
+    act(crew, "assign", "boss", task, to="w2")
+    assert crew.hub.tasks[task].holder == "w2" and not crew.hub.tasks[task].reason
+
+
+def test_a_page_says_of_proposals_why_they_are_over(crew: World) -> None:
+    taken, gone, free = (propose(crew, ("w1", "w2")) for _ in range(3))
+    act(crew, "accept", "w2", taken), act(crew, "cancel", "boss", gone), act(crew, "complete", "w2", taken)
+    crew.commit()
+    page = crew.call("GET", "/api/v1/messages?agent_id=w1&unread=true")[1]
+    assert page["stale"] == {taken: "completed by w2", gone: "cancelled by boss"}
+    shown = {one["id"]: one.get("stale") for one in ah.messages_of(page)}
+    assert shown[taken] == "completed by w2" and shown[free] is None
+    envelope = next(one for one in ah.messages_of(page) if one["id"] == taken)
+    assert ah.message_line(envelope, "w1").endswith("[completed by w2]")
+    assert "task show {about}" in ah.NEXT["recv"](envelope)
+    shown = crew.tool("read_messages", "w1", limit=4)["messages"]
+    assert [one.get("stale") for one in shown] == ["completed by w2", "cancelled by boss", None, None]
+    assert "stale" not in crew.call("GET", "/api/v1/messages?agent_id=w3&unread=true")[1]
+
+
+def test_a_task_over_at_its_deadline_is_not_said_to_be_cancelled(crew: World) -> None:
+    free, late = propose(crew, "w1"), propose(crew, "w1", deadline_at=crew.clock() + 5000)
+    act(crew, "accept", "w1", late), act(crew, "cancel", "boss", free)
+    crew.clock.advance(5)
+    crew.apply("elapse")
+    crew.commit()
+    lines = {
+        task["task_id"]: ah.task_line(task) for task in crew.call("GET", "/api/v1/tasks?agent_id=boss")[1]["tasks"]
+    }
+    assert " over (its deadline is over); boss to w1" in lines[late] and "cancelled (by boss)" in lines[free]
+    notice = crew.call("GET", "/api/v1/messages?agent_id=w1")[1]["messages"][-1]
+    words = ah.message_line(notice, "w1")
+    assert re.fullmatch(r"m\d+ boss can't go on: task m\d+ is over, \S+ \w+ ago: its deadline is over", words), words
 
 
 def test_only_so_many_ended_tasks_are_remembered(crew: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -6199,6 +6263,28 @@ def test_a_modern_result_says_what_it_is_and_how_long_it_holds(world: World) -> 
         assert result["_meta"][ah.META + "serverInfo"]["name"] == "agenthub"
     assert world.mcp("server/discover")[1]["result"]["supportedVersions"] == ["2026-07-28"]
     assert "ttlMs" not in world.mcp("tools/call", {"name": "list_agents", "arguments": {"as": "alpha"}})[1]["result"]
+
+
+def test_a_lock_taken_and_an_unknown_id_say_what_to_do(pair: World) -> None:
+    assert pair.tool("lock", "alpha-1", action="take", paths="src")["next"].startswith("lock release")
+    status, body = pair.call("GET", "/api/v1/messages/m99?agent_id=alpha-1")
+    assert status == 404 and "`m99`" in body["error"]["message"] and "send, recv or history" in body["error"]["message"]
+
+
+@pytest.mark.parametrize("info", [{"name": "Claude Code"}, {}, {"name": 7}, {"name": " \n\x1b"}, None])
+def test_who_names_nothing_registers_under_its_clients_name(world: World, info: object) -> None:
+    hello = {"protocolVersion": "2025-11-25", "clientInfo": info}
+    session = world.mcp("initialize", hello, era="2025-11-25")[2]["Mcp-Session-Id"]
+    call = {"name": "register", "arguments": {}}
+    results = [world.mcp("tools/call", call, era="2025-11-25", Mcp_Session_Id=session)[1]["result"] for _ in range(2)]
+    modern = {**call, "_meta": {ah.META + "clientInfo": info}}
+    results.append(world.mcp("tools/call", modern)[1]["result"])
+    if info != {"name": "Claude Code"}:
+        assert all(result["isError"] for result in results)
+        return
+    first, again, other = (result["structuredContent"]["id"] for result in results)
+    assert re.fullmatch("claude-code-.{8}", first) and first == again != other
+    assert "`" + other + "`" in results[2]["structuredContent"]["next"]
 
 
 @pytest.mark.parametrize("method", ["initialize", "ping", "resources/subscribe", "prompts/list", "nix"])
@@ -11165,7 +11251,7 @@ def test_what_could_not_be_printed_is_there_for_the_next_reader(live: object) ->
     read_end, write_end = os.pipe()
     os.close(read_end)
     with open("/dev/full", "w") as full, open(write_end, "w") as unread:
-        for stdout, code in ((full, 1), (unread, 130)):
+        for stdout, code in ((full, 1), (unread, 141)):
             assert subprocess.run(command, stdout=stdout, stderr=subprocess.DEVNULL, env=env).returncode == code
     closed = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], capture_output=True, env=env)
     assert closed.returncode == 1 and b"stdout is closed" in closed.stderr
