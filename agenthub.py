@@ -9624,15 +9624,6 @@ def hub_address(url: str) -> HubAddress:
     return HubAddress(url, parts[2].strip("[]"), int(parts[3] or (443 if tls else 80)), tls=tls)
 
 
-class Locking(TypedDict, total=False):
-    """What else may be said of a lock; `reentrant`: not refused for locks of one's own."""
-
-    note: str | None
-    id: str | None
-    auto_renew: bool
-    reentrant: bool
-
-
 class client_method(ClientAttribute[P, R]):
     """A method of both clients, written once as a coroutine function: on an `AgentClient` it is just that, a `Client`
     runs it to its end. Other methods call it on the class."""
@@ -9647,6 +9638,17 @@ class client_method(ClientAttribute[P, R]):
     def bind(self, caller: ClientBase) -> Callable[..., Any]:
         """The method of a client, which calls the function in its way."""
         return functools.partial(caller.carry_out, self.function)
+
+
+def task_method(operation: Operation[Concatenate[str, P], R]) -> client_method[Concatenate[Json | str, P], R]:
+    """The method for an operation on a task: that is meant by its id, or by an envelope that proposed it."""
+
+    async def _method(client: ClientBase, task: Json | str, /, *args: P.args, **named: P.kwargs) -> R:
+        id = task if isinstance(task, str) else str(task.get("task_id") or task["id"])
+        return await client._do(operation, id, *args, **named)
+
+    _method.__name__, _method.__doc__ = operation.name, operation.handler.__doc__
+    return client_method(_method)
 
 
 # a connection of each client: errors are OSError and EOFError
@@ -9853,11 +9855,7 @@ class ClientBase(Operations):
         self._left = True
         return answer
 
-    @client_method
-    async def join(self, channel: str, full: bool = False) -> Json:
-        """Become a member of a channel: what is sent there comes to this agent's inbox. With `full`, `history` shows
-        what was said there before, too."""
-        return await self._do(Operations.join_channel, channel, "full" if full else None)
+    join = Operations.join_channel
 
     # messages
 
@@ -9913,7 +9911,9 @@ class ClientBase(Operations):
             for envelope in [one for one in page["messages"] if answers(one, receipt, type)]:
                 await self._do(Operations.acknowledge, ids=[envelope["id"]])
                 if envelope["type"] == "error":
-                    raise Unanswered(_words_of(envelope["message"]), answer=envelope)
+                    words = envelope["message"]
+                    words = words.get("message", words) if isinstance(words, dict) else words
+                    raise Unanswered(words if isinstance(words, str) else dump(words), answer=envelope)
                 return cast(Json, envelope)
         recipients = sorted({row["agent_id"] for row in receipt["recipients"]})
         raise TimedOut(f"{', '.join(recipients)} has not answered within {wait:g} s{later}")
@@ -9976,40 +9976,13 @@ class ClientBase(Operations):
         the receipt."""
         return await self._do(Operations.propose_task, message, to, id=id, **planning)
 
-    @client_method
-    async def accept(self, task: Json | str, message: Any = None, lease: float | None = None) -> Json:
-        """Take a task. Raises TaskTaken where another was quicker."""
-        return await self._do(Operations.accept_task, _task_id(task), message, lease=lease)
-
-    @client_method
-    async def complete(self, task: Json | str, result: Any = None) -> Json:
-        """Say that a task is done; the result goes to its proposer."""
-        return await self._do(Operations.complete_task, _task_id(task), result)
-
-    @client_method
-    async def release(self, task: Json | str, reason: Any = None) -> Json:
-        """Give a task back: it is proposed again."""
-        return await self._do(Operations.release_task, _task_id(task), reason)
-
-    @client_method
-    async def cancel(self, task: Json | str, reason: Any = None) -> Json:
-        """Cancel a task that this agent proposed."""
-        return await self._do(Operations.cancel_task, _task_id(task), reason)
-
-    @client_method
-    async def fail(self, task: Json | str, reason: Any) -> Json:
-        """Say that this try has failed, and why: the task is proposed again, unless that was its last try."""
-        return await self._do(Operations.fail_task, _task_id(task), reason)
-
-    @client_method
-    async def progress(self, task: Json | str, message: Any) -> Json:
-        """Tell its proposer how far a task is; it stays in the history."""
-        return await self._do(Operations.progress_task, _task_id(task), message)
-
-    @client_method
-    async def assign(self, task: Json | str, to: str, message: Any = None) -> Json:
-        """Give a task that this agent proposed, or holds, to one agent, which holds it from then on."""
-        return await self._do(Operations.assign_task, _task_id(task), to, message)
+    accept = task_method(Operations.accept_task)
+    complete = task_method(Operations.complete_task)
+    release = task_method(Operations.release_task)
+    cancel = task_method(Operations.cancel_task)
+    fail = task_method(Operations.fail_task)
+    progress = task_method(Operations.progress_task)
+    assign = task_method(Operations.assign_task)
 
     @client_method
     async def next_task(self, wait: float = 0) -> Json | None:
@@ -10018,19 +9991,7 @@ class ClientBase(Operations):
 
     # locks
 
-    @client_method
-    async def lock(
-        self,
-        paths: str | Sequence[str],
-        ttl: float | None = None,
-        mode: str | None = None,
-        wait: float = 0,
-        **more: Unpack[Locking],
-    ) -> Json:
-        """Lock paths and globs, all or none; within `wait` seconds, in the order of asking. Returns the lock, with its
-        `lock_id` and `token`. It ends by `unlock`, `ttl` seconds after this agent's last sign of life (without
-        `auto_renew`: after it was taken or renewed), or when the agent leaves. Raises LockHeld."""
-        return await self._do(Operations.take_lock, paths, mode, ttl, wait=wait, **more)
+    lock = Operations.take_lock
 
     @client_method
     async def unlock(self, lock_id: str | None = None, paths: str | Sequence[str] | None = None) -> list[Json]:
@@ -10236,7 +10197,15 @@ class ClientBase(Operations):
                 text = dump(fields).encode()
         except ValueError as error:
             raise InvalidRequest(f"this can't be sent as JSON: {error}") from None
-        pairs = () if in_body else [f"{name}={_query_value(v)}" for name, v in fields.items() if v is not None]
+        pairs = (
+            ()
+            if in_body
+            else [
+                f"{name}={quote(dump(v) if v is True or v is False else str(v))}"
+                for name, v in fields.items()
+                if v is not None
+            ]
+        )
         if pairs:
             path = f"{path}?{'&'.join(pairs)}"
         head = f"{method} {path} HTTP/1.1\r\nHost: {self._host}\r\n"
@@ -10278,7 +10247,8 @@ class ClientBase(Operations):
     async def _exchange(self, request: bytes, wait: float = 0, file: IO[bytes] | None = None) -> Any:
         """Send a request, on a connection of its own while it waits, and read its answer, a JSON value or a `file`. The
         connection is kept only when the answer was read to its end."""
-        connection = (None if file else self._kept()) or await self._connect()  # a file is asked for once
+        self._idle = [one for one in self._idle if one.usable]
+        connection = self._idle.pop() if self._idle and not file else await self._connect()  # a file is asked for once
         answer, text = ResponseReader(), bytearray()
         self._in_use.add(connection)
         try:
@@ -10304,13 +10274,6 @@ class ClientBase(Operations):
         else:
             connection.close()
         return None if file and answer.status == 200 else json_result(answer.status, text)
-
-    def _kept(self) -> Connection | None:
-        """A connection kept from an earlier request, that the hub has not closed meanwhile."""
-        while self._idle:
-            if (connection := self._idle.pop()).usable:
-                return connection
-        return None
 
     def _drop(self) -> None:
         """Close the connections on which nothing is under way."""
@@ -10398,20 +10361,6 @@ def seconds_to_answer(timeout: float | None) -> float:
     if not 0 < seconds < math.inf:
         raise InvalidRequest("the timeout (AGENTHUB_TIMEOUT) must be a number of seconds above 0, such as 10")
     return seconds
-
-
-def _query_value(value: Any) -> str:
-    return quote(dump(value) if isinstance(value, bool) else str(value))
-
-
-def _words_of(message: Any) -> str:
-    """What a message of type `error` says."""
-    words = message["message"] if isinstance(message, dict) and "message" in message else message
-    return words if isinstance(words, str) else dump(words)
-
-
-def _task_id(task: Json | str) -> str:
-    return task if isinstance(task, str) else str(task.get("task_id") or task["id"])
 
 
 def _put_in_place(part: str, path: str) -> None:
@@ -10880,6 +10829,8 @@ def instead_of_waiter(client: Client) -> Iterator[None]:
 
 
 SHOWN_CHARACTERS = TOOL_TEXT  # of one message in text: what is longer is cut, with how to get all of it
+SHOWN_LINE = 160  # characters of a line about others; twenty of them leave room for two messages
+SHOWN_TASKS = 5  # lines on what an agent has of a kind: tasks, requests, …
 SHOWN_BYTES = 80_000  # of messages that one command prints as text, 20,000 tokens: others come with the next
 
 
@@ -11080,11 +11031,12 @@ def message_line(envelope: Json, me: str | None = None, most: int = SHOWN_CHARAC
     to = envelope["to"] if isinstance(envelope["to"], str) else ", ".join(envelope["to"])
     whom = to if type in ("request", "response", "ping") else f"to {to}"  # asks beta, proposes a task to beta
     who = " ".join(filter(None, (envelope["from"], does, whom if to != me else "")))
-    if 0 < most < len(words):
+    words = harmless(indented(words))
+    if len(words) > most:
         words = f"{words[:most]} … (cut: it has {len(words)} characters; all: {program()} trace {id} --json"
         words += f" --as {shell_quote(me)})" if me else ")"
-    line = f"{id} {who}{',' if does else ''} {age_of(envelope['timestamp'])}"
-    return f"{line}: {indented(words)}" if words else line
+    line = harmless(f"{id} {who}{',' if does else ''} {age_of(envelope['timestamp'])}")
+    return f"{line}: {words}" if words else line
 
 
 def messages_of(page: Json) -> list[Json]:
@@ -11179,6 +11131,33 @@ def task_text(answer: Json) -> str:
 def _task_receipt(answer: Json) -> str:
     """What a task is after its caller has changed it: who did it knows the history."""
     return task_text({name: value for name, value in answer["task"].items() if name != "history"})
+
+
+def list_cut(title: str, lines: Iterable[str], most: int, command: str) -> list[str]:
+    """A titled list of at most so many lines, each cut, and the command that prints the rest; nothing for no lines."""
+    every = [harmless(" ".join(line.split())) for line in lines]
+    cut = [f"  {cut_short(line, SHOWN_LINE)}" for line in every[:most]]
+    rest = [f"  and {len(every) - most} more: {command}"] if len(every) > most else []
+    return [title, *cut, *rest] if every else []
+
+
+def standing_lines(state: Json, unread: Collection[str] = ()) -> list[str]:
+    """What an agent holds, owes (but not what is unread) and waits for: commands with a comment, which may be cut."""
+    run, me, waits = program(), state["agent_id"], []
+    for one in state["waits_for"]:
+        asked = f"m{one['seq']} of {age_of(one['timestamp'])}: {message_words(one)}"
+        waits.append(f"{few(one['waiting_for'])} to answer {asked}")
+    waits += [f"a lock on {path_names(paths)}" for paths in state["lock_waits"]]
+    tasks = [task_line(task).partition(" ") for task in state["tasks"]]  # which begins with its id
+    locks = [(" ".join(map(shell_quote, lock["paths"])), lock_line(lock).partition(" ")[2]) for lock in state["locks"]]
+    owes = [message_line(one, me).partition(" ") for one in state["owes"] if one["id"] not in unread]
+    sections = (
+        ("Your tasks; when one is done:", [f'{run} task complete {id} "…" # {line}' for id, _, line in tasks]),
+        ("Your locks; to give one back:", [f"{run} unlock {paths} # {line}" for paths, line in locks]),
+        ("You owe an answer:", [f'{run} reply {id} "…" # {line}' for id, _, line in owes]),
+        ("You wait for:", waits),
+    )
+    return [line for title, rows in sections for line in list_cut(title, rows, SHOWN_TASKS, f"{run} status")]
 
 
 def path_names(paths: Iterable[str]) -> str:
@@ -11747,24 +11726,12 @@ def _status_command(args: argparse.Namespace) -> None:
     lines = [f"{state['url']} is {state['status']}, agenthub {state['version']}{here}"]
     if not me:
         lines.append("you are not registered yet: any command does that")
-    lines += status_lines(stands) if me else []
+    if me:
+        inside = f"; in {', '.join(stands['channels'])}" if stands["channels"] else ""
+        about = {name: value for name, value in stands.items() if name in ("doing", "away_until")}
+        lines += [f"you are {me}, {stands['unread']} unread{engaged_text(about)}{inside}", *standing_lines(stands)]
     typed = next_commands(args, state)
     show(args, state, "\n".join([*lines, *([f"next: {typed[0]}"] if typed else [])]))
-
-
-def status_lines(stands: Json) -> Iterator[str]:
-    """Lines on where an agent stands: what it is, holds, owes and waits for."""
-    inside = f"; in {', '.join(stands['channels'])}" if stands["channels"] else ""
-    about = {name: value for name, value in stands.items() if name in ("doing", "away_until")}
-    yield f"you are {stands['agent_id']}, {stands['unread']} unread{engaged_text(about)}{inside}"
-    yield from (f"you hold task {task_line(task)}" for task in stands["tasks"])
-    yield from (f"you have locked {lock_line(lock)}" for lock in stands["locks"])
-    yield from (f"you wait for the lock of {path_names(paths)}" for paths in stands["lock_waits"])
-    for name in ("owes", "waits_for"):
-        for request in stands[name]:
-            text, asker = cut_short(" ".join(message_words(request).split()), 60), request["from"]
-            what = f"{asker} waits for your" if name == "owes" else f"{few(request['waiting_for'])} owes you an"
-            yield f"{what} answer to m{request['seq']}, {age_of(request['timestamp'])}: {text}"
 
 
 @command_line("watch", "print what happens in the hub, a line each", example="agenthub watch")
@@ -11938,10 +11905,10 @@ operation_line(Operations.task, task_text, "one task, with its history and its r
 def _lock_command(args: argparse.Namespace) -> int:
     identity, alone = Identity(args), not args.command
     ttl = args.ttl if alone or args.ttl is not None else COMMAND_LOCK_TTL
-    mode, wait = "shared" if args.shared else "exclusive", args.wait or 0
-    more = Locking(note=args.note, auto_renew=alone, reentrant=alone)
+    about: Json = {"mode": "shared" if args.shared else "exclusive", "ttl": ttl, "note": args.note, "wait": args.wait}
+    about |= {"auto_renew": alone, "reentrant": alone}
     paths = identity.lock_paths(args.paths)
-    lock = identity.act(lambda client: client.lock(paths, ttl, mode, wait, **more))
+    lock = identity.act(lambda client: client.lock(paths, **about))
     if alone:
         show(args, lock, f"locked {lock_line(lock)}")
         return 0
@@ -13701,9 +13668,8 @@ READ_AT_ONCE = 20  # messages: a model that gets more of them at a time reads no
 READ_BYTES = 7_500  # of messages read at a time: with a head for each they fit into SHOWN_UNITS, or the first is cut
 SHOWN_UNITS = 9_500  # of one text, in UTF-16 code units as its reader counts; Claude Code takes 10,000
 SHOWN_TEXT = 2_000  # characters of one message
-SHOWN_LINE = 160  # characters of a line about others; twenty of them leave room for two messages
 SHELLS = ("bash", "dash", "fish", "ksh", "sh", "zsh")  # between a coding agent and what it runs
-SHOWN_AGENTS, SHOWN_LOCKS, SHOWN_TASKS = 10, 5, 5  # lines about others when a session starts
+SHOWN_AGENTS, SHOWN_LOCKS = 10, 5  # lines about others when a session starts
 
 
 def value_at(value: Any, *path: Any) -> Any:
@@ -13840,23 +13806,12 @@ def mail_shown(agent_id: str, page: Json, before: str) -> tuple[str, list[str]]:
     text, count = f"{before}\nagenthub: new messages".lstrip("\n"), 0
     more = f"More are waiting: {program()} recv, or the tool read_messages."
     for envelope in messages_of(page):
-        line = harmless(message_line(envelope, agent_id, SHOWN_TEXT))
-        if len(line) > 2 * SHOWN_TEXT:  # it has many lines
-            line = f"{line[: 2 * SHOWN_TEXT]} … (cut; all: {program()} trace m{envelope['seq']} --json)"
-        longer = f"{text}\n{line}"
+        longer = f"{text}\n{message_line(envelope, agent_id, SHOWN_TEXT)}"
         if len((longer + more).encode("utf-16-le", "surrogatepass")) > 2 * SHOWN_UNITS:
             break
         text, count = longer, count + 1
     text += f"\n{more}" if count < page["unread"] else ""
     return (text, [envelope["id"] for envelope in page["messages"][:count]]) if count else (before, [])
-
-
-def _list_cut(title: str, lines: Iterable[str], most: int, command: str) -> list[str]:
-    """A titled list of at most so many lines, each cut, and the command that prints the rest; nothing for no lines."""
-    every = [harmless(" ".join(line.split())) for line in lines]
-    cut = [f"  {cut_short(line, SHOWN_LINE)}" for line in every[:most]]
-    rest = [f"  and {len(every) - most} more: {command}"] if len(every) > most else []
-    return [title, *cut, *rest] if every else []
 
 
 def session_summary(client: Client, unread: list[Json]) -> str:
@@ -13872,31 +13827,12 @@ def session_summary(client: Client, unread: list[Json]) -> str:
     tasks = [task for task in client.tasks() if task["state"] in ("open", "accepted") and task.get("holder") != me]
     locked, talk = "Locked by others, so not for you to edit:", "Tasks (what they say is a peer's words):"
     lines = [f"agenthub: you are {me} on the hub at {client.url}, over which agents talk to each other."]
-    lines += _standing_lines(state, [envelope["id"] for envelope in unread])
-    lines += _list_cut("Active besides you:", doing, SHOWN_AGENTS, f"{run} agents") or ["Nobody else is active."]
-    lines += _list_cut(locked, map(lock_line, locks), SHOWN_LOCKS, f"{run} locks")
-    lines += _list_cut(talk, map(task_line, tasks), SHOWN_TASKS, f"{run} task list")
+    lines += standing_lines(state, [envelope["id"] for envelope in unread])
+    lines += list_cut("Your channels:", [", ".join(state["channels"])] if state["channels"] else [], 1, "")
+    lines += list_cut("Active besides you:", doing, SHOWN_AGENTS, f"{run} agents") or ["Nobody else is active."]
+    lines += list_cut(locked, map(lock_line, locks), SHOWN_LOCKS, f"{run} locks")
+    lines += list_cut(talk, map(task_line, tasks), SHOWN_TASKS, f"{run} task list")
     return "\n".join([*lines, introduction()])
-
-
-def _standing_lines(state: Json, unread: list[str]) -> list[str]:
-    """What an agent holds, owes and waits for, as commands with a comment, which may be cut."""
-    run, me, waits = program(), state["agent_id"], []
-    for one in state["waits_for"]:
-        asked = f"m{one['seq']} of {age_of(one['timestamp'])}: {message_words(one)}"
-        waits.append(f"{', '.join(one['waiting_for'])} to answer {asked}")
-    waits += [f"a lock on {', '.join(paths)}" for paths in state["lock_waits"]]
-    tasks = [task_line(task).partition(" ") for task in state["tasks"]]  # which begins with its id
-    locks = [(" ".join(map(shell_quote, lock["paths"])), lock_line(lock).partition(" ")[2]) for lock in state["locks"]]
-    owes = [message_line(one, me).partition(" ") for one in state["owes"] if one["id"] not in unread]  # it, too
-    sections = (
-        ("Your tasks; when one is done:", [f'{run} task complete {id} "…" # {line}' for id, _, line in tasks]),
-        ("Your locks; to give one back:", [f"{run} unlock {paths} # {line}" for paths, line in locks]),
-        ("You owe an answer:", [f'{run} reply {id} "…" # {line}' for id, _, line in owes]),
-        ("You wait for:", waits),
-        ("Your channels:", [", ".join(state["channels"])] if state["channels"] else []),
-    )
-    return [line for title, rows in sections for line in _list_cut(title, rows, SHOWN_TASKS, f"{run} status")]
 
 
 def introduction() -> str:
@@ -14110,7 +14046,7 @@ class Hook:
                 return
         if self.args.auto_lock and not any(lock["remaining"] > AUTO_LOCK_SECONDS for lock in locks):
             try:
-                client.lock([exact_pattern(names[0])], AUTO_LOCK_SECONDS, note="editing", auto_renew=False)
+                client.lock([exact_pattern(names[0])], ttl=AUTO_LOCK_SECONDS, note="editing", auto_renew=False)
             except LockHeld as error:  # another agent was quicker
                 self.show(harmless(indented(f"agenthub: {error.message}")))
 

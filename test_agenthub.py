@@ -11335,10 +11335,12 @@ def test_status_says_where_one_stands_in_few_lines(live: object) -> None:
     lines = run("status", "--as", "alpha").splitlines()
     assert re.fullmatch(r"http://\S+ is ok, agenthub \S+, 2 agents, 0 connected", lines[0])
     assert lines[1] == "you are alpha, 2 unread; in #build"
-    assert re.match("you hold task pr7 accepted by alpha", lines[2]) and " alpha exclusive src, " in lines[3]
-    assert re.fullmatch(r"beta waits for your answer to m\d+, \d+ s ago: is main green\?", lines[4])
-    assert re.fullmatch(r"beta owes you an answer to m\d+, \d+ s ago: and yours\?", lines[5])
-    assert lines[6:] == [f"next: {ah.program()} recv --as alpha"]
+    titles = ["Your tasks; when one is done:", "Your locks; to give one back:", "You owe an answer:", "You wait for:"]
+    assert lines[2::2] == [*titles, f"next: {ah.program()} recv --as alpha"]
+    assert re.fullmatch(r'  .* task complete pr7 "…" # accepted by alpha until \S+ unless .*: review PR 7', lines[3])
+    assert re.fullmatch(r"  .* unlock src # alpha exclusive src, \S+ \w+ left, token 1", lines[5])
+    assert re.fullmatch(r'  .* reply m\d+ "…" # beta asks, \d+ s ago: is main green\?', lines[7])
+    assert re.fullmatch(r"  beta to answer m\d+ of \d+ s ago: and yours\?", lines[9])
     wire = json.loads(run("status", "--as", "alpha", "--json"))
     assert (wire["status"], wire["tasks"][0]["task_id"], len(wire["owes"])) == ("ok", "pr7", 1)
 
@@ -11374,9 +11376,9 @@ def test_asking_replying_tracing_and_finding_from_the_shell(live: object) -> Non
     line = hub.here("recv", "--as", "alpha", "--wait", "30").stdout
     id = re.search(r"(?m)^(m\d+) beta asks, \d+ s ago: is main green\?$", line)[1]
     assert re.search(
-        rf"beta waits for your answer to {id}, \d+ s ago: is main green", hub.here("status", "--as", "alpha").stdout
+        rf'reply {id} "…" # beta asks, \d+ s ago: is main green', hub.here("status", "--as", "alpha").stdout
     )
-    assert f"alpha owes you an answer to {id}, " in hub.here("status", "--as", "beta").stdout
+    assert f"alpha to answer {id} of " in hub.here("status", "--as", "beta").stdout
     assert re.fullmatch(r"m\d+ pushed to beta\n", hub.here("reply", id, "yes", "--as", "alpha").stdout)
     assert re.search(r"^m\d+ alpha answers, \d+ s ago: yes\n$", asking.communicate(timeout=30)[0])
     assert asking.returncode == 0
@@ -12666,7 +12668,7 @@ def test_long_mail_is_cut_and_what_has_no_room_stays_unread(hooked: LiveHub) -> 
     assert [short in text for short in shorts] == [True, False, False, False]
     assert [envelope["id"] for envelope in hooked.client("alpha").messages(unread=True)] == ids[1:]
     text = shown(run_hook(hooked, "Stop"))
-    (read,) = re.findall(rf"all: {re.escape(ah.program())} ({shorts[1]})\)", text)
+    (read,) = re.findall(rf"all: {re.escape(ah.program())} ({shorts[1]}) --as alpha\)", text)
     assert json.loads(hooked.here(*read.split(), "--as", "alpha").stdout)["message"] == texts[1]
     rest = shown(run_hook(hooked, "PostToolUse")) if "the last" not in text else text
     assert rest.endswith(" s ago: the last") and run_hook(hooked, "Stop") == {}
