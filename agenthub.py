@@ -818,32 +818,6 @@ def normal_path(text: str) -> str:
     return root + "/".join(parts) + ("/" if folder else "") or "."
 
 
-def project_root(folder: str) -> str:
-    """The root of the project that a folder is in: the folder with version control that it is in, or itself."""
-    root = folder = os.path.abspath(folder)
-    while not any(os.path.exists(os.path.join(root, name)) for name in (".git", ".hg", ".jj", ".svn")):
-        if root == os.path.dirname(root):
-            return folder
-        root = os.path.dirname(root)
-    return root
-
-
-def project_path(path: str, folder: str, root: str, resolve: Callable[[str], str] = os.path.realpath) -> str:
-    """How locks name a path or glob, however it is written by one who stands in `folder`: relative to the project's
-    root, with links resolved; absolute if it lies outside; `/` is the whole project. Raises ValueError."""
-    if path == "/":
-        return "."
-    parts = normal_path(os.path.join(os.path.abspath(folder), path) if path.strip() else "").split("/")
-    literal = next((i for i, part in enumerate(parts) if _WILD.search(part)), len(parts))
-    head, inside = resolve("/".join(parts[:literal]) or "/"), os.path.join(resolve(root), "")
-    whole = os.path.join(head, *parts[literal:])
-    if not f"{whole}/".startswith(inside):
-        if inside.startswith(os.path.join(head, "")):
-            raise ValueError(f"a path in the project, which is {inside}, or beside it, and not above it")
-        return whole
-    return whole[len(inside) :] or "."
-
-
 def exact_pattern(path: str) -> str:
     """The pattern that only this path matches."""
     return _WILD.sub(lambda match: f"[{match[0]}]", path)
@@ -10628,6 +10602,32 @@ def state_folder(kind: str) -> str:
     return folder
 
 
+def project_root(folder: str) -> str:
+    """The root of the project that a folder is in: the folder with version control that it is in, or itself."""
+    root = folder = os.path.abspath(folder)
+    while not any(os.path.exists(os.path.join(root, name)) for name in (".git", ".hg", ".jj", ".svn")):
+        if root == os.path.dirname(root):
+            return folder
+        root = os.path.dirname(root)
+    return root
+
+
+def project_path(path: str, folder: str, root: str, resolve: Callable[[str], str] = os.path.realpath) -> str:
+    """How locks name a path or glob, however it is written by one who stands in `folder`: relative to the project's
+    root, with links resolved; absolute if it lies outside; `/` is the whole project. Raises ValueError."""
+    if path == "/":
+        return "."
+    parts = normal_path(os.path.join(os.path.abspath(folder), path) if path.strip() else "").split("/")
+    literal = next((i for i, part in enumerate(parts) if _WILD.search(part)), len(parts))
+    head, inside = resolve("/".join(parts[:literal]) or "/"), os.path.join(resolve(root), "")
+    whole = os.path.join(head, *parts[literal:])
+    if not f"{whole}/".startswith(inside):
+        if inside.startswith(os.path.join(head, "")):
+            raise ValueError(f"a path in the project, which is {inside}, or beside it, and not above it")
+        return whole
+    return whole[len(inside) :] or "."
+
+
 def named_session() -> str:
     """The session that a coding agent names to the programs it runs; empty where it names none."""
     return next(filter(None, map(os.environ.get, SESSION_VARIABLES)), "")
@@ -10645,6 +10645,7 @@ class Identity:
     folder = ""  # that the agent works in; empty: where the command is run
     keeps = False  # whether an agent that was chosen is saved, too
     tells_new = True  # whether to say on stderr who the caller is from now on
+    is_quiet = False  # a hook that complains would do so a hundred times a day
 
     def __init__(self, args: argparse.Namespace, session: str = "", patience: float = RETRY_SECONDS) -> None:
         self.session = session or named_session()
@@ -10776,7 +10777,8 @@ class Identity:
         return state if whole else {}
 
     def _tell(self, text: str) -> None:
-        say(text)
+        if not self.is_quiet:
+            say(text)
 
     def _tell_new(self, answer: Json) -> None:
         """Say who the caller is, after a command has registered it: the name may be mistyped."""
@@ -11187,11 +11189,9 @@ def fields_text(answer: Json) -> str:
 
 def no_hub_guide(url: str) -> Json:
     """The guide where no hub answers, and as `start` the command that starts one: there, or else on this machine."""
-    start, here = "serve", re.fullmatch(r"http://(?:localhost|127\.0\.0\.1):(\d+)", url)
-    if url.startswith("unix:"):
-        start = f"serve --unix {shell_quote(url[5:])}"
-    elif here and url != DEFAULT_URL:
-        start = f"serve --port {here[1]}"
+    port = re.fullmatch(r"http://(?:localhost|127\.0\.0\.1):(\d+)", url)
+    start = f"serve --port {port[1]}" if port and url != DEFAULT_URL else "serve"
+    start = f"serve --unix {shell_quote(url[5:])}" if url.startswith("unix:") else start
     typed = program()
     lines = [f"agenthub {VERSION}: no hub answers at {url}.", ""]
     lines += ["Start one on this machine (it keeps its store in your data folder):", f"    {typed} {start} &"]
@@ -11385,7 +11385,7 @@ def operation_line(
     text: Callable[[Json], str] = fields_text,
     help: str = "",
     example: str = "",
-    nothing: str | Callable[[argparse.Namespace], str] = "there is nothing",
+    nothing: str = "there is nothing",
     command: str = "",
     lines: dict[str, command_line] = COMMAND_LINES,
     **helps: str,
@@ -11418,10 +11418,7 @@ def operation_line(
         ask = functools.partial(identity.client.request, operation, **values)
         registers = operation.actor and operation.default_actor is None
         answer = identity.act(lambda client: ask()) if registers else ask()
-        if not operation.items:
-            show(args, answer, text)
-            return
-        show_all(args, answer, text, nothing if isinstance(nothing, str) else nothing(args))
+        show_all(args, answer if operation.items else [answer], text, nothing)
 
     name, example = " ".join(word for word in words if not word.isupper()), example or operation.command
     line = command_line(name, help or operation.summary, _arguments, example=f"agenthub {example}")
@@ -11684,10 +11681,7 @@ def _search_command(args: argparse.Namespace) -> None:
     show_mail(args, envelopes, message_line, "nothing you sent or got holds that")
 
 
-@command_line("trace", "what became of a message", example="agenthub trace m42")
-@argument("id", "the message's id, as send prints it")
-def _trace_command(args: argparse.Namespace) -> None:
-    traced = Identity(args).act(lambda client: client.trace(args.id))
+def _trace_text(traced: Json) -> str:
     via = f" via {traced['via']}" if "via" in traced else ""
     chosen = f", id {traced['id']}" if not _MADE.fullmatch(traced["id"]) else ""
     about = f"m{traced['seq']} ({traced['type']}) from {traced['from']} {age_of(traced['timestamp'])}"
@@ -11698,7 +11692,11 @@ def _trace_command(args: argparse.Namespace) -> None:
         ways = {step: f" ({row[step + '_via']})" if step + "_via" in row else "" for step in steps}
         times = [f"{step} {row[step][:23].replace('T', ' ').removeprefix(day)}{ways[step]}" for step in steps]
         lines.append(f"  {row['agent_id']} is {row['state']}: {', '.join(times) or 'nothing yet'}")
-    show(args, traced, "\n".join(lines if traced["trace"] else [*lines, "  it reached nobody"]))
+    return "\n".join(lines if traced["trace"] else [*lines, "  it reached nobody"])
+
+
+_ITS_ID = "the message's id, as send prints it"
+operation_line(Operations.trace, _trace_text, "what became of a message", "trace m42", command="trace ID", id=_ITS_ID)
 
 
 @command_line(
@@ -11860,14 +11858,10 @@ def _propose_command(args: argparse.Namespace) -> None:
     show(args, Identity(args).act(lambda client: client.propose(args.to, message, args.id, **more)), task_text)
 
 
-@command_line("task list", "the board of tasks", example="agenthub task list --state open")
-@arguments(from_operation(Operations.tasks, "state", "holder", "proposer"), NEWEST)
-@argument("--mine", "only those that you hold", action="store_true")
-def _tasks_command(args: argparse.Namespace) -> None:
-    client = Identity(args).client
-    holder = client.agent_id or OPERATOR if args.mine else args.holder
-    tasks = client.tasks(args.state, holder, args.proposer, args.limit)
-    show_all(args, tasks, task_line, 'no such task: `agenthub task propose ALL "…"` makes one')
+_BOARD_EMPTY = 'no such task: `agenthub task propose ALL "…"` makes one'
+operation_line(
+    Operations.tasks, task_line, "the board of tasks", "task list --state open", _BOARD_EMPTY, command="task list"
+)
 
 
 @command_line("task next", "take the best open task that you can do", example="agenthub task next --wait 60")
@@ -13449,20 +13443,17 @@ CLIENT_ARGUMENTS = (
 def help_text(first: str = "") -> str:
     """All commands by what they are for, or those whose name begins with that word."""
     rows = command_lines(first or None)
+    helps = {name if first else name.partition(" ")[0]: row.help for name, row in rows.items()}
+    topics, examples = {topic: names.split() for topic, names in TOPICS.items()}, FIRST_EXAMPLES
+    topics["More"] = sorted(helps.keys() - {*itertools.chain(*topics.values())})
     if first:
-        topics, helps, examples = {GROUPS[first]: list(rows)}, {name: row.help for name, row in rows.items()}, []
-    else:
-        helps = {name.partition(" ")[0]: row.help for name, row in rows.items()} | GROUPS
-        listed = {topic: names.split() for topic, names in TOPICS.items()}
-        topics, examples = (
-            listed | {"More": sorted(helps.keys() - {*itertools.chain(*listed.values())})},
-            FIRST_EXAMPLES,
-        )
+        topics, examples = {GROUPS[first]: list(rows)}, [row.example for row in list(rows.values())[:3]]
+    helps |= GROUPS
     lines = [f"usage: {program()} {first or 'COMMAND'} …", ""]
     for topic, names in topics.items():
         lines += [f"{topic}:", *(f"  {name:<14} {helps[name]}" for name in names), ""] if names else []
-    shown = examples or [row.example for row in list(rows.values())[:3]]
-    return "\n".join([*lines, "Examples:", *(f"  {spelt(example)}" for example in [*shown, "agenthub COMMAND --help"])])
+    every = [*examples, "agenthub COMMAND --help"]
+    return "\n".join([*lines, "Examples:", *(f"  {spelt(example)}" for example in every)])
 
 
 def read_command(words: list[str]) -> argparse.Namespace:
@@ -13755,6 +13746,8 @@ class SessionIdentity(Identity):
 class HookIdentity(SessionIdentity):
     """Who a session is: its hooks, shell and MCP server are one agent, as is the session that replaces it."""
 
+    is_quiet = True
+
     def __init__(self, args: argparse.Namespace, event: Json) -> None:
         self.keeps = True  # also where --as or AGENTHUB_AGENT named the agent: the session's shell sees neither
         self.named, args.identity = args.identity, None  # --as only names a new session, not one that is registered
@@ -13765,9 +13758,6 @@ class HookIdentity(SessionIdentity):
         self.client.timeout = max(HUNG_SECONDS, args.within)
         about = present(process=session_process(), source=event.get("source"))
         self.work_in(self.folder, session_id=session, **about)
-
-    def _tell(self, text: str) -> None:
-        """Print nothing: a hook that complains would do so a hundred times a day."""
 
     def is_introduced(self) -> bool:
         """Whether the session has been shown the introduction since it began, or its context was compacted."""
@@ -14300,16 +14290,12 @@ class Stdio:
                 self._identity.register()
         self._join(request.client)
         if request.is_tool and request.name == "lock":
-            self._name_paths(typed_at(dict, request.params, "arguments"))
+            arguments = typed_at(dict, request.params, "arguments")
+            paths = [arguments["paths"]] if typed_at(str, arguments, "paths") else typed_at(list, arguments, "paths")
+            if paths and all(isinstance(path, str) for path in paths):
+                arguments["paths"] = self._identity.lock_paths(paths)
         with instead_of_waiter(self._identity.client) if request.is_tool else contextlib.nullcontext():  # may read mail
             return self._ask_hub(request)
-
-    def _name_paths(self, arguments: Json) -> None:
-        """Have paths in the arguments of a tool by the names that hooks and the command line have for them."""
-        paths = arguments.get("paths")
-        paths = [paths] if isinstance(paths, str) else paths
-        if isinstance(paths, list) and all(isinstance(path, str) for path in paths):
-            arguments["paths"] = self._identity.lock_paths(paths)
 
     def _ask_hub(self, request: StdioRequest) -> Json | None:
         """The hub's answer. An agent that it has forgotten registers again, once. What it has not got, or may get
