@@ -5317,7 +5317,7 @@ class Operations:
     def send(
         call: Call, to: Recipients, message: Payload, type: OwnType = None, **more: Unpack[Sending]
     ) -> Response | Command:
-        """Send a message. What was pushed is known, and in the answer, only when that leaves."""
+        """Send any JSON value, and return the receipt; what was pushed is known only when that leaves."""
         inner = message.get("type") if isinstance(message, dict) else None
         kind = type or (inner if inner is not None and not TYPE.refusal(inner) else "")
         if kind == "heartbeat" and call.agent_id != GUEST:  # which has no life to show a sign of
@@ -9833,16 +9833,7 @@ class ClientBase(Operations):
 
     # messages
 
-    @client_method
-    async def send_message(
-        self, to: str | Sequence[str], message: Any, type: str | None = None, one: bool = False, **more: Unpack[Sending]
-    ) -> Json:
-        """Send any JSON value and return the receipt. Safe to repeat: a message without an id gets one here. After
-        `ttl` seconds nobody gets it any more, before `delay` seconds nobody gets it yet. With `one` (deliver="one") it
-        is for one of the group in `to`: if that one does not acknowledge it in `lease` seconds, the next gets it."""
-        if one:
-            more["deliver"] = "one"
-        return cast(Json, await self._ask(Operations.send, (to, message, type), cast(Json, more)))
+    send_message = Operations.send
 
     @client_method
     async def reply(self, to: Json | str, message: Any, type: str | None = "response", id: str | None = None) -> Json:
@@ -11556,8 +11547,8 @@ def _register_command(args: argparse.Namespace) -> None:
 def _send_command(args: argparse.Namespace) -> int:
     message = read_text(args.text, args.json_message)
     names = ("id", "reply_to", "ttl", "delay", "lease", *Operations.send.shown)
-    more = cast(Sending, {name: getattr(args, name) for name in names})
-    receipt = Identity(args).act(lambda client: client.send_message(args.to, message, args.type, args.one, **more))
+    more = cast(Sending, {name: getattr(args, name) for name in names} | {"deliver": "one" if args.one else None})
+    receipt = Identity(args).act(lambda client: client.send_message(args.to, message, args.type, **more))
     is_heartbeat = "recipients" not in receipt
     show(args, receipt, f"alive at {receipt['last_heartbeat']}" if is_heartbeat else _sent_text)
     about_task = (args.type or "").startswith("task_")  # which is on the board, whoever is there to hear of it

@@ -10340,7 +10340,7 @@ def test_the_blocking_client_shares_work_in_the_routes_words(shared_hub: LiveHub
     assert [n["key"] for n in b.notes("share/")] == ["share/wall"] and b.delete_note("share/wall", if_version=1)[
         "version"
     ] == 2
-    job = b.send_message("@paint", "spot", one=True, lease=30)
+    job = b.send_message("@paint", "spot", deliver="one", lease=30)
     assert job["recipients"][0]["agent_id"] == "@paint", "share-a is away"
 
 
@@ -11756,7 +11756,7 @@ def test_workers_that_die_leave_their_jobs_to_others_and_each_is_done(live: obje
         return {line["state"] for receipt in receipts for line in boss.trace(receipt["message_id"])["trace"]}
 
     for _ in range(3):
-        receipts += [boss.send_message("@dig", len(receipts) + n, one=True, lease=0.5) for n in range(3)]
+        receipts += [boss.send_message("@dig", len(receipts) + n, deliver="one", lease=0.5) for n in range(3)]
         if len(receipts) == 3:
             until(lambda: states() == {"acknowledged"})
     assert [receipt["recipients"][0]["agent_id"] for receipt in receipts[:6]] == ["w1", "w2", "w3"] * 2
