@@ -3352,8 +3352,7 @@ class Hub:
             seconds = max(1, math.ceil((ends - at) / 1000))
             why = f' for "{lock.note}"' if lock.note else ""
             words = f"{shown_path(mine)} is locked by {lock.agent_id} ({lock.mode}, {shown_path(theirs)}){why}"
-            words += f" until {timestamp(ends)}"
-            words += f", in {seconds} s"
+            words += f" until {timestamp(ends)}, in {seconds} s"
             details = {"holder": lock.agent_id, "pattern": theirs, "path": mine, "expires_at": timestamp(ends)}
             details |= {"mode": lock.mode, "retry_after": seconds}
         fix = "`lock` it with a wait, lock other paths, or write to its holder"
@@ -10162,17 +10161,9 @@ class ClientBase(Operations):
                 text = dump(fields).encode()
         except ValueError as error:
             raise InvalidRequest(f"this can't be sent as JSON: {error}") from None
-        pairs = (
-            ()
-            if in_body
-            else [
-                f"{name}={quote(dump(v) if v is True or v is False else str(v))}"
-                for name, v in fields.items()
-                if v is not None
-            ]
-        )
-        if pairs:
-            path = f"{path}?{'&'.join(pairs)}"
+        texts = {name: dump(v) if isinstance(v, bool) else str(v) for name, v in fields.items() if v is not None}
+        if texts and not in_body:
+            path += "?" + "&".join(f"{name}={quote(text)}" for name, text in texts.items())
         head = f"{method} {path} HTTP/1.1\r\nHost: {self._host}\r\n"
         if token := (self.token or self.key) if token is None else token:
             head += f"Authorization: Bearer {token}\r\n"
@@ -10484,10 +10475,6 @@ class AgentClient(ClientBase):
         """What happens in the hub, as it happens: `async for event in agent.watch()`; as with `Client.watch`."""
         return self._receive(Operations.watch_events)
 
-    def changes(self, uris: Sequence[str]) -> AsyncGenerator[str, None]:
-        """The URIs of resources as they change: `async for uri in agent.changes(uris)`; as with `Client.changes`."""
-        return self._changing(uris)
-
     def carry_out(
         self, function: Callable[..., Coroutine[Any, Any, R]], /, *args: Any, **named: Any
     ) -> Coroutine[Any, Any, R]:
@@ -10515,9 +10502,8 @@ class AgentClient(ClientBase):
             if address.path:
                 opening = asyncio.open_unix_connection(address.path)
             else:
-                opening = asyncio.open_connection(
-                    address.host, address.port, ssl=self.tls_context if address.tls else None
-                )
+                tls = self.tls_context if address.tls else None
+                opening = asyncio.open_connection(address.host, address.port, ssl=tls)
             most = self.timeout if address.tls else CONNECT_SECONDS
             return AsyncConnection(*await asyncio.wait_for(opening, most))
         except (OSError, asyncio.TimeoutError) as error:
@@ -12297,11 +12283,12 @@ class ListenAddress:
             number = error.errno or 0
             why = os.strerror(number) if number > 0 else error.strerror or error  # not the words of asyncio
             raise HubError(f"can't listen on {where} ({why}): {instead}") from None
-        here = ANYWHERE.get(self.host, self.host)
+        here, scheme = ANYWHERE.get(self.host, self.host), "https" if tls else "http"
         there = self.names[0] if tls and self.names else self.host  # a certificate is for a name
         if there in ANYWHERE:
             there = outward_address(there)
-        return _web_url(here, port, tls is not None), _web_url(there, port, tls is not None)
+        names = [f"[{host}]" if ":" in host else host for host in (here, there)]
+        return f"{scheme}://{names[0]}:{port}", f"{scheme}://{names[1]}:{port}"
 
     def _bind(self) -> socket.socket:
         """The Unix socket, for this user only from its first moment on. One that a killed hub left is replaced."""
@@ -12325,10 +12312,6 @@ class ListenAddress:
         with contextlib.suppress(OSError):
             if self._inode and os.lstat(self.path).st_ino == self._inode:
                 os.unlink(self.path)
-
-
-def _web_url(host: str, port: int, tls: bool) -> str:
-    return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def outward_address(host: str) -> str:
