@@ -5426,9 +5426,8 @@ class Operations:
         """A message's envelope and, as `trace`, what became of it with each recipient and when."""
         receipt = call.api.find(message_id)
         if receipt is None:
-            raise NotFound(
-                f"no message `{message_id}` is kept here (any more): take an id that send, recv or history shows"
-            )
+            fix = "take an id that send, recv or history shows"
+            raise NotFound(f"no message `{message_id}` is kept here (any more): {fix}")
         if call.agent_id not in (OPERATOR, receipt.message.sender, *receipt.inboxes):
             raise Forbidden(f"only its sender and its recipients may see or answer it: `{call.agent_id}` is neither")
         message = receipt.message
