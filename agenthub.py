@@ -12641,8 +12641,7 @@ def own_command(cache: str, *words: str, module: bool = True) -> Json:
     """The arguments of Popen that run a command of this program, whatever the environment says: as a module, which is
     kept compiled (in `cache`, where no folder is set for that), or as a script, which Python compiles each time."""
     folder, file = os.path.split(os.path.abspath(__file__))
-    env = {k: v for k, v in os.environ.items() if k not in ("PORT", "PYTHONDONTWRITEBYTECODE")}
-    env = {k: v for k, v in env.items() if not k.startswith("AGENTHUB_")}
+    env = {k: v for k, v in os.environ.items() if not re.match("PORT$|PYTHONDONTWRITEBYTECODE$|AGENTHUB_", k)}
     env = {"PYTHONPYCACHEPREFIX": cache} | env | {"XDG_STATE_HOME": cache}
     how = ["-m", file.removesuffix(".py")] if module else [file]
     return {"args": [sys.executable, *how, *words], "cwd": folder, "env": env}
@@ -13501,6 +13500,7 @@ def usage_error(row: command_line, words: list[str], said: str) -> HubError:
     elif kind == "unrecognized arguments":
         said = f"{refused_value(word)} is one word too many: quote what belongs together"
     elif kind.startswith("argument "):
+        word = re.sub("^ignored explicit argument .*", "takes no value", word)
         said = f"{kind.removeprefix('argument ')} {word}".replace("expected one argument", "needs a value")
     return Misuse(f"{row.name}: {said}", **usage_of(row))
 

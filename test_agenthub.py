@@ -11128,6 +11128,8 @@ def test_a_size_has_a_unit_or_is_in_bytes(text: str, size: float) -> None:
     ("recv --wait soon", 'recv: --wait must be a duration such as 90s, 30m, 2h or 1d, not "soon"', "recv --wait 60"),
     ("recv --limit 0", 'recv: --limit must be a whole number, 1 or more, not "0"', "recv --wait 60"),
     ("recv --limit", "recv: --limit needs a value", "recv --wait 60"),
+    ("recv --limit --peek", "recv: --limit needs a value", "recv --wait 60"),
+    ("recv --peek=1", "recv: --peek takes no value", "recv --wait 60"),
     ("task propose ALL x --priority 500", "--priority must be a whole number from -100 to 100", "task propose ALL"),
     ("task list --state odd", "--state must be one of blocked, open", "task list --state open"),
     ("serve --max-message 1X", '--max-message must be a size such as 500KiB, 1MiB or 2GiB, not "1X"', "serve --port"),
@@ -11147,6 +11149,21 @@ def test_a_mistyped_command_is_answered_with_how_to_do_it(
     error = json.loads(capsys.readouterr().err)["error"]
     assert (error["code"], error["exit_status"]) == ("misuse", 2) and said in error["message"]
     assert error["example"].startswith(f"{ah.program()} {example}")
+
+
+def test_words_are_read_as_options_and_places_wherever_they_stand() -> None:
+    read = lambda typed: ah.read_command(shlex.split(typed))
+    args = read("send --type note alpha --ttl=2m 'is it' - -5 --one 'it --is'")
+    assert (args.to, args.text, args.type) == ("alpha", ["is it", "-", "-5", "it --is"], "note")
+    assert (args.ttl, args.one) == (120, True)
+    assert read("send a,b -- --as me").text == ["--as", "me"] and read("send a,b x").to == ["a", "b"]
+    args = read("lock src lib --wait 5 -- make --json")
+    assert (args.paths, args.wait, args.command, args.json) == (["src", "lib"], 5, ["make", "--json"], False)
+    assert read("lock src").command == read("unlock").what == [] and read("status --set ''").set == ""
+    assert read("register --capability a --capability b").capability == ["a", "b"] and read("register").id is None
+    assert [read(f"hook Stop {words}").wait for words in ("", "--wait", "--wait 5")] == [None, ah.WAITER_SECONDS, 5]
+    assert read("task propose ALL x --priority -5").priority == -5 and read("install claude --project").project
+    assert read("task accept m1").message == [] and read("task accept m1 on it").message == ["on", "it"]
 
 
 def test_limits_are_durations_and_sizes_and_help_says_so_without_reasons(capsys: pytest.CaptureFixture) -> None:
