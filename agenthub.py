@@ -10961,23 +10961,12 @@ def value_text(value: Any) -> str:
     return value if isinstance(value, str) else dump(value)
 
 
-_SAID = {  # by the type of a message: what its sender does with it, {} being the task it is about
-    "message": "",
-    "broadcast": "",
-    "request": "asks",
-    "response": "answers",
-    "ping": "pings",
-    "ack": "has seen it",
-    "lock_wanted": "wants what you have locked",
-    "task_proposal": "proposes {}",
-    "task_accept": "took {}",
-    "task_complete": "completed {}",
-    "task_release": "gave {} back",
-    "task_cancel": "cancelled {}",
-    "task_fail": "failed at {}",
-    "task_progress": "is at work on {}",
-    "task_assign": "assigns {}",
-}
+# By the type of a message: what its sender does with it, {} being the task it is about.
+_SAID = {"message": "", "broadcast": "", "request": "asks", "response": "answers", "ping": "pings"}
+_SAID |= {"ack": "has seen it", "lock_wanted": "wants what you have locked", "task_proposal": "proposes {}"}
+_SAID |= {"task_accept": "took {}", "task_complete": "completed {}", "task_release": "gave {} back"}
+_SAID |= {"task_cancel": "cancelled {}", "task_fail": "failed at {}", "task_progress": "is at work on {}"}
+_SAID |= {"task_assign": "assigns {}"}
 _HUB_SAID = {"task_release": "has lost {}", "task_fail": "has lost {}", "task_cancel": "can't go on: {} is over"}
 _OF_THE_HUB = {"task_id", "lock_id", "path", "code", "message", "reason"}  # what objects of its own hold
 
@@ -11179,7 +11168,7 @@ def no_hub_guide(url: str) -> Json:
 
 _AFTER_MESSAGE = {  # by the type of the message; `about` is the message or task it answers, or else itself
     "task_proposal": ("task accept {about}", "task show {about}"),
-    **dict.fromkeys([type for type in _SAID if type.startswith("task_")][1:], ("task show {about}",)),
+    **dict.fromkeys(["task over", *[type for type in _SAID if type.startswith("task_")][1:]], ("task show {about}",)),
     "task_release": ("task show {about}", "task assign {about} AGENT"),
     "task_assign": ("task show {about}", 'task complete {about} "…"'),
     **dict.fromkeys(("error", "ack"), ("trace {reply_to}",)),
@@ -11224,10 +11213,7 @@ NEXT: dict[str, tuple[str, ...] | Callable[[Json], tuple[str, ...]]] = {
     **dict.fromkeys(("note set", "note list"), ("note get {key}",)),
     "register": ('status --set "…"', "agents", "recv --wait 60"),
     "ask": ("history --thread {thread}", 'send {from} "…"'),
-    "recv": lambda envelope: (
-        *(("task show {about}",) if "stale" in envelope else _AFTER_MESSAGE.get(envelope["type"], _REPLY)),
-        "recv --wait 60",
-    ),
+    "recv": lambda one: (*_AFTER_MESSAGE.get("task over" if "stale" in one else one["type"], _REPLY), "recv --wait 60"),
     "listen": lambda envelope: _AFTER_MESSAGE.get(envelope["type"], _REPLY),
     "agents": lambda row: () if row["me"] == row["agent_id"] else ('send {agent_id} "…"', 'ask {agent_id} "…"'),
     "trace": ("history --thread {thread}", "recv --wait 60"),
@@ -11718,30 +11704,18 @@ def _watch_command(args: argparse.Namespace) -> None:
 
 
 # What happened, as a sentence; an event that is not here, or lacks one of these fields, is shown by its fields.
-HAPPENED = {
-    "register": "{agent_id} came in",
-    "refresh": "{agent_id} registered again",
-    "active": "{agent_id} is active",
-    "offline": "{agent_id} is offline",
-    "status": "{agent_id} is at: {doing}",
-    "join": "{agent_id} joined {channel}",
-    "leave": "{agent_id} left {channel}",
-    "task_proposal": "{proposer} proposes {task}",
-    "task_open": "{task} is open",
-    "task_accept": "{holder} took {task}",
-    "task_complete": "{holder} completed {task}",
-    "task_cancel": "{task} is over: {reason}",
-    "task_wait": "{task} waits",
-    "task_release": "{task} is open again: {reason}",
-    "task_fail": "{task} is {state}: {reason}",
-    "task_progress": "{holder} goes on with {task}",
-    "task_assign": "{holder} was assigned {task}",
-    "lock": "{agent_id} locked {paths}",
-    "unlock": "{agent_id} has no lock on {paths} any more",
-    "note": "{agent_id} wrote note {key}, version {version}",
-    "missed": "{count} events were missed",
-    "counts": "{active} of {agents} agents active, {unread} messages unread, {open_tasks} tasks open, {locks} locks",
-}
+HAPPENED = {"register": "{agent_id} came in", "refresh": "{agent_id} registered again"}
+HAPPENED |= {"active": "{agent_id} is active", "offline": "{agent_id} is offline"}
+HAPPENED |= {"join": "{agent_id} joined {channel}", "leave": "{agent_id} left {channel}"}
+HAPPENED |= {"task_proposal": "{proposer} proposes {task}", "task_open": "{task} is open", "task_wait": "{task} waits"}
+HAPPENED |= {"task_accept": "{holder} took {task}", "task_progress": "{holder} goes on with {task}"}
+HAPPENED |= {"task_complete": "{holder} completed {task}", "task_assign": "{holder} was assigned {task}"}
+HAPPENED |= {"task_cancel": "{task} is over: {reason}", "task_fail": "{task} is {state}: {reason}"}
+HAPPENED |= {"task_release": "{task} is open again: {reason}", "missed": "{count} events were missed"}
+HAPPENED |= {"lock": "{agent_id} locked {paths}", "unlock": "{agent_id} has no lock on {paths} any more"}
+HAPPENED |= {"note": "{agent_id} wrote note {key}, version {version}", "status": "{agent_id} is at: {doing}"}
+_ALL_COUNTS = "{active} of {agents} agents active, {unread} messages unread, {open_tasks} tasks open, {locks} locks"
+HAPPENED["counts"] = _ALL_COUNTS
 
 
 def event_text(event: Json) -> str:
@@ -11798,12 +11772,10 @@ def _leave_command(args: argparse.Namespace) -> None:
     show(args, answer, text)
 
 
-@command_line("channels", "which channels there are, and who is in them", example="agenthub channels")
-@argument("channel", "only this one", nargs="?")
-def _channels_command(args: argparse.Namespace) -> None:
-    client = Identity(args).client
-    channels = [client.channel(args.channel)] if args.channel else client.channels()
-    show_all(args, channels, _channel_text, "there is no channel: `agenthub join '#name'` makes one")
+_NO_CHANNEL = "there is no channel: `agenthub join '#name'` makes one"
+operation_line(
+    Operations.channels, _channel_text, "the channels, and who is in them", "channels", _NO_CHANNEL, "channels"
+)
 
 
 @command_line("agents", "who is here", example="agenthub agents --all")

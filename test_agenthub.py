@@ -11517,9 +11517,10 @@ def test_teamwork_from_the_shell(live: object) -> None:
     run("send", "#build", "green", "--as", "beta")
     assert re.fullmatch(r"m\d+ beta to #build \d+ s ago: green\n", run("recv", "--as", "alpha"))
     assert re.fullmatch(r"m\d+ beta to #build \d+ s ago: green\n", run("history", "#build", "--as", "beta"))
-    assert "#build last message 20" in run("channels") and json.loads(run("channels", "build", "--json"))[
-        "members"
-    ] == ["alpha", "beta"]
+    assert "#build last message 20" in run("channels") and json.loads(run("channels", "--json"))["members"] == [
+        "alpha",
+        "beta",
+    ]
     assert (
         run("leave", "#build", "--as", "beta") == "left #build\n"
         and run("leave", "#build", "--as", "beta") == "you were not in #build\n"
