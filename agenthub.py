@@ -291,7 +291,7 @@ STOP_SECONDS = 1.5  # a clean end takes no longer than this, whatever the client
 CONNECT_SECONDS = 2  # for a connection to be taken, which the system does for a hub that is busy
 ANSWER_SECONDS = 10  # for the first byte of an answer that waits for nothing: a disk that stalls is back by then
 RETRY_SECONDS = 10  # how long clients try again after a connection broke in mid-call, before they give up
-GC_THRESHOLD = 50_000  # allocations between two looks for cycles: the hub makes few, and looking cost it 8 %
+GC_THRESHOLD = 10_000  # allocations between two looks for cycles: the hub makes few, and looking cost it 8 %
 BACKLOG = 4_096  # connections waiting to be accepted: a crowd reconnects at once after a restart, and one that finds
 # no room here tries again only a second later. It is what Linux allows by itself
 ACCEPTS = 8  # of them in one turn: all are open before the first can be refused, and descriptors may be scarce
@@ -816,32 +816,6 @@ def normal_path(text: str) -> str:
     root = "/" if text.startswith("/") and parts else ""
     folder = bool(parts) and text.endswith("/") and bool(_WILD.search(parts[-1]))  # else that says nothing more
     return root + "/".join(parts) + ("/" if folder else "") or "."
-
-
-def project_root(folder: str) -> str:
-    """The root of the project that a folder is in: the folder with version control that it is in, or itself."""
-    root = folder = os.path.abspath(folder)
-    while not any(os.path.exists(os.path.join(root, name)) for name in (".git", ".hg", ".jj", ".svn")):
-        if root == os.path.dirname(root):
-            return folder
-        root = os.path.dirname(root)
-    return root
-
-
-def project_path(path: str, folder: str, root: str, resolve: Callable[[str], str] = os.path.realpath) -> str:
-    """How locks name a path or glob, however it is written by one who stands in `folder`: relative to the project's
-    root, with links resolved; absolute if it lies outside; `/` is the whole project. Raises ValueError."""
-    if path == "/":
-        return "."
-    parts = normal_path(os.path.join(os.path.abspath(folder), path) if path.strip() else "").split("/")
-    literal = next((i for i, part in enumerate(parts) if _WILD.search(part)), len(parts))
-    head, inside = resolve("/".join(parts[:literal]) or "/"), os.path.join(resolve(root), "")
-    whole = os.path.join(head, *parts[literal:])
-    if not f"{whole}/".startswith(inside):
-        if inside.startswith(os.path.join(head, "")):
-            raise ValueError(f"a path in the project, which is {inside}, or beside it, and not above it")
-        return whole
-    return whole[len(inside) :] or "."
 
 
 def exact_pattern(path: str) -> str:
@@ -1851,7 +1825,7 @@ class Table(dict[Any, V]):
 # Whose rate a request counts for: an `agent`, an `address`, the callers with the `key` from an address, or a `guess`.
 Payer = tuple[str, str]
 # Whether a message for these inboxes has a reason, being mere talk or not.
-Spares = Callable[[Message, tuple[str, ...], bool], bool]
+Spares = Callable[[Message, tuple[str, ...], tuple[Any, ...]], bool]
 
 
 def is_short(message: Message) -> bool:
@@ -1867,7 +1841,7 @@ def newer_half(table: dict[Any, V], most: int) -> dict[Any, V]:
 class Loop(NamedTuple):
     """What is a loop if it happens more than `most` times in `window` seconds. Messages are counted under `key` (the
     kind of loop, and whom or what it is between), from the time `since` on; one that does not count itself is refused
-    all the same. What is only `talk` is no loop between two agents that are at work on a task together."""
+    all the same. What is only `talk` of two agents is no loop where these are at work on a task together."""
 
     key: tuple[str | int, ...]
     most: float
@@ -1901,8 +1875,9 @@ class Pace:
         self._rates = {"agent": rates, "address": rates, "key": rates, "guess": (GUESS_RATE, GUESS_BURST)}
         self._buckets: dict[Payer, tuple[float, int]] = {}
         self._paces: dict[tuple[str | int, ...], tuple[int, ...]] = {}  # when that was counted, oldest first
-        # by pair of agents: who sent the last one, when, and whether they have answered each other
-        self._spoke: dict[tuple[str, str], tuple[str, int, bool]] = {}
+        # by pair of agents (in a group with its name), and by group: who sent the last one, when, and whether the two
+        # have answered each other
+        self._spoke: dict[tuple[str, ...], tuple[str, int, bool]] = {}
         self._worked: dict[str, int] = {}  # by agent: when it did more than talk
 
     def left(self, who: Payer, at: int) -> float:
@@ -1931,7 +1906,7 @@ class Pace:
 
     def guard(self, message: Message, to: str, inboxes: tuple[str, ...], at: int, spares: Spares) -> None:
         """Count a message. Raises LoopSuspected, and counts nothing, where there were too many like it, unless it
-        `spares` the message, which may be mere talk, because that has a reason."""
+        `spares` the message, which may be mere talk of a pair, because that has a reason."""
         if self.limits.loop_guard == NEVER:
             return
         if len(self._paces) > MAX_PACES or len(self._spoke) > MAX_PACES:
@@ -1943,9 +1918,8 @@ class Pace:
         if message.thread:
             keys = [("thread", message.thread, *sorted((sender, name))) for name in inboxes]
             loops += [Loop(key, self.limits.loop_guard, LOOP_WINDOW) for key in keys]
-        works, pair, talk = task or message.lease > 0 or sender == OPERATOR, None, False
-        if len(inboxes) == 1 and not works:
-            pair = (sender, inboxes[0]) if sender < inboxes[0] else (inboxes[0], sender)
+        works, talk = task or message.lease > 0 or sender == OPERATOR, False
+        if pair := () if works else self._pair(sender, to, inboxes):
             last, last_at, talk = self._spoke.get(pair, (sender, 0, False))
             talk = (talk or last != sender) and last_at > at - TURN_WINDOW * 1000
             loops += self._turns(pair, message, last != sender) if talk else ()
@@ -1954,14 +1928,25 @@ class Pace:
         self._paces.setdefault(same, (at,))
         if pair:
             self._spoke[pair] = (sender, at, talk)
+            if pair[2:]:
+                self._spoke[pair[2:]] = (sender, at, False)
             if talk and not is_short(message):
                 self._paces.pop(("short", *pair), None)
         elif works:
             self.work(at, sender, *(inboxes if sender == OPERATOR or len(inboxes) == 1 else ()))
 
-    def _turns(self, pair: tuple[str, str], message: Message, counts: bool) -> list[Loop]:
+    def _pair(self, sender: str, to: str, inboxes: tuple[str, ...]) -> tuple[str, ...]:
+        """The two that talk, sorted: sender and reader; in a group of more the sender, who spoke there last, and it."""
+        if len(inboxes) == 1:
+            return (sender, inboxes[0]) if sender < inboxes[0] else (inboxes[0], sender)
+        if not inboxes or to[0] == "[":  # a list is no group
+            return ()
+        last = self._spoke.get((to,), (sender,))[0]
+        return (sender, last, to) if sender < last else (last, sender, to)
+
+    def _turns(self, pair: tuple[str, ...], message: Message, counts: bool) -> list[Loop]:
         """A message by which one of two agents answers the other: models never repeat themselves literally."""
-        since, limits = max(self._worked.get(name, 0) for name in pair), self.limits
+        since, limits = max(self._worked.get(name, 0) for name in pair[:2]), self.limits
         loops = [Loop(("turns", *pair), limits.loop_turns, TURN_WINDOW, since, counts, talk=True)]
         if is_short(message):
             loops.append(Loop(("short", *pair), limits.loop_replies, TURN_WINDOW, since, counts, talk=True))
@@ -1975,7 +1960,7 @@ class Pace:
         for loop in loops:
             if times := paces.get(loop.key):
                 paces[loop.key] = times = times[bisect_right(times, max(at - loop.window * 1000, loop.since)) :]
-                if len(times) >= loop.most and not spares(message, inboxes, loop.talk):
+                if len(times) >= loop.most and not spares(message, inboxes, loop.key[1:3] if loop.talk else ()):
                     raise loop.refusal(message, to, times, at)
         for loop in loops:
             if loop.counts:
@@ -2701,10 +2686,9 @@ class Hub:
         fix = "wait until some are read, or ask the operator to raise --max-inbox"
         return InboxFull(f"{words}: {fix}", recipients=list(full))
 
-    def _has_reason(self, message: Message, inboxes: tuple[str, ...], talk: bool) -> bool:
-        """Whether a message may go where there were many like it: it answers an open request; or, being `talk`, it is
-        between an agent that holds a task and the one that proposed that."""
-        pair = (message.sender, *inboxes) if talk else ()
+    def _has_reason(self, message: Message, inboxes: tuple[str, ...], pair: tuple[Any, ...]) -> bool:
+        """Whether a message may go where there were many like it: it answers an open request; or, being the talk of a
+        pair, one of these holds a task that the other proposed."""
         held = [self.tasks[id] for name in pair for id in self.tasks.find("holder", name)]
         together = any(task.proposer in pair and task.proposer != task.holder for task in held)
         return together or self._answered(message, inboxes) is not None
@@ -3242,6 +3226,8 @@ class Hub:
                 self._end(task, at, f"{reason}, after {task.failed} tries", state)
                 return
         more = {"attempt": task.failed and task.failed + 1, "released_by": task.holder, "reason": step.words}
+        if task.to == dump(task.released_by):
+            reason += f"; it was proposed to nobody else, so {task.proposer} has to assign or cancel it"
         self._open(task._replace(reason=reason), at, "release" if how == "lost" else how, **more)
 
     def _lose(self, task: Task, at: int, reason: str) -> None:
@@ -5017,6 +5003,8 @@ class InboxQuery(NamedTuple):
             undo = make_command(Hub.unclaim, name, seqs, until)
         if seqs and (self.claim or wait):
             yield from do(Hub.push, (name,), seqs, "poll")
+        stale = {one.id: task_over(hub, one.reply_to or one.id) for one in messages if one.type == "task_proposal"}
+        extra += f',"stale":{dump(present(**stale))}' if any(stale.values()) else ""
         if self.claim:  # how many unread messages other readers have claimed, and until when at most
             ends = [until for seq, until in hub.mail(name).claims.items() if until > at and seq not in seqs]
             extra += f',"claimed":{len(ends)},"claimed_until":"{timestamp(max(ends))}"' if ends else ""
@@ -5319,7 +5307,7 @@ class Operations:
     def send(
         call: Call, to: Recipients, message: Payload, type: OwnType = None, **more: Unpack[Sending]
     ) -> Response | Command:
-        """Send a message. What was pushed is known, and in the answer, only when that leaves."""
+        """Send any JSON value, and return the receipt; what was pushed is known only when that leaves."""
         inner = message.get("type") if isinstance(message, dict) else None
         kind = type or (inner if inner is not None and not TYPE.refusal(inner) else "")
         if kind == "heartbeat" and call.agent_id != GUEST:  # which has no life to show a sign of
@@ -5429,7 +5417,8 @@ class Operations:
         """A message's envelope and, as `trace`, what became of it with each recipient and when."""
         receipt = call.api.find(message_id)
         if receipt is None:
-            raise NotFound(f"no message `{message_id}` is kept here (any more): check the id in the receipt")
+            fix = "take an id that send, recv or history shows"
+            raise NotFound(f"no message `{message_id}` is kept here (any more): {fix}")
         if call.agent_id not in (OPERATOR, receipt.message.sender, *receipt.inboxes):
             raise Forbidden(f"only its sender and its recipients may see or answer it: `{call.agent_id}` is neither")
         message = receipt.message
@@ -5843,6 +5832,8 @@ def draft_of(call: Call, to: str | Sequence[str], message: Any, kind: str, more:
     if reply_to and not parent and not known and reply_to not in api.hub.tasks:
         fix = "check the id in the message that you answer, or leave `reply_to` out"
         raise NotFound(f"`reply_to` names {reply_to}, and no such message is kept here (any more): {fix}")
+    if parent and kind in ("response", "error"):
+        check_answerer(call, parent)
     thread = (parent.message.thread or parent.message.id) if parent else reply_to
     draft = Message(0, id, kind, call.agent_id, "", payload, 0, reply_to, thread, expires_at, digest, call.via, due_at)
     for task_id in plan.depends_on:
@@ -5850,6 +5841,16 @@ def draft_of(call: Call, to: str | Sequence[str], message: Any, kind: str, more:
         if not known and task_id not in api.hub.tasks and api.find(task_id):
             raise InvalidRequest(f"`depends_on` names {task_id}, which is no task (any more): leave it out")
     return Draft(draft._replace(lease=lease, extra=extra), where, known, plan, bool(options.get("registered")))
+
+
+def check_answerer(call: Call, parent: Receipt) -> None:
+    """Raise Forbidden unless a message is the caller's to answer: it has sent or got it, or is in the group it was for.
+    An answer by others could be taken for that of whom the message was for."""
+    me, groups = call.agent_id, named_in(parent.message.to)
+    mine = me in (OPERATOR, parent.message.sender, *parent.inboxes, *parent.full)
+    if not mine and not any(call.api.hub.belongs(me, to) for to in groups):
+        words = f"`{me}` is neither its sender nor one of its recipients, and can't answer it"
+        raise Forbidden(f"{words}: leave `reply_to` out, and send a message of your own")
 
 
 def plan_of(call: Call, options: Json, inner: Json, expires_at: int) -> Plan:
@@ -5975,6 +5976,16 @@ def tasks_json(call: Call, tasks: list[Task], whole: bool = False) -> list[Json]
         row |= present(history=[step._asdict() | {"at": timestamp(step.at)} for step in steps])
         rows.append(row)
     return rows
+
+
+def task_over(hub: Hub, task_id: str) -> str:
+    """Why nobody can accept a task any more; empty where that is not so."""
+    task = hub.tasks.get(task_id)
+    if task is None:
+        return "over and forgotten"
+    if task.state in ("open", "blocked"):
+        return ""
+    return f"{task.state} by {task.holder}" if task.state in ("accepted", "completed") else task.reason or task.state
 
 
 def in_project(call: Call, paths: Sequence[str]) -> tuple[str, ...]:
@@ -6367,7 +6378,7 @@ _SHOWN = {
     "waiting": "agent_id=id paths",
     "notes": "key version agent_id=by size",
     "channels": "channel members",
-    "messages": "from to type reply_to task title attempt released_by reason redelivered waiting_for",
+    "messages": "from to type reply_to task title attempt released_by reason stale redelivered waiting_for",
     "receipt": "warning did_you_mean due_at duplicate",
 }
 # What became of a message, by the state of its delivery.
@@ -6434,6 +6445,8 @@ def _message_shown(call: McpCall, envelope: Json, offset: int = 0) -> Json:
     seldom["type"] = "" if envelope["type"] in ("message", "broadcast") else envelope["type"]
     if envelope["type"].startswith("task_"):
         task = about or _short(call, envelope["id"])
+        over = task_over(call.hub, envelope.get("reply_to") or envelope["id"])
+        seldom["stale"] = over if envelope["type"] == "task_proposal" else ""
         seldom |= {"title": envelope.get("task"), "reply_to": "", "task": task if task != id else ""}
     sent_at = seconds_at(envelope["timestamp"])
     if envelope["from"] == call.agent_id != envelope["to"]:
@@ -6489,6 +6502,8 @@ def _register_tool(call: McpCall, row: Row, values: Json) -> Steps[Json]:
     doing, wanted = values.pop("doing", None), values.get("agent_id") or call.agent_id
     if call.agent_id and wanted != call.agent_id and not call.may_name_itself:
         raise Forbidden(f"you are `{call.agent_id}` here, and this connection stays so: leave `id` out")
+    if not wanted and "name" not in values and (name := call.client_name()):
+        values["name"] = name
     if not wanted and "name" not in values:
         raise InvalidRequest("say who you are: give `id`, one of your choice, or `name`, to make it from")
     if values or not call.hub.known(wanted):
@@ -6577,6 +6592,8 @@ def _next_for(call: McpCall, envelope: Json) -> str:
     task = call.hub.tasks.get(envelope.get("reply_to") or envelope["id"])
     if envelope["type"] == "task_proposal" and task and task.state == "open":
         return f"task accept, id {task.short}, if you will do it"
+    if task and task.state == "open" and task.proposer == me and task.to == dump(task.released_by):
+        return f"task assign, id {task.short}, to another, or cancel it: it was proposed to nobody else"
     if envelope["type"] == "task_assign" and task and task.state == "accepted" and task.holder == me:
         return f"you hold task {task.short}: complete it, or release it"
     return ""
@@ -6648,7 +6665,8 @@ def _lock_tool(call: McpCall, row: Row, values: Json) -> Steps[Json]:
     every = {"all": True} if row is Operations.release_lock and not values else {}
     answer = yield from call_operation(call, row, **values, **every)
     if row is Operations.take_lock:
-        return {"state": "yours", **_pick("locks", answer | {"agent_id": ""})}
+        then = "lock release with the same paths, as soon as you are done"
+        return {"state": "yours", **_pick("locks", answer | {"agent_id": ""}), "next": then}
     if row is Operations.release_lock:
         freed = [path for lock in answer["released"] for path in lock["paths"]]
         return {"released": _first(freed)} | present(note="" if freed else "you held none of that")
@@ -6753,8 +6771,15 @@ class McpCall(Parked):
         self.quotes = False  # whether its answer has words of others
         self.headers: Headers = ()
         self.fresh: list[str] = []  # ids of the messages that this call shows, if it comes to its end
+        self.client_info = meta_of(self.params).get(META + "clientInfo")
         self.progress_token = meta_of(self.params).get("progressToken")  # of a client that wants to know how far it is
         self.end: Callable[[], None] = lambda: None
+
+    def client_name(self) -> str:
+        """What the client calls itself, in the handshake or in this request, as an agent's name; empty: nothing."""
+        info = self.session.client_info if self.session else self.client_info
+        name = info.get("name") if isinstance(info, dict) else None
+        return "".join(filter(str.isprintable, name)).strip()[:50] if isinstance(name, str) else ""
 
     def _run(self) -> Steps[Response]:
         """The steps of the whole answer."""
@@ -7001,7 +7026,8 @@ def _initialize(call: McpCall) -> Json:
     if not isinstance(wanted, str):
         raise RpcError(INVALID_PARAMS, "`protocolVersion` is missing: name the revision you speak")
     if call.api:
-        call.headers = (("Mcp-Session-Id", call.api.mcp.open_session(call.agent_id)),)
+        session_id = call.api.mcp.open_session(call.agent_id, call.params.get("clientInfo"))
+        call.headers = (("Mcp-Session-Id", session_id),)
     version = wanted if wanted in HANDSHAKE_VERSIONS else HANDSHAKE_VERSIONS[0]
     return {"protocolVersion": version, "serverInfo": _SERVER, **_HELLO}
 
@@ -7074,8 +7100,8 @@ class Subscription(NamedTuple):
 class McpSession:
     """A session of MCP's handshake revisions. `running` are its calls by id; `streams` end those that tell it news."""
 
-    def __init__(self, agent_id: str) -> None:
-        self.agent_id = agent_id
+    def __init__(self, agent_id: str, client_info: Any = None) -> None:
+        self.agent_id, self.client_info = agent_id, client_info
         self.uris: set[str] = set()
         self.shown: ShownTo = {}
         self.running: dict[object, McpCall] = {}
@@ -7129,12 +7155,12 @@ class McpEndpoint:
         self.sessions[id] = self.sessions.pop(id)
         return session
 
-    def open_session(self, agent_id: str) -> str:
+    def open_session(self, agent_id: str, client_info: Any = None) -> str:
         """Begin a session of that agent, or of one that is not known yet. Returns its id."""
         if len(self.sessions) >= MAX_SESSIONS:
             self.end_session(next(iter(self.sessions)))
         id = self.api.mint()
-        self.sessions[id] = McpSession(agent_id)
+        self.sessions[id] = McpSession(agent_id, client_info)
         return id
 
     def end_session(self, id: str) -> None:
@@ -9545,15 +9571,6 @@ def hub_address(url: str) -> HubAddress:
     return HubAddress(url, parts[2].strip("[]"), int(parts[3] or (443 if tls else 80)), tls=tls)
 
 
-class Locking(TypedDict, total=False):
-    """What else may be said of a lock; `reentrant`: not refused for locks of one's own."""
-
-    note: str | None
-    id: str | None
-    auto_renew: bool
-    reentrant: bool
-
-
 class client_method(ClientAttribute[P, R]):
     """A method of both clients, written once as a coroutine function: on an `AgentClient` it is just that, a `Client`
     runs it to its end. Other methods call it on the class."""
@@ -9568,6 +9585,17 @@ class client_method(ClientAttribute[P, R]):
     def bind(self, caller: ClientBase) -> Callable[..., Any]:
         """The method of a client, which calls the function in its way."""
         return functools.partial(caller.carry_out, self.function)
+
+
+def task_method(operation: Operation[Concatenate[str, P], R]) -> client_method[Concatenate[Json | str, P], R]:
+    """The method for an operation on a task: that is meant by its id, or by an envelope that proposed it."""
+
+    async def _method(client: ClientBase, task: Json | str, /, *args: P.args, **named: P.kwargs) -> R:
+        id = task if isinstance(task, str) else str(task.get("task_id") or task["id"])
+        return await client._do(operation, id, *args, **named)
+
+    _method.__name__, _method.__doc__ = operation.name, operation.handler.__doc__
+    return client_method(_method)
 
 
 # a connection of each client: errors are OSError and EOFError
@@ -9774,24 +9802,11 @@ class ClientBase(Operations):
         self._left = True
         return answer
 
-    @client_method
-    async def join(self, channel: str, full: bool = False) -> Json:
-        """Become a member of a channel: what is sent there comes to this agent's inbox. With `full`, `history` shows
-        what was said there before, too."""
-        return await self._do(Operations.join_channel, channel, "full" if full else None)
+    join = Operations.join_channel
 
     # messages
 
-    @client_method
-    async def send_message(
-        self, to: str | Sequence[str], message: Any, type: str | None = None, one: bool = False, **more: Unpack[Sending]
-    ) -> Json:
-        """Send any JSON value and return the receipt. Safe to repeat: a message without an id gets one here. After
-        `ttl` seconds nobody gets it any more, before `delay` seconds nobody gets it yet. With `one` (deliver="one") it
-        is for one of the group in `to`: if that one does not acknowledge it in `lease` seconds, the next gets it."""
-        if one:
-            more["deliver"] = "one"
-        return cast(Json, await self._ask(Operations.send, (to, message, type), cast(Json, more)))
+    send_message = Operations.send
 
     @client_method
     async def reply(self, to: Json | str, message: Any, type: str | None = "response", id: str | None = None) -> Json:
@@ -9834,7 +9849,9 @@ class ClientBase(Operations):
             for envelope in [one for one in page["messages"] if answers(one, receipt, type)]:
                 await self._do(Operations.acknowledge, ids=[envelope["id"]])
                 if envelope["type"] == "error":
-                    raise Unanswered(_words_of(envelope["message"]), answer=envelope)
+                    words = envelope["message"]
+                    words = words.get("message", words) if isinstance(words, dict) else words
+                    raise Unanswered(words if isinstance(words, str) else dump(words), answer=envelope)
                 return cast(Json, envelope)
         recipients = sorted({row["agent_id"] for row in receipt["recipients"]})
         raise TimedOut(f"{', '.join(recipients)} has not answered within {wait:g} s{later}")
@@ -9897,40 +9914,13 @@ class ClientBase(Operations):
         the receipt."""
         return await self._do(Operations.propose_task, message, to, id=id, **planning)
 
-    @client_method
-    async def accept(self, task: Json | str, message: Any = None, lease: float | None = None) -> Json:
-        """Take a task. Raises TaskTaken where another was quicker."""
-        return await self._do(Operations.accept_task, _task_id(task), message, lease=lease)
-
-    @client_method
-    async def complete(self, task: Json | str, result: Any = None) -> Json:
-        """Say that a task is done; the result goes to its proposer."""
-        return await self._do(Operations.complete_task, _task_id(task), result)
-
-    @client_method
-    async def release(self, task: Json | str, reason: Any = None) -> Json:
-        """Give a task back: it is proposed again."""
-        return await self._do(Operations.release_task, _task_id(task), reason)
-
-    @client_method
-    async def cancel(self, task: Json | str, reason: Any = None) -> Json:
-        """Cancel a task that this agent proposed."""
-        return await self._do(Operations.cancel_task, _task_id(task), reason)
-
-    @client_method
-    async def fail(self, task: Json | str, reason: Any) -> Json:
-        """Say that this try has failed, and why: the task is proposed again, unless that was its last try."""
-        return await self._do(Operations.fail_task, _task_id(task), reason)
-
-    @client_method
-    async def progress(self, task: Json | str, message: Any) -> Json:
-        """Tell its proposer how far a task is; it stays in the history."""
-        return await self._do(Operations.progress_task, _task_id(task), message)
-
-    @client_method
-    async def assign(self, task: Json | str, to: str, message: Any = None) -> Json:
-        """Give a task that this agent proposed, or holds, to one agent, which holds it from then on."""
-        return await self._do(Operations.assign_task, _task_id(task), to, message)
+    accept = task_method(Operations.accept_task)
+    complete = task_method(Operations.complete_task)
+    release = task_method(Operations.release_task)
+    cancel = task_method(Operations.cancel_task)
+    fail = task_method(Operations.fail_task)
+    progress = task_method(Operations.progress_task)
+    assign = task_method(Operations.assign_task)
 
     @client_method
     async def next_task(self, wait: float = 0) -> Json | None:
@@ -9939,19 +9929,7 @@ class ClientBase(Operations):
 
     # locks
 
-    @client_method
-    async def lock(
-        self,
-        paths: str | Sequence[str],
-        ttl: float | None = None,
-        mode: str | None = None,
-        wait: float = 0,
-        **more: Unpack[Locking],
-    ) -> Json:
-        """Lock paths and globs, all or none; within `wait` seconds, in the order of asking. Returns the lock, with its
-        `lock_id` and `token`. It ends by `unlock`, `ttl` seconds after this agent's last sign of life (without
-        `auto_renew`: after it was taken or renewed), or when the agent leaves. Raises LockHeld."""
-        return await self._do(Operations.take_lock, paths, mode, ttl, wait=wait, **more)
+    lock = Operations.take_lock
 
     @client_method
     async def unlock(self, lock_id: str | None = None, paths: str | Sequence[str] | None = None) -> list[Json]:
@@ -10157,9 +10135,9 @@ class ClientBase(Operations):
                 text = dump(fields).encode()
         except ValueError as error:
             raise InvalidRequest(f"this can't be sent as JSON: {error}") from None
-        pairs = () if in_body else [f"{name}={_query_value(v)}" for name, v in fields.items() if v is not None]
-        if pairs:
-            path = f"{path}?{'&'.join(pairs)}"
+        texts = {name: dump(v) if isinstance(v, bool) else str(v) for name, v in fields.items() if v is not None}
+        if texts and not in_body:
+            path += "?" + "&".join(f"{name}={quote(text)}" for name, text in texts.items())
         head = f"{method} {path} HTTP/1.1\r\nHost: {self._host}\r\n"
         if token := (self.token or self.key) if token is None else token:
             head += f"Authorization: Bearer {token}\r\n"
@@ -10199,7 +10177,8 @@ class ClientBase(Operations):
     async def _exchange(self, request: bytes, wait: float = 0, file: IO[bytes] | None = None) -> Any:
         """Send a request, on a connection of its own while it waits, and read its answer, a JSON value or a `file`. The
         connection is kept only when the answer was read to its end."""
-        connection = (None if file else self._kept()) or await self._connect()  # a file is asked for once
+        self._idle = [one for one in self._idle if one.usable]
+        connection = self._idle.pop() if self._idle and not file else await self._connect()  # a file is asked for once
         answer, text = ResponseReader(), bytearray()
         self._in_use.add(connection)
         try:
@@ -10225,13 +10204,6 @@ class ClientBase(Operations):
         else:
             connection.close()
         return None if file and answer.status == 200 else json_result(answer.status, text)
-
-    def _kept(self) -> Connection | None:
-        """A connection kept from an earlier request, that the hub has not closed meanwhile."""
-        while self._idle:
-            if (connection := self._idle.pop()).usable:
-                return connection
-        return None
 
     def _drop(self) -> None:
         """Close the connections on which nothing is under way."""
@@ -10319,20 +10291,6 @@ def seconds_to_answer(timeout: float | None) -> float:
     if not 0 < seconds < math.inf:
         raise InvalidRequest("the timeout (AGENTHUB_TIMEOUT) must be a number of seconds above 0, such as 10")
     return seconds
-
-
-def _query_value(value: Any) -> str:
-    return quote(dump(value) if isinstance(value, bool) else str(value))
-
-
-def _words_of(message: Any) -> str:
-    """What a message of type `error` says."""
-    words = message["message"] if isinstance(message, dict) and "message" in message else message
-    return words if isinstance(words, str) else dump(words)
-
-
-def _task_id(task: Json | str) -> str:
-    return task if isinstance(task, str) else str(task.get("task_id") or task["id"])
 
 
 def _put_in_place(part: str, path: str) -> None:
@@ -10491,10 +10449,6 @@ class AgentClient(ClientBase):
         """What happens in the hub, as it happens: `async for event in agent.watch()`; as with `Client.watch`."""
         return self._receive(Operations.watch_events)
 
-    def changes(self, uris: Sequence[str]) -> AsyncGenerator[str, None]:
-        """The URIs of resources as they change: `async for uri in agent.changes(uris)`; as with `Client.changes`."""
-        return self._changing(uris)
-
     def carry_out(
         self, function: Callable[..., Coroutine[Any, Any, R]], /, *args: Any, **named: Any
     ) -> Coroutine[Any, Any, R]:
@@ -10522,9 +10476,8 @@ class AgentClient(ClientBase):
             if address.path:
                 opening = asyncio.open_unix_connection(address.path)
             else:
-                opening = asyncio.open_connection(
-                    address.host, address.port, ssl=self.tls_context if address.tls else None
-                )
+                tls = self.tls_context if address.tls else None
+                opening = asyncio.open_connection(address.host, address.port, ssl=tls)
             most = self.timeout if address.tls else CONNECT_SECONDS
             return AsyncConnection(*await asyncio.wait_for(opening, most))
         except (OSError, asyncio.TimeoutError) as error:
@@ -10600,6 +10553,32 @@ def state_folder(kind: str) -> str:
     return folder
 
 
+def project_root(folder: str) -> str:
+    """The root of the project that a folder is in: the folder with version control that it is in, or itself."""
+    root = folder = os.path.abspath(folder)
+    while not any(os.path.exists(os.path.join(root, name)) for name in (".git", ".hg", ".jj", ".svn")):
+        if root == os.path.dirname(root):
+            return folder
+        root = os.path.dirname(root)
+    return root
+
+
+def project_path(path: str, folder: str, root: str, resolve: Callable[[str], str] = os.path.realpath) -> str:
+    """How locks name a path or glob, however it is written by one who stands in `folder`: relative to the project's
+    root, with links resolved; absolute if it lies outside; `/` is the whole project. Raises ValueError."""
+    if path == "/":
+        return "."
+    parts = normal_path(os.path.join(os.path.abspath(folder), path) if path.strip() else "").split("/")
+    literal = next((i for i, part in enumerate(parts) if _WILD.search(part)), len(parts))
+    head, inside = resolve("/".join(parts[:literal]) or "/"), os.path.join(resolve(root), "")
+    whole = os.path.join(head, *parts[literal:])
+    if not f"{whole}/".startswith(inside):
+        if inside.startswith(os.path.join(head, "")):
+            raise ValueError(f"a path in the project, which is {inside}, or beside it, and not above it")
+        return whole
+    return whole[len(inside) :] or "."
+
+
 def named_session() -> str:
     """The session that a coding agent names to the programs it runs; empty where it names none."""
     return next(filter(None, map(os.environ.get, SESSION_VARIABLES)), "")
@@ -10617,6 +10596,7 @@ class Identity:
     folder = ""  # that the agent works in; empty: where the command is run
     keeps = False  # whether an agent that was chosen is saved, too
     tells_new = True  # whether to say on stderr who the caller is from now on
+    is_quiet = False  # a hook that complains would do so a hundred times a day
 
     def __init__(self, args: argparse.Namespace, session: str = "", patience: float = RETRY_SECONDS) -> None:
         self.session = session or named_session()
@@ -10748,7 +10728,8 @@ class Identity:
         return state if whole else {}
 
     def _tell(self, text: str) -> None:
-        say(text)
+        if not self.is_quiet:
+            say(text)
 
     def _tell_new(self, answer: Json) -> None:
         """Say who the caller is, after a command has registered it: the name may be mistyped."""
@@ -10801,6 +10782,8 @@ def instead_of_waiter(client: Client) -> Iterator[None]:
 
 
 SHOWN_CHARACTERS = TOOL_TEXT  # of one message in text: what is longer is cut, with how to get all of it
+SHOWN_LINE = 160  # characters of a line about others; twenty of them leave room for two messages
+SHOWN_TASKS = 5  # lines on what an agent has of a kind: tasks, requests, …
 SHOWN_BYTES = 80_000  # of messages that one command prints as text, 20,000 tokens: others come with the next
 
 
@@ -10854,11 +10837,7 @@ def show(args: argparse.Namespace, value: Json, text: str | Callable[[Json], str
             text = "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
     if sys.stdout is None:
         raise OSError("stdout is closed: nothing can be printed")
-    try:
-        print(text if args.json else harmless(text), flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise KeyboardInterrupt from None
+    print(text if args.json else harmless(text), flush=True)
 
 
 def show_all(args: argparse.Namespace, items: list[Json], text: Callable[[Json], str], nothing: str = "") -> None:
@@ -10957,15 +10936,13 @@ def value_text(value: Any) -> str:
     return value if isinstance(value, str) else dump(value)
 
 
-_SAID = {  # by the type of a message: what its sender does with it, {} being the task it is about
-    **{"message": "", "broadcast": "", "request": "asks", "response": "answers", "ping": "pings"},
-    **{"ack": "has seen it", "task_proposal": "proposes {}"},
-    **{"task_accept": "took {}", "task_complete": "completed {}", "task_release": "gave {} back"},
-    **{"task_cancel": "cancelled {}", "task_fail": "failed at {}", "task_progress": "is at work on {}"},
-    **{"task_assign": "assigns {}", "lock_wanted": "wants what you have locked"},
-}
-
-
+# By the type of a message: what its sender does with it, {} being the task it is about.
+_SAID = {"message": "", "broadcast": "", "request": "asks", "response": "answers", "ping": "pings"}
+_SAID |= {"ack": "has seen it", "lock_wanted": "wants what you have locked", "task_proposal": "proposes {}"}
+_SAID |= {"task_accept": "took {}", "task_complete": "completed {}", "task_release": "gave {} back"}
+_SAID |= {"task_cancel": "cancelled {}", "task_fail": "failed at {}", "task_progress": "is at work on {}"}
+_SAID |= {"task_assign": "assigns {}"}
+_HUB_SAID = {"task_release": "has lost {}", "task_fail": "has lost {}", "task_cancel": "can't go on: {} is over"}
 _OF_THE_HUB = {"task_id", "lock_id", "path", "code", "message", "reason"}  # what objects of its own hold
 
 
@@ -10990,17 +10967,24 @@ def message_line(envelope: Json, me: str | None = None, most: int = SHOWN_CHARAC
     task = "a task" if named == id else f"task {named}"
     task += " again" if type == "task_proposal" and "reply_to" in envelope else ""
     own = envelope["message"] if isinstance(envelope["message"], dict) else {}
-    lost = type in ("task_release", "task_fail") and own.keys() == {"task_id", "reason"}  # as the hub says it
-    does = ("has lost {}" if lost else _SAID.get(type, f"({type})")).format(task)
+    said = _HUB_SAID if own.keys() == {"task_id", "reason"} else _SAID  # which the hub writes, for an agent
+    does = said.get(type, f"({type})").format(task)
     words += _task_note(envelope)
     to = envelope["to"] if isinstance(envelope["to"], str) else ", ".join(envelope["to"])
     whom = to if type in ("request", "response", "ping") else f"to {to}"  # asks beta, proposes a task to beta
     who = " ".join(filter(None, (envelope["from"], does, whom if to != me else "")))
-    if 0 < most < len(words):
+    words = harmless(indented(words))
+    if len(words) > most:
         words = f"{words[:most]} … (cut: it has {len(words)} characters; all: {program()} trace {id} --json"
         words += f" --as {shell_quote(me)})" if me else ")"
-    line = f"{id} {who}{',' if does else ''} {age_of(envelope['timestamp'])}"
-    return f"{line}: {indented(words)}" if words else line
+    line = harmless(f"{id} {who}{',' if does else ''} {age_of(envelope['timestamp'])}")
+    return f"{line}: {words}" if words else line
+
+
+def messages_of(page: Json) -> list[Json]:
+    """The messages of a page; a proposal of a task that nobody can accept any more says why, as `stale`."""
+    stale = page.get("stale", {})
+    return [one | {"stale": stale[one["id"]]} if one["id"] in stale else one for one in page["messages"]]
 
 
 def few(names: Sequence[str]) -> str:
@@ -11014,7 +10998,7 @@ _RECEIVED = {"pushed": "pushed to", "unknown": "waits for", "inbox_full": "has n
 def _task_note(envelope: Json) -> str:
     """What an envelope says of its task, beside the message: its title, who gave it back and why, and how it is."""
     back, why = envelope.get("released_by"), f": {envelope['reason']}" if "reason" in envelope else ""
-    notes = [envelope.get("task"), f"given back by {back}{why}" if back else ""]
+    notes = [envelope.get("task"), f"given back by {back}{why}" if back else "", envelope.get("stale")]
     if "attempt" in envelope:
         failed, state = envelope["type"] == "task_fail", envelope.get("state")
         notes.append(f"{'that was ' if failed else ''}try {envelope['attempt']}")
@@ -11058,14 +11042,15 @@ def _channel_text(channel: Json) -> str:
 
 def task_line(task: Json) -> str:
     """A task in one line, with the words of its newest step."""
-    text = f"{short_id(task['task_id'], task['seq'])} {task['state']}"
+    by_itself = task["state"] == "cancelled" and not task["reason"].startswith("cancelled ")  # as at its deadline
+    text = f"{short_id(task['task_id'], task['seq'])} {'over' if by_itself else task['state']}"
     text += f" by {task['holder']}" if "holder" in task and task["state"] in ("accepted", "completed") else ""
     text += f" until {task['lease_until'][11:19]} unless heard of" if "lease_until" in task else ""
     text += f", waits for {', '.join(task['waits_for'])}" if "waits_for" in task else ""
     ended = task["state"] in ("completed", "cancelled", "failed")
     text += f", due {to_second(task['deadline_at'])}" if "deadline_at" in task and not ended else ""
     text += f" ({task['reason'].removeprefix('cancelled ')})" if "reason" in task else ""
-    step = task["history"][-1] if "history" in task else {"words": ""}
+    step = task["history"][-1] if "history" in task and not by_itself else {"words": ""}
     text += f', {step["agent_id"]} {step["what"]}: "{title_of(step["words"])}"' if step["words"] else ""
     to = task["to"] if isinstance(task["to"], str) else ", ".join(task["to"])
     return f"{text}; {task['proposer']} to {to}: {indented(title_of(task['message'])) if 'message' in task else '...'}"
@@ -11088,6 +11073,33 @@ def task_text(answer: Json) -> str:
 def _task_receipt(answer: Json) -> str:
     """What a task is after its caller has changed it: who did it knows the history."""
     return task_text({name: value for name, value in answer["task"].items() if name != "history"})
+
+
+def list_cut(title: str, lines: Iterable[str], most: int, command: str) -> list[str]:
+    """A titled list of at most so many lines, each cut, and the command that prints the rest; nothing for no lines."""
+    every = [harmless(" ".join(line.split())) for line in lines]
+    cut = [f"  {cut_short(line, SHOWN_LINE)}" for line in every[:most]]
+    rest = [f"  and {len(every) - most} more: {command}"] if len(every) > most else []
+    return [title, *cut, *rest] if every else []
+
+
+def standing_lines(state: Json, unread: Collection[str] = ()) -> list[str]:
+    """What an agent holds, owes (but not what is unread) and waits for: commands with a comment, which may be cut."""
+    run, me, waits = program(), state["agent_id"], []
+    for one in state["waits_for"]:
+        asked = f"m{one['seq']} of {age_of(one['timestamp'])}: {message_words(one)}"
+        waits.append(f"{few(one['waiting_for'])} to answer {asked}")
+    waits += [f"a lock on {path_names(paths)}" for paths in state["lock_waits"]]
+    tasks = [task_line(task).partition(" ") for task in state["tasks"]]  # which begins with its id
+    locks = [(" ".join(map(shell_quote, lock["paths"])), lock_line(lock).partition(" ")[2]) for lock in state["locks"]]
+    owes = [message_line(one, me).partition(" ") for one in state["owes"] if one["id"] not in unread]
+    sections = (
+        ("Your tasks; when one is done:", [f'{run} task complete {id} "…" # {line}' for id, _, line in tasks]),
+        ("Your locks; to give one back:", [f"{run} unlock {paths} # {line}" for paths, line in locks]),
+        ("You owe an answer:", [f'{run} reply {id} "…" # {line}' for id, _, line in owes]),
+        ("You wait for:", waits),
+    )
+    return [line for title, rows in sections for line in list_cut(title, rows, SHOWN_TASKS, f"{run} status")]
 
 
 def path_names(paths: Iterable[str]) -> str:
@@ -11117,11 +11129,9 @@ def fields_text(answer: Json) -> str:
 
 def no_hub_guide(url: str) -> Json:
     """The guide where no hub answers, and as `start` the command that starts one: there, or else on this machine."""
-    start, here = "serve", re.fullmatch(r"http://(?:localhost|127\.0\.0\.1):(\d+)", url)
-    if url.startswith("unix:"):
-        start = f"serve --unix {shell_quote(url[5:])}"
-    elif here and url != DEFAULT_URL:
-        start = f"serve --port {here[1]}"
+    port = re.fullmatch(r"http://(?:localhost|127\.0\.0\.1):(\d+)", url)
+    start = f"serve --port {port[1]}" if port and url != DEFAULT_URL else "serve"
+    start = f"serve --unix {shell_quote(url[5:])}" if url.startswith("unix:") else start
     typed = program()
     lines = [f"agenthub {VERSION}: no hub answers at {url}.", ""]
     lines += ["Start one on this machine (it keeps its store in your data folder):", f"    {typed} {start} &"]
@@ -11133,7 +11143,8 @@ def no_hub_guide(url: str) -> Json:
 
 _AFTER_MESSAGE = {  # by the type of the message; `about` is the message or task it answers, or else itself
     "task_proposal": ("task accept {about}", "task show {about}"),
-    **dict.fromkeys([type for type in _SAID if type.startswith("task_")][1:], ("task show {about}",)),
+    **dict.fromkeys(["task over", *[type for type in _SAID if type.startswith("task_")][1:]], ("task show {about}",)),
+    "task_release": ("task show {about}", "task assign {about} AGENT"),
     "task_assign": ("task show {about}", 'task complete {about} "…"'),
     **dict.fromkeys(("error", "ack"), ("trace {reply_to}",)),
     "response": ("history --thread {thread}",),
@@ -11177,7 +11188,7 @@ NEXT: dict[str, tuple[str, ...] | Callable[[Json], tuple[str, ...]]] = {
     **dict.fromkeys(("note set", "note list"), ("note get {key}",)),
     "register": ('status --set "…"', "agents", "recv --wait 60"),
     "ask": ("history --thread {thread}", 'send {from} "…"'),
-    "recv": lambda envelope: (*_AFTER_MESSAGE.get(envelope["type"], _REPLY), "recv --wait 60"),
+    "recv": lambda one: (*_AFTER_MESSAGE.get("task over" if "stale" in one else one["type"], _REPLY), "recv --wait 60"),
     "listen": lambda envelope: _AFTER_MESSAGE.get(envelope["type"], _REPLY),
     "agents": lambda row: () if row["me"] == row["agent_id"] else ('send {agent_id} "…"', 'ask {agent_id} "…"'),
     "trace": ("history --thread {thread}", "recv --wait 60"),
@@ -11311,7 +11322,7 @@ def operation_line(
     text: Callable[[Json], str] = fields_text,
     help: str = "",
     example: str = "",
-    nothing: str | Callable[[argparse.Namespace], str] = "there is nothing",
+    nothing: str = "there is nothing",
     command: str = "",
     lines: dict[str, command_line] = COMMAND_LINES,
     **helps: str,
@@ -11344,10 +11355,7 @@ def operation_line(
         ask = functools.partial(identity.client.request, operation, **values)
         registers = operation.actor and operation.default_actor is None
         answer = identity.act(lambda client: ask()) if registers else ask()
-        if not operation.items:
-            show(args, answer, text)
-            return
-        show_all(args, answer, text, nothing if isinstance(nothing, str) else nothing(args))
+        show_all(args, answer if operation.items else [answer], text, nothing)
 
     name, example = " ".join(word for word in words if not word.isupper()), example or operation.command
     line = command_line(name, help or operation.summary, _arguments, example=f"agenthub {example}")
@@ -11485,8 +11493,8 @@ def _register_command(args: argparse.Namespace) -> None:
 def _send_command(args: argparse.Namespace) -> int:
     message = read_text(args.text, args.json_message)
     names = ("id", "reply_to", "ttl", "delay", "lease", *Operations.send.shown)
-    more = cast(Sending, {name: getattr(args, name) for name in names})
-    receipt = Identity(args).act(lambda client: client.send_message(args.to, message, args.type, args.one, **more))
+    more = cast(Sending, {name: getattr(args, name) for name in names} | {"deliver": "one" if args.one else None})
+    receipt = Identity(args).act(lambda client: client.send_message(args.to, message, args.type, **more))
     is_heartbeat = "recipients" not in receipt
     show(args, receipt, f"alive at {receipt['last_heartbeat']}" if is_heartbeat else _sent_text)
     about_task = (args.type or "").startswith("task_")  # which is on the board, whoever is there to hear of it
@@ -11539,7 +11547,7 @@ def _recv_command(args: argparse.Namespace) -> None:
     identity = Identity(args)
     with instead_of_waiter(identity.client):
         page, claims = identity.act(functools.partial(_read_page, args))
-        envelopes, client = page["messages"], identity.client
+        envelopes, client = messages_of(page), identity.client
         ids = [envelope["id"] for envelope in envelopes]
         try:
             for envelope in envelopes:
@@ -11610,10 +11618,7 @@ def _search_command(args: argparse.Namespace) -> None:
     show_mail(args, envelopes, message_line, "nothing you sent or got holds that")
 
 
-@command_line("trace", "what became of a message", example="agenthub trace m42")
-@argument("id", "the message's id, as send prints it")
-def _trace_command(args: argparse.Namespace) -> None:
-    traced = Identity(args).act(lambda client: client.trace(args.id))
+def _trace_text(traced: Json) -> str:
     via = f" via {traced['via']}" if "via" in traced else ""
     chosen = f", id {traced['id']}" if not _MADE.fullmatch(traced["id"]) else ""
     about = f"m{traced['seq']} ({traced['type']}) from {traced['from']} {age_of(traced['timestamp'])}"
@@ -11624,7 +11629,11 @@ def _trace_command(args: argparse.Namespace) -> None:
         ways = {step: f" ({row[step + '_via']})" if step + "_via" in row else "" for step in steps}
         times = [f"{step} {row[step][:23].replace('T', ' ').removeprefix(day)}{ways[step]}" for step in steps]
         lines.append(f"  {row['agent_id']} is {row['state']}: {', '.join(times) or 'nothing yet'}")
-    show(args, traced, "\n".join(lines if traced["trace"] else [*lines, "  it reached nobody"]))
+    return "\n".join(lines if traced["trace"] else [*lines, "  it reached nobody"])
+
+
+_ITS_ID = "the message's id, as send prints it"
+operation_line(Operations.trace, _trace_text, "what became of a message", "trace m42", command="trace ID", id=_ITS_ID)
 
 
 @command_line(
@@ -11652,24 +11661,12 @@ def _status_command(args: argparse.Namespace) -> None:
     lines = [f"{state['url']} is {state['status']}, agenthub {state['version']}{here}"]
     if not me:
         lines.append("you are not registered yet: any command does that")
-    lines += status_lines(stands) if me else []
+    if me:
+        inside = f"; in {', '.join(stands['channels'])}" if stands["channels"] else ""
+        about = {name: value for name, value in stands.items() if name in ("doing", "away_until")}
+        lines += [f"you are {me}, {stands['unread']} unread{engaged_text(about)}{inside}", *standing_lines(stands)]
     typed = next_commands(args, state)
     show(args, state, "\n".join([*lines, *([f"next: {typed[0]}"] if typed else [])]))
-
-
-def status_lines(stands: Json) -> Iterator[str]:
-    """Lines on where an agent stands: what it is, holds, owes and waits for."""
-    inside = f"; in {', '.join(stands['channels'])}" if stands["channels"] else ""
-    about = {name: value for name, value in stands.items() if name in ("doing", "away_until")}
-    yield f"you are {stands['agent_id']}, {stands['unread']} unread{engaged_text(about)}{inside}"
-    yield from (f"you hold task {task_line(task)}" for task in stands["tasks"])
-    yield from (f"you have locked {lock_line(lock)}" for lock in stands["locks"])
-    yield from (f"you wait for the lock of {path_names(paths)}" for paths in stands["lock_waits"])
-    for name in ("owes", "waits_for"):
-        for request in stands[name]:
-            text, asker = cut_short(" ".join(message_words(request).split()), 60), request["from"]
-            what = f"{asker} waits for your" if name == "owes" else f"{few(request['waiting_for'])} owes you an"
-            yield f"{what} answer to m{request['seq']}, {age_of(request['timestamp'])}: {text}"
 
 
 @command_line("watch", "print what happens in the hub, a line each", example="agenthub watch")
@@ -11682,33 +11679,18 @@ def _watch_command(args: argparse.Namespace) -> None:
 
 
 # What happened, as a sentence; an event that is not here, or lacks one of these fields, is shown by its fields.
-HAPPENED = {
-    **{"register": "{agent_id} came in", "refresh": "{agent_id} registered again", "active": "{agent_id} is active"},
-    **{
-        "offline": "{agent_id} is offline",
-        "join": "{agent_id} joined {channel}",
-        "status": "{agent_id} is at: {doing}",
-    },
-    **{
-        "task_proposal": "{proposer} proposes {task}",
-        "task_open": "{task} is open",
-        "task_accept": "{holder} took {task}",
-    },
-    **{
-        "task_complete": "{holder} completed {task}",
-        "task_cancel": "{task} was cancelled",
-        "task_wait": "{task} waits",
-    },
-    **{"task_release": "{task} is open again: {reason}", "task_fail": "{task} is {state}: {reason}"},
-    **{"task_progress": "{holder} goes on with {task}", "task_assign": "{holder} was assigned {task}"},
-    "lock": "{agent_id} locked {paths}",
-    **{
-        "unlock": "{agent_id} has no lock on {paths} any more",
-        "note": "{agent_id} wrote note {key}, version {version}",
-    },
-    **{"leave": "{agent_id} left {channel}", "missed": "{count} events were missed"},
-    "counts": "{active} of {agents} agents active, {unread} messages unread, {open_tasks} tasks open, {locks} locks",
-}
+HAPPENED = {"register": "{agent_id} came in", "refresh": "{agent_id} registered again"}
+HAPPENED |= {"active": "{agent_id} is active", "offline": "{agent_id} is offline"}
+HAPPENED |= {"join": "{agent_id} joined {channel}", "leave": "{agent_id} left {channel}"}
+HAPPENED |= {"task_proposal": "{proposer} proposes {task}", "task_open": "{task} is open", "task_wait": "{task} waits"}
+HAPPENED |= {"task_accept": "{holder} took {task}", "task_progress": "{holder} goes on with {task}"}
+HAPPENED |= {"task_complete": "{holder} completed {task}", "task_assign": "{holder} was assigned {task}"}
+HAPPENED |= {"task_cancel": "{task} is over: {reason}", "task_fail": "{task} is {state}: {reason}"}
+HAPPENED |= {"task_release": "{task} is open again: {reason}", "missed": "{count} events were missed"}
+HAPPENED |= {"lock": "{agent_id} locked {paths}", "unlock": "{agent_id} has no lock on {paths} any more"}
+HAPPENED |= {"note": "{agent_id} wrote note {key}, version {version}", "status": "{agent_id} is at: {doing}"}
+_ALL_COUNTS = "{active} of {agents} agents active, {unread} messages unread, {open_tasks} tasks open, {locks} locks"
+HAPPENED["counts"] = _ALL_COUNTS
 
 
 def event_text(event: Json) -> str:
@@ -11765,12 +11747,10 @@ def _leave_command(args: argparse.Namespace) -> None:
     show(args, answer, text)
 
 
-@command_line("channels", "which channels there are, and who is in them", example="agenthub channels")
-@argument("channel", "only this one", nargs="?")
-def _channels_command(args: argparse.Namespace) -> None:
-    client = Identity(args).client
-    channels = [client.channel(args.channel)] if args.channel else client.channels()
-    show_all(args, channels, _channel_text, "there is no channel: `agenthub join '#name'` makes one")
+_NO_CHANNEL = "there is no channel: `agenthub join '#name'` makes one"
+operation_line(
+    Operations.channels, _channel_text, "the channels, and who is in them", "channels", _NO_CHANNEL, "channels"
+)
 
 
 @command_line("agents", "who is here", example="agenthub agents --all")
@@ -11801,14 +11781,10 @@ def _propose_command(args: argparse.Namespace) -> None:
     show(args, Identity(args).act(lambda client: client.propose(args.to, message, args.id, **more)), task_text)
 
 
-@command_line("task list", "the board of tasks", example="agenthub task list --state open")
-@arguments(from_operation(Operations.tasks, "state", "holder", "proposer"), NEWEST)
-@argument("--mine", "only those that you hold", action="store_true")
-def _tasks_command(args: argparse.Namespace) -> None:
-    client = Identity(args).client
-    holder = client.agent_id or OPERATOR if args.mine else args.holder
-    tasks = client.tasks(args.state, holder, args.proposer, args.limit)
-    show_all(args, tasks, task_line, 'no such task: `agenthub task propose ALL "…"` makes one')
+_BOARD_EMPTY = 'no such task: `agenthub task propose ALL "…"` makes one'
+operation_line(
+    Operations.tasks, task_line, "the board of tasks", "task list --state open", _BOARD_EMPTY, command="task list"
+)
 
 
 @command_line("task next", "take the best open task that you can do", example="agenthub task next --wait 60")
@@ -11846,10 +11822,10 @@ operation_line(Operations.task, task_text, "one task, with its history and its r
 def _lock_command(args: argparse.Namespace) -> int:
     identity, alone = Identity(args), not args.command
     ttl = args.ttl if alone or args.ttl is not None else COMMAND_LOCK_TTL
-    mode, wait = "shared" if args.shared else "exclusive", args.wait or 0
-    more = Locking(note=args.note, auto_renew=alone, reentrant=alone)
+    about: Json = {"mode": "shared" if args.shared else "exclusive", "ttl": ttl, "note": args.note, "wait": args.wait}
+    about |= {"auto_renew": alone, "reentrant": alone}
     paths = identity.lock_paths(args.paths)
-    lock = identity.act(lambda client: client.lock(paths, ttl, mode, wait, **more))
+    lock = identity.act(lambda client: client.lock(paths, **about))
     if alone:
         show(args, lock, f"locked {lock_line(lock)}")
         return 0
@@ -12253,11 +12229,12 @@ class ListenAddress:
             number = error.errno or 0
             why = os.strerror(number) if number > 0 else error.strerror or error  # not the words of asyncio
             raise HubError(f"can't listen on {where} ({why}): {instead}") from None
-        here = ANYWHERE.get(self.host, self.host)
+        here, scheme = ANYWHERE.get(self.host, self.host), "https" if tls else "http"
         there = self.names[0] if tls and self.names else self.host  # a certificate is for a name
         if there in ANYWHERE:
             there = outward_address(there)
-        return _web_url(here, port, tls is not None), _web_url(there, port, tls is not None)
+        names = [f"[{host}]" if ":" in host else host for host in (here, there)]
+        return f"{scheme}://{names[0]}:{port}", f"{scheme}://{names[1]}:{port}"
 
     def _bind(self) -> socket.socket:
         """The Unix socket, for this user only from its first moment on. One that a killed hub left is replaced."""
@@ -12281,10 +12258,6 @@ class ListenAddress:
         with contextlib.suppress(OSError):
             if self._inode and os.lstat(self.path).st_ino == self._inode:
                 os.unlink(self.path)
-
-
-def _web_url(host: str, port: int, tls: bool) -> str:
-    return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def outward_address(host: str) -> str:
@@ -12615,8 +12588,7 @@ def own_command(cache: str, *words: str, module: bool = True) -> Json:
     """The arguments of Popen that run a command of this program, whatever the environment says: as a module, which is
     kept compiled (in `cache`, where no folder is set for that), or as a script, which Python compiles each time."""
     folder, file = os.path.split(os.path.abspath(__file__))
-    env = {k: v for k, v in os.environ.items() if k not in ("PORT", "PYTHONDONTWRITEBYTECODE")}
-    env = {k: v for k, v in env.items() if not k.startswith("AGENTHUB_")}
+    env = {k: v for k, v in os.environ.items() if not re.match("PORT$|PYTHONDONTWRITEBYTECODE$|AGENTHUB_", k)}
     env = {"PYTHONPYCACHEPREFIX": cache} | env | {"XDG_STATE_HOME": cache}
     how = ["-m", file.removesuffix(".py")] if module else [file]
     return {"args": [sys.executable, *how, *words], "cwd": folder, "env": env}
@@ -13376,6 +13348,7 @@ def _show_rounds(args: argparse.Namespace, row: Bench, rounds: list[tuple[Sample
 
 # --- Main -------------------------------------------------------------------------------------------------------------
 
+NOT_READ = 141  # the exit status where nobody reads the output: 128 + SIGPIPE, as of other programs
 _TIMEOUT_HELP = f"for the first byte of an answer; else AGENTHUB_TIMEOUT, else {ANSWER_SECONDS} s"
 CLIENT_ARGUMENTS = (
     argument("--as", "who you are; else AGENTHUB_AGENT", dest="identity", metavar="ID"),
@@ -13389,20 +13362,17 @@ CLIENT_ARGUMENTS = (
 def help_text(first: str = "") -> str:
     """All commands by what they are for, or those whose name begins with that word."""
     rows = command_lines(first or None)
+    helps = {name if first else name.partition(" ")[0]: row.help for name, row in rows.items()}
+    topics, examples = {topic: names.split() for topic, names in TOPICS.items()}, FIRST_EXAMPLES
+    topics["More"] = sorted(helps.keys() - {*itertools.chain(*topics.values())})
     if first:
-        topics, helps, examples = {GROUPS[first]: list(rows)}, {name: row.help for name, row in rows.items()}, []
-    else:
-        helps = {name.partition(" ")[0]: row.help for name, row in rows.items()} | GROUPS
-        listed = {topic: names.split() for topic, names in TOPICS.items()}
-        topics, examples = (
-            listed | {"More": sorted(helps.keys() - {*itertools.chain(*listed.values())})},
-            FIRST_EXAMPLES,
-        )
+        topics, examples = {GROUPS[first]: list(rows)}, [row.example for row in list(rows.values())[:3]]
+    helps |= GROUPS
     lines = [f"usage: {program()} {first or 'COMMAND'} …", ""]
     for topic, names in topics.items():
         lines += [f"{topic}:", *(f"  {name:<14} {helps[name]}" for name in names), ""] if names else []
-    shown = examples or [row.example for row in list(rows.values())[:3]]
-    return "\n".join([*lines, "Examples:", *(f"  {spelt(example)}" for example in [*shown, "agenthub COMMAND --help"])])
+    every = [*examples, "agenthub COMMAND --help"]
+    return "\n".join([*lines, "Examples:", *(f"  {spelt(example)}" for example in every)])
 
 
 def read_command(words: list[str]) -> argparse.Namespace:
@@ -13477,6 +13447,7 @@ def usage_error(row: command_line, words: list[str], said: str) -> HubError:
     elif kind == "unrecognized arguments":
         said = f"{refused_value(word)} is one word too many: quote what belongs together"
     elif kind.startswith("argument "):
+        word = re.sub("^ignored explicit argument .*", "takes no value", word)
         said = f"{kind.removeprefix('argument ')} {word}".replace("expected one argument", "needs a value")
     return Misuse(f"{row.name}: {said}", **usage_of(row))
 
@@ -13535,7 +13506,8 @@ def for_argparse(options: Json) -> Json:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command and return its exit status: 0 done, 1 refused, 2 usage, 3 no hub, 4 timed out, 130 interrupted."""
+    """Run a command and return its exit status: 0 done, 1 refused, 2 usage, 3 no hub, 4 timed out, 130 interrupted, 141
+    where nobody reads what it prints."""
     words, args = sys.argv[1:] if argv is None else argv, None
     try:
         args = read_command(words)
@@ -13550,6 +13522,9 @@ def main(argv: list[str] | None = None) -> int:
         print_error(words, error)
         is_hook = words[:1] == ["hook"] and isinstance(error, Misuse)  # a session with a wrong one goes on all the same
         return 0 if is_hook else error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the last flush fails as well
+        return NOT_READ
     except (StoreError, OSError, UnicodeError) as error:
         parts = [getattr(error, name, None) for name in ("filename", "strerror")]  # without Python's number
         print_error(words, Failed(": ".join(map(str, filter(None, parts))) if parts[1] else str(error)))
@@ -13580,7 +13555,7 @@ def run_process() -> None:
         try:
             stream.flush()
         except BrokenPipeError:  # who reads it has seen enough
-            status = status or 130
+            status = status or NOT_READ
         except OSError as error:
             status = status or 1
             os.write(2, f"agenthub: the output is not whole: {error.strerror}\n".encode())
@@ -13604,9 +13579,8 @@ READ_AT_ONCE = 20  # messages: a model that gets more of them at a time reads no
 READ_BYTES = 7_500  # of messages read at a time: with a head for each they fit into SHOWN_UNITS, or the first is cut
 SHOWN_UNITS = 9_500  # of one text, in UTF-16 code units as its reader counts; Claude Code takes 10,000
 SHOWN_TEXT = 2_000  # characters of one message
-SHOWN_LINE = 160  # characters of a line about others; twenty of them leave room for two messages
 SHELLS = ("bash", "dash", "fish", "ksh", "sh", "zsh")  # between a coding agent and what it runs
-SHOWN_AGENTS, SHOWN_LOCKS, SHOWN_TASKS = 10, 5, 5  # lines about others when a session starts
+SHOWN_AGENTS, SHOWN_LOCKS = 10, 5  # lines about others when a session starts
 
 
 def value_at(value: Any, *path: Any) -> Any:
@@ -13692,6 +13666,8 @@ class SessionIdentity(Identity):
 class HookIdentity(SessionIdentity):
     """Who a session is: its hooks, shell and MCP server are one agent, as is the session that replaces it."""
 
+    is_quiet = True
+
     def __init__(self, args: argparse.Namespace, event: Json) -> None:
         self.keeps = True  # also where --as or AGENTHUB_AGENT named the agent: the session's shell sees neither
         self.named, args.identity = args.identity, None  # --as only names a new session, not one that is registered
@@ -13702,9 +13678,6 @@ class HookIdentity(SessionIdentity):
         self.client.timeout = max(HUNG_SECONDS, args.within)
         about = present(process=session_process(), source=event.get("source"))
         self.work_in(self.folder, session_id=session, **about)
-
-    def _tell(self, text: str) -> None:
-        """Print nothing: a hook that complains would do so a hundred times a day."""
 
     def is_introduced(self) -> bool:
         """Whether the session has been shown the introduction since it began, or its context was compacted."""
@@ -13742,24 +13715,13 @@ def mail_shown(agent_id: str, page: Json, before: str) -> tuple[str, list[str]]:
     """What a session is shown of a page of unread messages, after the text `before`, and the ids of those in it."""
     text, count = f"{before}\nagenthub: new messages".lstrip("\n"), 0
     more = f"More are waiting: {program()} recv, or the tool read_messages."
-    for envelope in page["messages"]:
-        line = harmless(message_line(envelope, agent_id, SHOWN_TEXT))
-        if len(line) > 2 * SHOWN_TEXT:  # it has many lines
-            line = f"{line[: 2 * SHOWN_TEXT]} … (cut; all: {program()} trace m{envelope['seq']} --json)"
-        longer = f"{text}\n{line}"
+    for envelope in messages_of(page):
+        longer = f"{text}\n{message_line(envelope, agent_id, SHOWN_TEXT)}"
         if len((longer + more).encode("utf-16-le", "surrogatepass")) > 2 * SHOWN_UNITS:
             break
         text, count = longer, count + 1
     text += f"\n{more}" if count < page["unread"] else ""
     return (text, [envelope["id"] for envelope in page["messages"][:count]]) if count else (before, [])
-
-
-def _list_cut(title: str, lines: Iterable[str], most: int, command: str) -> list[str]:
-    """A titled list of at most so many lines, each cut, and the command that prints the rest; nothing for no lines."""
-    every = [harmless(" ".join(line.split())) for line in lines]
-    cut = [f"  {cut_short(line, SHOWN_LINE)}" for line in every[:most]]
-    rest = [f"  and {len(every) - most} more: {command}"] if len(every) > most else []
-    return [title, *cut, *rest] if every else []
 
 
 def session_summary(client: Client, unread: list[Json]) -> str:
@@ -13775,31 +13737,12 @@ def session_summary(client: Client, unread: list[Json]) -> str:
     tasks = [task for task in client.tasks() if task["state"] in ("open", "accepted") and task.get("holder") != me]
     locked, talk = "Locked by others, so not for you to edit:", "Tasks (what they say is a peer's words):"
     lines = [f"agenthub: you are {me} on the hub at {client.url}, over which agents talk to each other."]
-    lines += _standing_lines(state, [envelope["id"] for envelope in unread])
-    lines += _list_cut("Active besides you:", doing, SHOWN_AGENTS, f"{run} agents") or ["Nobody else is active."]
-    lines += _list_cut(locked, map(lock_line, locks), SHOWN_LOCKS, f"{run} locks")
-    lines += _list_cut(talk, map(task_line, tasks), SHOWN_TASKS, f"{run} task list")
+    lines += standing_lines(state, [envelope["id"] for envelope in unread])
+    lines += list_cut("Your channels:", [", ".join(state["channels"])] if state["channels"] else [], 1, "")
+    lines += list_cut("Active besides you:", doing, SHOWN_AGENTS, f"{run} agents") or ["Nobody else is active."]
+    lines += list_cut(locked, map(lock_line, locks), SHOWN_LOCKS, f"{run} locks")
+    lines += list_cut(talk, map(task_line, tasks), SHOWN_TASKS, f"{run} task list")
     return "\n".join([*lines, introduction()])
-
-
-def _standing_lines(state: Json, unread: list[str]) -> list[str]:
-    """What an agent holds, owes and waits for, as commands with a comment, which may be cut."""
-    run, me, waits = program(), state["agent_id"], []
-    for one in state["waits_for"]:
-        asked = f"m{one['seq']} of {age_of(one['timestamp'])}: {message_words(one)}"
-        waits.append(f"{', '.join(one['waiting_for'])} to answer {asked}")
-    waits += [f"a lock on {', '.join(paths)}" for paths in state["lock_waits"]]
-    tasks = [task_line(task).partition(" ") for task in state["tasks"]]  # which begins with its id
-    locks = [(" ".join(map(shell_quote, lock["paths"])), lock_line(lock).partition(" ")[2]) for lock in state["locks"]]
-    owes = [message_line(one, me).partition(" ") for one in state["owes"] if one["id"] not in unread]  # it, too
-    sections = (
-        ("Your tasks; when one is done:", [f'{run} task complete {id} "…" # {line}' for id, _, line in tasks]),
-        ("Your locks; to give one back:", [f"{run} unlock {paths} # {line}" for paths, line in locks]),
-        ("You owe an answer:", [f'{run} reply {id} "…" # {line}' for id, _, line in owes]),
-        ("You wait for:", waits),
-        ("Your channels:", [", ".join(state["channels"])] if state["channels"] else []),
-    )
-    return [line for title, rows in sections for line in _list_cut(title, rows, SHOWN_TASKS, f"{run} status")]
 
 
 def introduction() -> str:
@@ -14013,7 +13956,7 @@ class Hook:
                 return
         if self.args.auto_lock and not any(lock["remaining"] > AUTO_LOCK_SECONDS for lock in locks):
             try:
-                client.lock([exact_pattern(names[0])], AUTO_LOCK_SECONDS, note="editing", auto_renew=False)
+                client.lock([exact_pattern(names[0])], ttl=AUTO_LOCK_SECONDS, note="editing", auto_renew=False)
             except LockHeld as error:  # another agent was quicker
                 self.show(harmless(indented(f"agenthub: {error.message}")))
 
@@ -14267,16 +14210,12 @@ class Stdio:
                 self._identity.register()
         self._join(request.client)
         if request.is_tool and request.name == "lock":
-            self._name_paths(typed_at(dict, request.params, "arguments"))
+            arguments = typed_at(dict, request.params, "arguments")
+            paths = [arguments["paths"]] if typed_at(str, arguments, "paths") else typed_at(list, arguments, "paths")
+            if paths and all(isinstance(path, str) for path in paths):
+                arguments["paths"] = self._identity.lock_paths(paths)
         with instead_of_waiter(self._identity.client) if request.is_tool else contextlib.nullcontext():  # may read mail
             return self._ask_hub(request)
-
-    def _name_paths(self, arguments: Json) -> None:
-        """Have paths in the arguments of a tool by the names that hooks and the command line have for them."""
-        paths = arguments.get("paths")
-        paths = [paths] if isinstance(paths, str) else paths
-        if isinstance(paths, list) and all(isinstance(path, str) for path in paths):
-            arguments["paths"] = self._identity.lock_paths(paths)
 
     def _ask_hub(self, request: StdioRequest) -> Json | None:
         """The hub's answer. An agent that it has forgotten registers again, once. What it has not got, or may get

@@ -1238,6 +1238,40 @@ def test_a_task_a_lock_or_a_person_ends_a_chain_of_talk(pair: World) -> None:
     assert take_turns(pair, THANKS[60:]) < 18
 
 
+@pytest.mark.parametrize("group", ["ALL", "#c", "@detection"])
+def test_two_that_thank_each_other_before_others_are_stopped(pair: World, group: str) -> None:
+    pair.register("gamma-3", None, None, "detection")
+    for name in ("alpha-1", "beta-2", "gamma-3"):
+        pair.apply("join", name, "#c")
+    for number, text in enumerate(THANKS[:18]):
+        pair.send(("alpha-1", "beta-2")[number % 2], group, ah.dump(text))
+    error = refused(ah.LoopSuspected, pair, lambda: pair.send("alpha-1", group, '"a last word"'))
+    assert "alpha-1 and beta-2 have answered each other" in error.message
+    for number in range(40):  # a third that speaks up, and news that nobody answers
+        pair.send("gamma-3", group, f'"news {number}"')
+    pair.send("alpha-1", group, '"good"')
+
+
+def test_only_whom_a_message_was_for_may_answer_it(pair: World) -> None:
+    pair.register("gamma-3"), pair.register("delta-4")
+    pair.apply("join", "beta-2", "#c")
+    asked = pair.call(
+        "POST", "/api/v1/messages", {"from": "alpha-1", "to": "beta-2", "message": "?", "type": "request"}
+    )[1]
+    to_group = pair.call(
+        "POST", "/api/v1/messages", {"from": "alpha-1", "to": "#c", "message": "?", "type": "request"}
+    )[1]
+    answer = {"from": "gamma-3", "to": "alpha-1", "message": "!", "type": "response", "reply_to": asked["message_id"]}
+    for more in ({}, {"type": "error"}, {"reply_to": f"m{asked['seq']}"}):
+        status, body = pair.call("POST", "/api/v1/messages", answer | more)
+        assert status == 403 and "neither its sender nor one of its recipients" in body["error"]["message"]
+    assert pair.call("POST", "/api/v1/messages", answer | {"type": "message"})[0] == 200, "it may refer to it"
+    pair.apply("join", "delta-4", "#c")
+    late = {"from": "delta-4", "reply_to": to_group["message_id"]}
+    for more in ({"from": "beta-2"}, {"from": "operator"}, late):
+        assert pair.call("POST", "/api/v1/messages", answer | more)[0] == 200
+
+
 def test_the_bounds_of_the_loop_guard_are_options() -> None:
     for limits, count in (({"loop_replies": 0}, 31), ({"loop_replies": 5}, 6), ({"loop_turns": 5}, 6)):
         world = World(**limits)
@@ -2536,6 +2570,50 @@ def test_a_task_that_nobody_takes_is_cancelled_in_the_end(crew: World) -> None:
     crew.apply("sweep")
     assert board(crew) == {held: "accepted w1", free: "cancelled", waits: "cancelled"}
     assert crew.hub.tasks[free].reason.startswith("nobody has taken it")
+
+
+def test_a_task_given_back_by_its_only_agent_names_who_decides(crew: World) -> None:
+    task = propose(crew, "w1")
+    act(crew, "accept", "w1", task), act(crew, "release", "w1", task, payload='"no time"')
+    why = "released by w1; it was proposed to nobody else, so boss has to assign or cancel it"
+    crew.commit()
+    assert crew.hub.tasks[task].reason == why and crew.tool("task", "w2", action="next")["task"] is None
+    page = crew.tool("read_messages", "boss")
+    assert page["next"].startswith("task assign, id m") and "proposed to nobody else" in page["next"]
+    assert "task assign {about} AGENT" in ah.NEXT["recv"]({"type": "task_release"})
+    act(crew, "assign", "boss", task, to="w2")
+    assert crew.hub.tasks[task].holder == "w2" and not crew.hub.tasks[task].reason
+
+
+def test_a_page_says_of_proposals_why_they_are_over(crew: World) -> None:
+    taken, gone, free = (propose(crew, ("w1", "w2")) for _ in range(3))
+    act(crew, "accept", "w2", taken), act(crew, "cancel", "boss", gone), act(crew, "complete", "w2", taken)
+    crew.commit()
+    page = crew.call("GET", "/api/v1/messages?agent_id=w1&unread=true")[1]
+    assert page["stale"] == {taken: "completed by w2", gone: "cancelled by boss"}
+    shown = {one["id"]: one.get("stale") for one in ah.messages_of(page)}
+    assert shown[taken] == "completed by w2" and shown[free] is None
+    envelope = next(one for one in ah.messages_of(page) if one["id"] == taken)
+    assert ah.message_line(envelope, "w1").endswith("[completed by w2]")
+    assert "task show {about}" in ah.NEXT["recv"](envelope)
+    shown = crew.tool("read_messages", "w1", limit=4)["messages"]
+    assert [one.get("stale") for one in shown] == ["completed by w2", "cancelled by boss", None, None]
+    assert "stale" not in crew.call("GET", "/api/v1/messages?agent_id=w3&unread=true")[1]
+
+
+def test_a_task_over_at_its_deadline_is_not_said_to_be_cancelled(crew: World) -> None:
+    free, late = propose(crew, "w1"), propose(crew, "w1", deadline_at=crew.clock() + 5000)
+    act(crew, "accept", "w1", late), act(crew, "cancel", "boss", free)
+    crew.clock.advance(5)
+    crew.apply("elapse")
+    crew.commit()
+    lines = {
+        task["task_id"]: ah.task_line(task) for task in crew.call("GET", "/api/v1/tasks?agent_id=boss")[1]["tasks"]
+    }
+    assert " over (its deadline is over); boss to w1" in lines[late] and "cancelled (by boss)" in lines[free]
+    notice = crew.call("GET", "/api/v1/messages?agent_id=w1")[1]["messages"][-1]
+    words = ah.message_line(notice, "w1")
+    assert re.fullmatch(r"m\d+ boss can't go on: task m\d+ is over, \S+ \w+ ago: its deadline is over", words), words
 
 
 def test_only_so_many_ended_tasks_are_remembered(crew: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -6199,6 +6277,28 @@ def test_a_modern_result_says_what_it_is_and_how_long_it_holds(world: World) -> 
         assert result["_meta"][ah.META + "serverInfo"]["name"] == "agenthub"
     assert world.mcp("server/discover")[1]["result"]["supportedVersions"] == ["2026-07-28"]
     assert "ttlMs" not in world.mcp("tools/call", {"name": "list_agents", "arguments": {"as": "alpha"}})[1]["result"]
+
+
+def test_a_lock_taken_and_an_unknown_id_say_what_to_do(pair: World) -> None:
+    assert pair.tool("lock", "alpha-1", action="take", paths="src")["next"].startswith("lock release")
+    status, body = pair.call("GET", "/api/v1/messages/m99?agent_id=alpha-1")
+    assert status == 404 and "`m99`" in body["error"]["message"] and "send, recv or history" in body["error"]["message"]
+
+
+@pytest.mark.parametrize("info", [{"name": "Claude Code"}, {}, {"name": 7}, {"name": " \n\x1b"}, None])
+def test_who_names_nothing_registers_under_its_clients_name(world: World, info: object) -> None:
+    hello = {"protocolVersion": "2025-11-25", "clientInfo": info}
+    session = world.mcp("initialize", hello, era="2025-11-25")[2]["Mcp-Session-Id"]
+    call = {"name": "register", "arguments": {}}
+    results = [world.mcp("tools/call", call, era="2025-11-25", Mcp_Session_Id=session)[1]["result"] for _ in range(2)]
+    modern = {**call, "_meta": {ah.META + "clientInfo": info}}
+    results.append(world.mcp("tools/call", modern)[1]["result"])
+    if info != {"name": "Claude Code"}:
+        assert all(result["isError"] for result in results)
+        return
+    first, again, other = (result["structuredContent"]["id"] for result in results)
+    assert re.fullmatch("claude-code-.{8}", first) and first == again != other
+    assert "`" + other + "`" in results[2]["structuredContent"]["next"]
 
 
 @pytest.mark.parametrize("method", ["initialize", "ping", "resources/subscribe", "prompts/list", "nix"])
@@ -10304,7 +10404,7 @@ def test_the_blocking_client_shares_work_in_the_routes_words(shared_hub: LiveHub
         and taken["lease"] == 30
         and a.release(taken, "no brush")["state"] == "open"
     )
-    assert a.next_task() is None and a.task(taken["task_id"])["reason"] == "released by share-a"
+    assert a.next_task() is None and a.task(taken["task_id"])["reason"].startswith("released by share-a; ")
     assert b.cancel(taken, "never mind")["state"] == "cancelled" and b.task(first["task_id"])["result"] == {
         "colour": "blue"
     }
@@ -10324,7 +10424,7 @@ def test_the_blocking_client_shares_work_in_the_routes_words(shared_hub: LiveHub
     assert [n["key"] for n in b.notes("share/")] == ["share/wall"] and b.delete_note("share/wall", if_version=1)[
         "version"
     ] == 2
-    job = b.send_message("@paint", "spot", one=True, lease=30)
+    job = b.send_message("@paint", "spot", deliver="one", lease=30)
     assert job["recipients"][0]["agent_id"] == "@paint", "share-a is away"
 
 
@@ -11112,6 +11212,8 @@ def test_a_size_has_a_unit_or_is_in_bytes(text: str, size: float) -> None:
     ("recv --wait soon", 'recv: --wait must be a duration such as 90s, 30m, 2h or 1d, not "soon"', "recv --wait 60"),
     ("recv --limit 0", 'recv: --limit must be a whole number, 1 or more, not "0"', "recv --wait 60"),
     ("recv --limit", "recv: --limit needs a value", "recv --wait 60"),
+    ("recv --limit --peek", "recv: --limit needs a value", "recv --wait 60"),
+    ("recv --peek=1", "recv: --peek takes no value", "recv --wait 60"),
     ("task propose ALL x --priority 500", "--priority must be a whole number from -100 to 100", "task propose ALL"),
     ("task list --state odd", "--state must be one of blocked, open", "task list --state open"),
     ("serve --max-message 1X", '--max-message must be a size such as 500KiB, 1MiB or 2GiB, not "1X"', "serve --port"),
@@ -11131,6 +11233,21 @@ def test_a_mistyped_command_is_answered_with_how_to_do_it(
     error = json.loads(capsys.readouterr().err)["error"]
     assert (error["code"], error["exit_status"]) == ("misuse", 2) and said in error["message"]
     assert error["example"].startswith(f"{ah.program()} {example}")
+
+
+def test_words_are_read_as_options_and_places_wherever_they_stand() -> None:
+    read = lambda typed: ah.read_command(shlex.split(typed))
+    args = read("send --type note alpha --ttl=2m 'is it' - -5 --one 'it --is'")
+    assert (args.to, args.text, args.type) == ("alpha", ["is it", "-", "-5", "it --is"], "note")
+    assert (args.ttl, args.one) == (120, True)
+    assert read("send a,b -- --as me").text == ["--as", "me"] and read("send a,b x").to == ["a", "b"]
+    args = read("lock src lib --wait 5 -- make --json")
+    assert (args.paths, args.wait, args.command, args.json) == (["src", "lib"], 5, ["make", "--json"], False)
+    assert read("lock src").command == read("unlock").what == [] and read("status --set ''").set == ""
+    assert read("register --capability a --capability b").capability == ["a", "b"] and read("register").id is None
+    assert [read(f"hook Stop {words}").wait for words in ("", "--wait", "--wait 5")] == [None, ah.WAITER_SECONDS, 5]
+    assert read("task propose ALL x --priority -5").priority == -5 and read("install claude --project").project
+    assert read("task accept m1").message == [] and read("task accept m1 on it").message == ["on", "it"]
 
 
 def test_limits_are_durations_and_sizes_and_help_says_so_without_reasons(capsys: pytest.CaptureFixture) -> None:
@@ -11235,7 +11352,7 @@ def test_what_could_not_be_printed_is_there_for_the_next_reader(live: object) ->
     read_end, write_end = os.pipe()
     os.close(read_end)
     with open("/dev/full", "w") as full, open(write_end, "w") as unread:
-        for stdout, code in ((full, 1), (unread, 130)):
+        for stdout, code in ((full, 1), (unread, 141)):
             assert subprocess.run(command, stdout=stdout, stderr=subprocess.DEVNULL, env=env).returncode == code
     closed = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], capture_output=True, env=env)
     assert closed.returncode == 1 and b"stdout is closed" in closed.stderr
@@ -11319,10 +11436,12 @@ def test_status_says_where_one_stands_in_few_lines(live: object) -> None:
     lines = run("status", "--as", "alpha").splitlines()
     assert re.fullmatch(r"http://\S+ is ok, agenthub \S+, 2 agents, 0 connected", lines[0])
     assert lines[1] == "you are alpha, 2 unread; in #build"
-    assert re.match("you hold task pr7 accepted by alpha", lines[2]) and " alpha exclusive src, " in lines[3]
-    assert re.fullmatch(r"beta waits for your answer to m\d+, \d+ s ago: is main green\?", lines[4])
-    assert re.fullmatch(r"beta owes you an answer to m\d+, \d+ s ago: and yours\?", lines[5])
-    assert lines[6:] == [f"next: {ah.program()} recv --as alpha"]
+    titles = ["Your tasks; when one is done:", "Your locks; to give one back:", "You owe an answer:", "You wait for:"]
+    assert lines[2::2] == [*titles, f"next: {ah.program()} recv --as alpha"]
+    assert re.fullmatch(r'  .* task complete pr7 "…" # accepted by alpha until \S+ unless .*: review PR 7', lines[3])
+    assert re.fullmatch(r"  .* unlock src # alpha exclusive src, \S+ \w+ left, token 1", lines[5])
+    assert re.fullmatch(r'  .* reply m\d+ "…" # beta asks, \d+ s ago: is main green\?', lines[7])
+    assert re.fullmatch(r"  beta to answer m\d+ of \d+ s ago: and yours\?", lines[9])
     wire = json.loads(run("status", "--as", "alpha", "--json"))
     assert (wire["status"], wire["tasks"][0]["task_id"], len(wire["owes"])) == ("ok", "pr7", 1)
 
@@ -11358,9 +11477,9 @@ def test_asking_replying_tracing_and_finding_from_the_shell(live: object) -> Non
     line = hub.here("recv", "--as", "alpha", "--wait", "30").stdout
     id = re.search(r"(?m)^(m\d+) beta asks, \d+ s ago: is main green\?$", line)[1]
     assert re.search(
-        rf"beta waits for your answer to {id}, \d+ s ago: is main green", hub.here("status", "--as", "alpha").stdout
+        rf'reply {id} "…" # beta asks, \d+ s ago: is main green', hub.here("status", "--as", "alpha").stdout
     )
-    assert f"alpha owes you an answer to {id}, " in hub.here("status", "--as", "beta").stdout
+    assert f"alpha to answer {id} of " in hub.here("status", "--as", "beta").stdout
     assert re.fullmatch(r"m\d+ pushed to beta\n", hub.here("reply", id, "yes", "--as", "alpha").stdout)
     assert re.search(r"^m\d+ alpha answers, \d+ s ago: yes\n$", asking.communicate(timeout=30)[0])
     assert asking.returncode == 0
@@ -11459,7 +11578,12 @@ def test_who_holds_a_task_reads_what_to_type_next(shared_hub: LiveHub) -> None:
     assert run("recv", "--limit", "1").endswith(': review PR 9 {"title":"review PR 9","files":3}\n')
     assert "next:" not in run("task", "show", short)
     wanted = f'next: {ah.program()} task complete {short} "…" --as holds'
-    for words in (("task", "accept", short), ("task", "show", short), ("task", "list", "--mine"), ("status",)):
+    for words in (
+        ("task", "accept", short),
+        ("task", "show", short),
+        ("task", "list", "--holder", "holds"),
+        ("status",),
+    ):
         assert run(*words).splitlines()[-1] == wanted
     assert "next:" not in _ran(shared_hub.here("task", "show", short, "--as", "proposes"), 0)
     rows = [json.loads(line) for line in run("agents", "--json").splitlines()]
@@ -11477,9 +11601,10 @@ def test_teamwork_from_the_shell(live: object) -> None:
     run("send", "#build", "green", "--as", "beta")
     assert re.fullmatch(r"m\d+ beta to #build \d+ s ago: green\n", run("recv", "--as", "alpha"))
     assert re.fullmatch(r"m\d+ beta to #build \d+ s ago: green\n", run("history", "#build", "--as", "beta"))
-    assert "#build last message 20" in run("channels") and json.loads(run("channels", "build", "--json"))[
-        "members"
-    ] == ["alpha", "beta"]
+    assert "#build last message 20" in run("channels") and json.loads(run("channels", "--json"))["members"] == [
+        "alpha",
+        "beta",
+    ]
     assert (
         run("leave", "#build", "--as", "beta") == "left #build\n"
         and run("leave", "#build", "--as", "beta") == "you were not in #build\n"
@@ -11501,7 +11626,7 @@ def test_teamwork_from_the_shell(live: object) -> None:
     assert done.returncode == 1 and "held by beta" in done.stderr
     assert "result: looks good" in run("task", "complete", "pr7", "looks good", "--as", "beta")
     assert run("task", "accept", "merge", "--lease", "5m", "--as", "beta").startswith("merge accepted")
-    assert "merge accepted" in run("task", "list", "--mine", "--as", "beta")
+    assert "merge accepted" in run("task", "list", "--holder", "beta")
     assert "released by beta" in run("task", "release", "merge", "conflicts", "--as", "beta")
     run("task", "next", "--as", "beta", code=1), run("task", "next", "--wait", "0.01", "--as", "beta", code=4)
     given = run("task", "assign", "merge", "beta", "yours after all", "--as", "alpha")
@@ -11509,8 +11634,8 @@ def test_teamwork_from_the_shell(live: object) -> None:
     shown = run("task", "show", "merge", "--as", "beta")
     assert "Z beta release: conflicts\n" in shown and "Z alpha assign: to beta: yours after all\n" in shown
     run("task", "progress", "merge", "half of it", "--as", "beta")
-    assert 'beta progress: "half of it"; alpha to beta' in run("task", "list", "--mine", "--as", "beta")
-    assert "(failed by beta)" in run("task", "fail", "merge", "no rights", "--as", "beta")
+    assert 'beta progress: "half of it"; alpha to beta' in run("task", "list", "--holder", "beta")
+    assert "(failed by beta; " in run("task", "fail", "merge", "no rights", "--as", "beta")
     for words, missing in ((("x",), "TO"), (("ALL",), "TEXT"), (("a,b",), "TEXT"), (("do it all",), "TO")):
         done = hub.here("task", "propose", *words)
         assert done.returncode == 2 and f"{missing} is missing" in done.stderr and 'propose ALL "' in done.stderr
@@ -11529,7 +11654,7 @@ def test_teamwork_from_the_shell(live: object) -> None:
     held = hub.here("lock", "src/**/*.py", "--as", "beta")
     assert held.returncode == 1 and "alpha" in held.stderr and '"moving"' in held.stderr and "in 300 s" in held.stderr
     assert lock["lock_id"] in run("locks", "src/a/x") and run("locks", "lib") == ""
-    assert "locked src/a, src/b" in run("agents") and "locked" in run("status", "--as", "alpha")
+    assert "locked src/a, src/b" in run("agents") and "unlock src/a src/b # alpha" in run("status", "--as", "alpha")
     assert (
         run("unlock", "src/a", "--as", "alpha") == "released src/a\n"
         and run("unlock", lock["lock_id"], "--as", "alpha") == "released src/b\n"
@@ -11733,7 +11858,7 @@ def test_workers_that_die_leave_their_jobs_to_others_and_each_is_done(live: obje
         return {line["state"] for receipt in receipts for line in boss.trace(receipt["message_id"])["trace"]}
 
     for _ in range(3):
-        receipts += [boss.send_message("@dig", len(receipts) + n, one=True, lease=0.5) for n in range(3)]
+        receipts += [boss.send_message("@dig", len(receipts) + n, deliver="one", lease=0.5) for n in range(3)]
         if len(receipts) == 3:
             until(lambda: states() == {"acknowledged"})
     assert [receipt["recipients"][0]["agent_id"] for receipt in receipts[:6]] == ["w1", "w2", "w3"] * 2
@@ -12650,7 +12775,7 @@ def test_long_mail_is_cut_and_what_has_no_room_stays_unread(hooked: LiveHub) -> 
     assert [short in text for short in shorts] == [True, False, False, False]
     assert [envelope["id"] for envelope in hooked.client("alpha").messages(unread=True)] == ids[1:]
     text = shown(run_hook(hooked, "Stop"))
-    (read,) = re.findall(rf"all: {re.escape(ah.program())} ({shorts[1]})\)", text)
+    (read,) = re.findall(rf"all: {re.escape(ah.program())} ({shorts[1]}) --as alpha\)", text)
     assert json.loads(hooked.here(*read.split(), "--as", "alpha").stdout)["message"] == texts[1]
     rest = shown(run_hook(hooked, "PostToolUse")) if "the last" not in text else text
     assert rest.endswith(" s ago: the last") and run_hook(hooked, "Stop") == {}
