@@ -266,7 +266,7 @@ MAX_REQUESTS = 100_000  # unanswered requests tracked at a time, 40 MB; beyond, 
 FLOOR_STEP = 64  # messages an inbox acknowledges, and a quarter of what it has unread, until its floor is written
 MAX_KNOWN = 50_000  # inboxes that the store knows to be noted as audiences, 5 MB
 MAX_GROUPS = 100  # and groups with all who belong to them
-RECENT_BYTES = 8 << 20  # of the messages that were read last, which stay in memory with their envelopes
+RECENT_BYTES = 2 << 20  # of the messages that were read last, which stay in memory with their envelopes
 INDEX_BATCH = 100  # messages taken into the search index in one turn: 2 ms, when nothing else is to be done
 INDEX_BYTES = 64 * 1024  # and no more than about this much of their text, which takes 7 ms
 INDEX_TEXT = 32 * 1024  # characters of one message that a search looks at
@@ -4453,9 +4453,9 @@ class Store:
 
     def _remember(self, message: StoredMessage) -> StoredMessage:
         self._recent[message.seq] = message
-        self._recent_bytes += 500 + 2 * len(message.payload)
+        self._recent_bytes += 1_500 + 2 * len(message.payload)  # its fields and its text, and both once more in that
         while self._recent_bytes > RECENT_BYTES:
-            self._recent_bytes -= 500 + 2 * len(self._recent.pop(next(iter(self._recent))).payload)
+            self._recent_bytes -= 1_500 + 2 * len(self._recent.pop(next(iter(self._recent))).payload)
         return message
 
     def seqs(self, table: str, name: str, after: int, before: int, limit: int, newest: bool = False) -> list[int]:
